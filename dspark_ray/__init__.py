@@ -1,0 +1,1 @@
+"""The dspark-ray engine: DeepSeek-V4 with DSpark speculative decoding."""
