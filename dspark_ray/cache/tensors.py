@@ -1,0 +1,77 @@
+"""The target's memory: rings by position for what slides, pages for what grows.
+
+Nothing here is ever rolled back. A rejected row stays where it is until the position is computed again, and no key is
+visible before that (specification 3.2), so going back is a smaller `length` in the scheduler's books.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dspark_ray.config import CSA_RATIO, ModelConfig
+from dspark_ray.model.rows import CacheShape
+
+
+class LayerCache:
+    """State of one target layer for all sequences; tensors are flat over (slot, ring) or (page, entry)."""
+
+    window: Tensor
+    """[slots * ring, D] keys, normed and rotated."""
+    raw: Tensor | None = None
+    """[slots * ring, 2 * width] float32 compressor rows: kv, then gate + position bias."""
+    entries: Tensor | None = None
+    """[pages * entries_per_page, D]"""
+    index_raw: Tensor | None = None
+    index_entries: Tensor | None = None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        shape: CacheShape,
+        num_slots: int,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        def rows(count: int, width: int, row_dtype: torch.dtype) -> Tensor:
+            return torch.zeros(count, width, dtype=row_dtype, device=device)
+
+        self.window = rows(num_slots * shape.window_ring, config.head_dim, dtype)
+        ratio = config.compress_ratio(layer)
+        if ratio == 0:
+            return
+        num_raw = num_slots * shape.raw_rings[ratio]
+        num_entries = num_pages * (shape.page_size // ratio)
+        series = 2 if ratio == CSA_RATIO else 1
+        self.raw = rows(num_raw, 2 * series * config.head_dim, torch.float32)
+        self.entries = rows(num_entries, config.head_dim, dtype)
+        if ratio == CSA_RATIO:
+            self.index_raw = rows(num_raw, 2 * series * config.index_head_dim, torch.float32)
+            self.index_entries = rows(num_entries, config.index_head_dim, dtype)
+
+
+class CacheTensors:
+    """One LayerCache per target layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: CacheShape,
+        num_slots: int,
+        num_pages: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.shape = shape
+        self.layers = [
+            LayerCache(config, layer, shape, num_slots, num_pages, dtype, device)
+            for layer in range(config.num_hidden_layers)
+        ]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes held by all layers."""
+        tensors = (t for layer in self.layers for t in vars(layer).values() if isinstance(t, Tensor))
+        return sum(t.numel() * t.element_size() for t in tensors)

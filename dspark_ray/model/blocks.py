@@ -1,0 +1,248 @@
+"""The parts a DeepSeek-V4 layer and a DSpark stage share. Parameter names are those of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dspark_kernels as ops
+from dspark_ray.config import CSA_RATIO, ModelConfig
+from dspark_ray.model.parallel import ParallelGroup
+from dspark_ray.model.rope import Angles
+
+
+def empty(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A parameter that the loader or the initialiser fills."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype))
+
+
+class Weight(nn.Module):
+    """A named weight [out, in] (or [width]) without bias: what the checkpoint calls `X.weight`."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = empty(*shape, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def hyper_connection(config: ModelConfig) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """fn [(2+m)m, m*d], base [(2+m)m], scale [3] of the mHC around one sublayer, all float32.
+
+    Not a module: the checkpoint keeps them flat on the layer, as hc_attn_fn and so on.
+    """
+    m, mixes = config.hc_mult, (2 + config.hc_mult) * config.hc_mult
+    return (
+        empty(mixes, m * config.hidden_size, dtype=torch.float32),
+        empty(mixes, dtype=torch.float32),
+        empty(3, dtype=torch.float32),
+    )
+
+
+class Compressor(nn.Module):
+    """Raw rows of a compressed layer and their pooling into entries (specification 2.3)."""
+
+    def __init__(self, config: ModelConfig, ratio: int, width: int) -> None:
+        super().__init__()
+        self.ratio, self.width, self.eps = ratio, width, config.rms_norm_eps
+        self.num_series = 2 if ratio == CSA_RATIO else 1
+        self.wkv = Weight(self.num_series * width, config.hidden_size)
+        self.wgate = Weight(self.num_series * width, config.hidden_size)
+        self.ape = empty(ratio, self.num_series * width, dtype=torch.float32)
+        self.norm = Weight(width)
+
+    def raw_rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """[N, 2 * num_series * width] float32: kv, then gate with its position bias."""
+        kv = self.wkv(hidden).float()
+        gate = self.wgate(hidden).float() + self.ape[positions % self.ratio]
+        return torch.cat((kv, gate), dim=-1)
+
+    def pool(self, raw: Tensor, valid: Tensor | None, angles: Angles, dtype: torch.dtype) -> Tensor:
+        """Entries [E, width] from raw rows [E, S, ...] of S positions each, at the angles of their first tokens."""
+        kv, gate = raw.chunk(2, dim=-1)
+        if self.num_series == 2:
+            kv, gate = self._overlapping(kv), self._overlapping(gate)
+        pooled = ops.compress(kv, gate, valid).to(dtype)
+        return ops.rope(ops.rms_norm(pooled, self.norm.weight, self.eps), angles.cos, angles.sin)
+
+    def _overlapping(self, rows: Tensor) -> Tensor:
+        """Series A of the window before, series B of this one."""
+        first, second = rows.split(self.ratio, dim=1)
+        return torch.cat((first[..., : self.width], second[..., self.width :]), dim=1)
+
+
+class Indexer(nn.Module):
+    """Chooses which CSA entries a row sees (specification 2.5); replicated on every rank."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.wq_b = Weight(self.num_heads * self.head_dim, config.q_lora_rank)
+        self.weights_proj = Weight(self.num_heads, config.hidden_size)
+        self.compressor = Compressor(config, CSA_RATIO, self.head_dim)
+
+    def query(self, hidden: Tensor, q_latent: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        """(rotated queries [N, Hi, Di], head weights [N, Hi])."""
+        query = self.wq_b(q_latent).unflatten(-1, (self.num_heads, self.head_dim))
+        scale = self.num_heads**-0.5 * self.head_dim**-0.5
+        return ops.rope(query, angles.cos, angles.sin), self.weights_proj(hidden) * scale
+
+
+class Attention(nn.Module):
+    """Shared K=V attention with a latent query, sinks and a grouped output (specification 2.2)."""
+
+    def __init__(self, config: ModelConfig, layer: int, group: ParallelGroup) -> None:
+        super().__init__()
+        self.config, self.group = config, group
+        d, head_dim = config.hidden_size, config.head_dim
+        self.num_heads = group.share(config.num_attention_heads)
+        self.num_groups = group.share(config.o_groups)
+        self.ratio = config.compress_ratio(layer)
+        self.attn_sink = empty(self.num_heads, dtype=torch.float32)
+        self.wq_a = Weight(config.q_lora_rank, d)
+        self.q_norm = Weight(config.q_lora_rank)
+        self.wq_b = Weight(self.num_heads * head_dim, config.q_lora_rank)
+        self.wkv = Weight(head_dim, d)
+        self.kv_norm = Weight(head_dim)
+        group_width = config.num_attention_heads * head_dim // config.o_groups
+        self.wo_a = Weight(self.num_groups * config.o_lora_rank, group_width)
+        self.wo_b = Weight(d, self.num_groups * config.o_lora_rank)
+        if self.ratio:
+            self.compressor = Compressor(config, self.ratio, head_dim)
+        if self.ratio == CSA_RATIO:
+            self.indexer = Indexer(config)
+
+    def q_latent(self, hidden: Tensor) -> Tensor:
+        """[N, q_lora_rank]: input of the query heads and of the indexer."""
+        return ops.rms_norm(self.wq_a(hidden), self.q_norm.weight, self.config.rms_norm_eps)
+
+    def query(self, q_latent: Tensor, angles: Angles) -> Tensor:
+        """[N, H, D], each head normed without a weight, rotated."""
+        heads = self.wq_b(q_latent).unflatten(-1, (self.num_heads, self.config.head_dim))
+        return ops.rope(ops.rms_norm(heads, None, self.config.rms_norm_eps), angles.cos, angles.sin)
+
+    def keys(self, hidden: Tensor, angles: Angles) -> Tensor:
+        """[N, D]: one vector per token that is key and value of every head."""
+        kv = ops.rms_norm(self.wkv(hidden), self.kv_norm.weight, self.config.rms_norm_eps)
+        return self.stored(ops.rope(kv, angles.cos, angles.sin))
+
+    def stored(self, keys: Tensor) -> Tensor:
+        """Keys as the cache keeps them: rounded to FP8 outside the rotary part where the model asks for it."""
+        if not self.config.kv_fake_quant:
+            return keys
+        return ops.fake_quant_fp8(keys, self.config.head_dim - self.config.qk_rope_head_dim)
+
+    def output(self, values: Tensor, angles: Angles) -> Tensor:
+        """[N, H, D] -> [N, d]: rotate back, project per group, sum over ranks."""
+        values = ops.rope(values, angles.cos, angles.sin, inverse=True)
+        grouped = values.flatten(1).unflatten(-1, (self.num_groups, -1)).transpose(0, 1)
+        weights = self.wo_a.weight.unflatten(0, (self.num_groups, -1))
+        latent = torch.bmm(grouped, weights.transpose(1, 2)).transpose(0, 1).flatten(1)
+        return self.group.sum(self.wo_b(latent))
+
+
+class Gate(nn.Module):
+    """Router: by table in the first layers, by score and bias in the others (specification 2.6)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = empty(config.n_routed_experts, config.hidden_size)
+        self.bias: nn.Parameter | None = None
+        if layer < config.num_hash_layers:
+            table = torch.empty(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64)
+            self.register_buffer("tid2eid", table)
+        else:
+            self.bias = empty(config.n_routed_experts, dtype=torch.float32)
+
+    def forward(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        chosen = self.tid2eid[token_ids] if self.bias is None else None
+        return ops.route(
+            hidden,
+            self.weight,
+            self.bias,
+            chosen,
+            config.num_experts_per_tok,
+            config.routed_scaling_factor,
+            config.norm_topk_prob,
+        )
+
+
+class SharedExpert(nn.Module):
+    """The expert every token takes, its width split over ranks."""
+
+    def __init__(self, config: ModelConfig, group: ParallelGroup) -> None:
+        super().__init__()
+        self.limit = config.swiglu_limit
+        width = group.share(config.moe_intermediate_size * config.n_shared_experts)
+        self.w1 = Weight(width, config.hidden_size)
+        self.w2 = Weight(config.hidden_size, width)
+        self.w3 = Weight(width, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = ops.swiglu(self.w1(hidden).float(), self.w3(hidden).float(), self.limit)
+        return self.w2(inner.to(hidden.dtype))
+
+
+class Experts(nn.Module):
+    """This rank's routed experts, stacked so that one product can serve several."""
+
+    def __init__(self, config: ModelConfig, group: ParallelGroup) -> None:
+        super().__init__()
+        first, stop = group.range(config.n_routed_experts)
+        self.first = first
+        self.w13 = empty(stop - first, 2 * config.moe_intermediate_size, config.hidden_size)
+        self.w2 = empty(stop - first, config.hidden_size, config.moe_intermediate_size)
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared one; one sum over ranks."""
+
+    def __init__(self, config: ModelConfig, layer: int, group: ParallelGroup) -> None:
+        super().__init__()
+        self.group, self.limit = group, config.swiglu_limit
+        self.gate = Gate(config, layer)
+        self.experts = Experts(config, group)
+        self.shared_experts = SharedExpert(config, group)
+
+    def forward(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        weights, chosen = self.gate(hidden, token_ids)
+        experts = self.experts
+        routed = ops.moe(hidden, weights, chosen, experts.w13, experts.w2, self.limit, experts.first)
+        return self.group.sum((routed + self.shared_experts(hidden)).to(hidden.dtype))
+
+
+class Block(nn.Module):
+    """Attention and MoE, each between an mHC read and write: a target layer or a draft stage."""
+
+    def __init__(self, config: ModelConfig, layer: int, group: ParallelGroup) -> None:
+        super().__init__()
+        self.config = config
+        self.attn_norm = Weight(config.hidden_size)
+        self.ffn_norm = Weight(config.hidden_size)
+        self.attn = Attention(config, layer, group)
+        self.ffn = MoE(config, layer, group)
+        self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale = hyper_connection(config)
+        self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale = hyper_connection(config)
+
+    def forward(self, streams: Tensor, token_ids: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """streams [N, m, d] -> [N, m, d]; `attend` is the attention sublayer on normed rows [N, d]."""
+        config = self.config
+
+        def read(fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return ops.mhc_read(
+                streams, fn, base, scale, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
+            )
+
+        hidden, post, comb = read(self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
+        out = attend(ops.rms_norm(hidden, self.attn_norm.weight, config.rms_norm_eps))
+        streams = ops.mhc_write(out, streams, post, comb)
+
+        hidden, post, comb = read(self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
+        out = self.ffn(ops.rms_norm(hidden, self.ffn_norm.weight, config.rms_norm_eps), token_ids)
+        return ops.mhc_write(out, streams, post, comb)

@@ -1,0 +1,83 @@
+"""Messages between the processes of a gang, over torch.distributed on the CPU.
+
+One collective per message in the common case: a fixed first frame carries the length and as much as fits.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_FRAME_BYTES = 16384
+_LENGTH_BYTES = 8
+
+
+def _pack(message: Any) -> tuple[Tensor, Tensor | None]:
+    """The first frame, and the rest where the message is longer."""
+    data = pickle.dumps(message, protocol=5)
+    payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    frame = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
+    frame[:_LENGTH_BYTES] = torch.tensor([len(data)]).view(torch.uint8)
+    room = _FRAME_BYTES - _LENGTH_BYTES
+    frame[_LENGTH_BYTES : _LENGTH_BYTES + len(data)] = payload[:room]
+    return frame, payload[room:] if len(data) > room else None
+
+
+def _rest_bytes(frame: Tensor) -> int:
+    length = int(frame[:_LENGTH_BYTES].view(torch.int64))
+    return max(0, length - (_FRAME_BYTES - _LENGTH_BYTES))
+
+
+def _unpack(frame: Tensor, rest: Tensor | None) -> Any:
+    length = int(frame[:_LENGTH_BYTES].view(torch.int64))
+    data = frame[_LENGTH_BYTES:] if rest is None else torch.cat((frame[_LENGTH_BYTES:], rest))
+    # Both ends are processes of one gang that we started: the bytes are our own.
+    return pickle.loads(data[:length].numpy().tobytes())
+
+
+class Broadcast:
+    """Rank 0 of a group speaks, the others listen."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+
+    def send(self, message: Any) -> None:
+        frame, rest = _pack(message)
+        dist.broadcast(frame, src=0, group=self._group)
+        if rest is not None:
+            dist.broadcast(rest, src=0, group=self._group)
+
+    def receive(self) -> Any:
+        frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
+        dist.broadcast(frame, src=0, group=self._group)
+        rest = None
+        if _rest_bytes(frame):
+            rest = torch.empty(_rest_bytes(frame), dtype=torch.uint8)
+            dist.broadcast(rest, src=0, group=self._group)
+        return _unpack(frame, rest)
+
+
+class Pair:
+    """Two processes, each naming the other's world rank."""
+
+    def __init__(self, peer: int) -> None:
+        self._peer = peer
+
+    def send(self, message: Any) -> None:
+        frame, rest = _pack(message)
+        dist.send(frame, self._peer)
+        if rest is not None:
+            dist.send(rest, self._peer)
+
+    def receive(self) -> Any:
+        frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
+        dist.recv(frame, self._peer)
+        rest = None
+        if _rest_bytes(frame):
+            rest = torch.empty(_rest_bytes(frame), dtype=torch.uint8)
+            dist.recv(rest, self._peer)
+        return _unpack(frame, rest)

@@ -1,0 +1,185 @@
+"""DeepSeek-V4: the target. One forward over the flattened rows of many sequences.
+
+Formulas: `mHC read -> norm -> sublayer -> mHC write`, twice per layer; see dspark_kernels.reference for each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import dspark_kernels as ops
+from dspark_ray.cache.tensors import CacheTensors, LayerCache
+from dspark_ray.config import ModelConfig
+from dspark_ray.model.blocks import Attention, Block, Weight, empty
+from dspark_ray.model.parallel import ParallelGroup
+from dspark_ray.model.rope import Angles, Rope
+from dspark_ray.model.rows import CompressIndex, RingIndex, Rows
+
+
+@dataclass(frozen=True)
+class _LayerAngles:
+    """Angles one kind of layer needs in a forward: of the rows, and of the entries that close."""
+
+    rows: Angles
+    entries: Angles | None
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What a forward leaves behind besides the cache."""
+
+    hidden: Tensor
+    """[N, d], after the final norm: input of `DeepSeekV4.logits`."""
+    features: Tensor | None
+    """[N, T*d]: stream means after the T tapped layers, None where the model has no drafter."""
+
+
+class DeepSeekV4(nn.Module):
+    """The target network, or one tensor-parallel rank of it."""
+
+    def __init__(self, config: ModelConfig, group: ParallelGroup | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.group = group = group or ParallelGroup()
+        self.first_token, stop = group.range(config.vocab_size)
+        self.embed = Weight(stop - self.first_token, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, group) for layer in range(config.num_hidden_layers))
+        m, d = config.hc_mult, config.hidden_size
+        self.hc_head_fn = empty(m, m * d, dtype=torch.float32)
+        self.hc_head_base = empty(m, dtype=torch.float32)
+        self.hc_head_scale = empty(1, dtype=torch.float32)
+        self.norm = Weight(d)
+        self.head = Weight(stop - self.first_token, d)
+        self._rope: Rope | None = None
+
+    @property
+    def rope(self) -> Rope:
+        """Frequency tables on the weights' device."""
+        if self._rope is None:
+            self._rope = Rope(self.config, self.norm.weight.device)
+        return self._rope
+
+    def forward(self, rows: Rows, cache: CacheTensors) -> TargetOutput:
+        """Run all layers on `rows`, reading and writing `cache`."""
+        angles = self._angles(rows)
+        streams = self.embed_streams(rows.token_ids)
+        taps: dict[int, Tensor] = {}
+        tapped = self.config.dspark.target_layer_ids if self.config.dspark else ()
+        for number, (block, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            assert isinstance(block, Block)
+            ratio = block.attn.ratio
+            layer = _CachedAttention(block.attn, rows.window, rows.compressed.get(ratio), angles[ratio], layer_cache)
+            streams = block(streams, rows.token_ids, layer.forward_at(rows.positions))
+            if number in tapped:
+                taps[number] = streams.mean(dim=1)
+        features = torch.cat([taps[number] for number in tapped], dim=-1) if taps else None
+        return TargetOutput(self.final_hidden(streams), features)
+
+    def embed_streams(self, token_ids: Tensor) -> Tensor:
+        """[N] -> [N, m, d]: every stream starts as the embedding."""
+        local = token_ids - self.first_token
+        mine = (local >= 0) & (local < self.embed.weight.shape[0])
+        rows = self.embed.weight[local.clamp(0, self.embed.weight.shape[0] - 1)]
+        if self.group.size > 1:
+            rows = self.group.sum(rows * mine.unsqueeze(1))
+        return rows.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+
+    def final_hidden(self, streams: Tensor) -> Tensor:
+        """[N, m, d] -> [N, d]: head collapse and final norm."""
+        config = self.config
+        hidden = ops.mhc_head(
+            streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, config.hc_eps, config.rms_norm_eps
+        )
+        return ops.rms_norm(hidden, self.norm.weight, config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, d] -> [n, V / size] float32: this rank's slice of the vocabulary."""
+        return nn.functional.linear(hidden.float(), self.head.weight.float())
+
+    def _angles(self, rows: Rows) -> dict[int, _LayerAngles]:
+        """By compression ratio; 0 stands for sliding layers."""
+        angles = {0: _LayerAngles(self.rope.angles(rows.positions, compressed=False), None)}
+        if rows.compressed:
+            compressed = self.rope.angles(rows.positions, compressed=True)
+            for ratio, index in rows.compressed.items():
+                entries = self.rope.angles(index.entry_positions, compressed=True)
+                angles[ratio] = _LayerAngles(compressed, entries)
+        return angles
+
+
+class _CachedAttention:
+    """The attention sublayer of one layer in one forward: parameters, indices and cache brought together."""
+
+    def __init__(
+        self,
+        attention: Attention,
+        window: RingIndex,
+        compressed: CompressIndex | None,
+        angles: _LayerAngles,
+        cache: LayerCache,
+    ) -> None:
+        self.attention, self.window, self.compressed = attention, window, compressed
+        self.angles, self.cache = angles, cache
+
+    def forward_at(self, positions: Tensor):  # noqa: ANN201 - a closure over positions, see Block.forward
+        """The sublayer as a function of its normed input [N, d]."""
+
+        def attend(hidden: Tensor) -> Tensor:
+            attention, angles = self.attention, self.angles.rows
+            q_latent = attention.q_latent(hidden)
+            query = attention.query(q_latent, angles)
+            window_keys = _through_ring(self.cache.window, attention.keys(hidden, angles), self.window)
+            entry_keys, entry_index = self._entries(hidden, q_latent, positions)
+            values = ops.sparse_attention(
+                query,
+                window_keys,
+                self.window.keys,
+                entry_keys,
+                entry_index,
+                attention.attn_sink,
+                attention.config.head_dim**-0.5,
+            )
+            return attention.output(values, angles)
+
+        return attend
+
+    def _entries(self, hidden: Tensor, q_latent: Tensor, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Close this forward's entries, then say which entries every row sees."""
+        index, cache, attention = self.compressed, self.cache, self.attention
+        if index is None:
+            return None, None
+        entries = self._store(attention.compressor, cache.raw, cache.entries, hidden, positions)
+        visible = index.visible
+        if cache.index_raw is None:
+            return entries, visible
+        indexer = attention.indexer
+        index_entries = self._store(indexer.compressor, cache.index_raw, cache.index_entries, hidden, positions)
+        if visible.shape[1] > indexer.topk:  # otherwise everything visible is chosen
+            query, weights = indexer.query(hidden, q_latent, self.angles.rows)
+            visible = ops.indexer_topk(query, weights, index_entries, visible, indexer.topk)
+        return entries, visible
+
+    def _store(
+        self, compressor: nn.Module, raw: Tensor | None, entries: Tensor | None, hidden: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Write raw rows, pool the windows that close, write their entries; returns all entries."""
+        assert self.compressed is not None and raw is not None and entries is not None
+        index = self.compressed
+        rows = _through_ring(raw, compressor.raw_rows(hidden, positions), index.ring)
+        if len(index.store_entries):
+            keys, angles = index.ring.keys, self.angles.entries
+            pooled = compressor.pool(rows[keys.clamp_min(0)], keys >= 0, angles, entries.dtype)
+            if entries is self.cache.entries:
+                pooled = self.attention.stored(pooled)
+            entries[index.store_entries] = pooled
+        return entries
+
+
+def _through_ring(ring: Tensor, own: Tensor, index: RingIndex) -> Tensor:
+    """[history ++ own rows], after which the youngest own rows are in the ring."""
+    rows = torch.cat((ring[index.history], own.to(ring.dtype)))
+    ring[index.store_slots] = own[index.store_rows].to(ring.dtype)
+    return rows

@@ -1,0 +1,125 @@
+"""One forward on every rank: rank 0 says what to run, all run it, rank 0 has the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark_ray.cache.tensors import CacheTensors
+from dspark_ray.drafters.dspark import FeatureProjector
+from dspark_ray.model.channel import Broadcast
+from dspark_ray.model.deepseek_v4 import DeepSeekV4
+from dspark_ray.model.rows import Segment, build_rows
+from dspark_ray.sampling.rows import SamplingRows
+from dspark_ray.sampling.sampler import Sampler, Samples
+
+
+@dataclass(frozen=True)
+class ForwardCommand:
+    """Segments to run, and the flattened rows whose next token is wanted."""
+
+    segments: tuple[Segment, ...]
+    sampled_rows: np.ndarray
+    """[n]"""
+    sampling: SamplingRows
+    """How the n rows become tokens."""
+    wants_features: bool
+    """Whether rank 0 needs main_x."""
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """What rank 0 knows after a forward."""
+
+    samples: Samples
+    main_x: Tensor | None
+    """[N, d] projected features of all rows, where the command wants them."""
+
+
+class Target(Protocol):
+    """A target that can run a command, however many ranks it has."""
+
+    def run(self, command: ForwardCommand) -> ForwardResult: ...
+
+    def keep_alive(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TargetRank:
+    """One rank's model and cache."""
+
+    def __init__(self, model: DeepSeekV4, cache: CacheTensors, projector: FeatureProjector | None) -> None:
+        self.model, self.cache, self._project = model, cache, projector
+        self._sampler = Sampler(model.group, model.first_token, model.config.vocab_size)
+
+    @torch.inference_mode()
+    def run(self, command: ForwardCommand) -> ForwardResult | None:
+        """Forward and sample; the result is rank 0's."""
+        device = self.model.norm.weight.device
+        output = self.model(build_rows(command.segments, self.cache.shape, device), self.cache)
+        sampled = torch.from_numpy(command.sampled_rows).to(device)
+        samples = self._sampler.sample(self.model.logits(output.hidden[sampled]), command.sampling)
+        if samples is None:
+            return None
+        main_x = None
+        if command.wants_features:
+            assert self._project is not None and output.features is not None, "the model has no drafter"
+            main_x = self._project(output.features).cpu()
+        return ForwardResult(samples, main_x)
+
+
+class LocalTarget:
+    """A target of one rank."""
+
+    def __init__(self, rank: TargetRank) -> None:
+        self._rank = rank
+
+    def run(self, command: ForwardCommand) -> ForwardResult:
+        result = self._rank.run(command)
+        assert result is not None
+        return result
+
+    def keep_alive(self) -> None:
+        """Nobody is waiting."""
+
+    def close(self) -> None:
+        """Nobody is waiting."""
+
+
+class LeadingTarget(LocalTarget):
+    """Rank 0 of several: tells the others first."""
+
+    def __init__(self, rank: TargetRank, channel: Broadcast) -> None:
+        super().__init__(rank)
+        self._channel = channel
+
+    def run(self, command: ForwardCommand) -> ForwardResult:
+        self._channel.send(command)
+        return super().run(command)
+
+    def keep_alive(self) -> None:
+        self._channel.send(_KEEP_ALIVE)
+
+    def close(self) -> None:
+        self._channel.send(_CLOSE)
+
+
+class Follower:
+    """A rank other than 0: does what rank 0 says until it closes."""
+
+    def __init__(self, rank: TargetRank, channel: Broadcast) -> None:
+        self._rank, self._channel = rank, channel
+
+    def run(self) -> None:
+        """Serve until rank 0 closes; raises when rank 0 is gone or silent beyond the gang's timeout."""
+        while (message := self._channel.receive()) != _CLOSE:
+            if message != _KEEP_ALIVE:
+                self._rank.run(message)
+
+
+_KEEP_ALIVE, _CLOSE = "keep alive", "close"
