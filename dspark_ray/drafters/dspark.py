@@ -1,0 +1,201 @@
+"""The draft module of the official checkpoints (`mtp.*`): backbone over one block, then a left-to-right loop.
+
+    [anchor, noise x (G-1)] -> stages, which also see W context keys -> hidden h_k, base logits U_k
+    for k: logits_k = U_k + Markov(token_{k-1});  token_k ~ logits_k;  confidence_k = sigmoid(w . [h_k; W1[token_{k-1}]])
+
+Source: DSpark module specification, sections 5-8. Letters: R requests, G gamma, W window, T tapped layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import dspark_kernels as ops
+from dspark_ray.config import ModelConfig
+from dspark_ray.drafters.heads import ConfidenceHead, build_markov_head
+from dspark_ray.model.blocks import Block, Weight, empty
+from dspark_ray.model.parallel import ParallelGroup
+from dspark_ray.model.rope import Rope
+
+
+class Stage(Block):
+    """One draft stage; the first also projects features, the last carries the heads."""
+
+    def __init__(self, config: ModelConfig, number: int) -> None:
+        super().__init__(config, config.num_hidden_layers + number, ParallelGroup())
+        dspark = config.dspark
+        assert dspark is not None
+        d, m = config.hidden_size, config.hc_mult
+        if number == 0:
+            self.main_proj = Weight(d, d * len(dspark.target_layer_ids))
+            self.main_norm = Weight(d)
+        if number == dspark.num_stages - 1:
+            self.norm = Weight(d)
+            self.hc_head_fn = empty(m, m * d, dtype=torch.float32)
+            self.hc_head_base = empty(m, dtype=torch.float32)
+            self.hc_head_scale = empty(1, dtype=torch.float32)
+            self.markov_head = build_markov_head(dspark.markov_head_type, config.vocab_size, dspark.markov_rank, d)
+            self.confidence_head = ConfidenceHead(d, dspark.markov_rank)
+
+
+class FeatureProjector(nn.Module):
+    """main_proj and main_norm alone: the part of the drafter that runs on the verifier, so that d numbers travel
+    per token instead of T*d."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.dspark is not None
+        self.eps = config.rms_norm_eps
+        self.main_proj = Weight(config.hidden_size, config.hidden_size * len(config.dspark.target_layer_ids))
+        self.main_norm = Weight(config.hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """main_x [N, d] of target features [N, T*d]."""
+        return ops.rms_norm(self.main_proj(features), self.main_norm.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class BlockOutput:
+    """The parallel part of a draft."""
+
+    hidden: Tensor
+    """[R, G, d] before the final norm: input of the confidence head."""
+    base_logits: Tensor
+    """[R, G, V] float32."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The sequential part: one token and one confidence logit per position."""
+
+    tokens: Tensor
+    """[R, G]"""
+    logits: Tensor
+    """[R, G, V] float32, Markov bias included."""
+    confidence_logits: Tensor
+    """[R, G] float32, before any temperature and sigmoid."""
+
+
+Choose = Callable[[int, Tensor], Tensor]
+"""(position k of the block, logits [R, V]) -> token ids [R]."""
+
+
+class DSparkModule(nn.Module):
+    """Stages and heads. `embed` and `head` [V, d] are the target's and are not part of the module's state."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.dspark is None:
+            raise ValueError("the checkpoint has no DSpark module: config.json lacks dspark_block_size")
+        self.config, self.gamma = config, config.dspark.gamma
+        self.noise_token_id = config.dspark.noise_token_id
+        self.mtp = nn.ModuleList(Stage(config, number) for number in range(config.dspark.num_stages))
+        self._rope: Rope | None = None
+        self._shared: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The draft stages in order."""
+        return list(self.mtp)  # type: ignore[arg-type]
+
+    @property
+    def rope(self) -> Rope:
+        """Frequency tables on the weights' device."""
+        if self._rope is None:
+            self._rope = Rope(self.config, self.stages[0].main_norm.weight.device)
+        return self._rope
+
+    def share(self, embed: Tensor, head: Tensor) -> None:
+        """Take the target's embedding and LM head, [V, d] each (a tuple, so that they stay out of the state)."""
+        self._shared = (embed, head)
+
+    def project(self, features: Tensor) -> Tensor:
+        """main_x [N, d] of target features [N, T*d]; runs on the verifier, so that d numbers travel per token."""
+        first = self.stages[0]
+        return ops.rms_norm(first.main_proj(features), first.main_norm.weight, self.config.rms_norm_eps)
+
+    def context_keys(self, main_x: Tensor, positions: Tensor) -> list[Tensor]:
+        """Per stage the context keys [N, D] of committed tokens at `positions`; not through norms or mHC."""
+        angles = self.rope.angles(positions, compressed=False)
+        return [stage.attn.keys(main_x, angles) for stage in self.stages]
+
+    def block(self, anchors: Tensor, starts: Tensor, context: Sequence[Tensor], visible: Tensor) -> BlockOutput:
+        """Run the stages over the blocks of R requests.
+
+        anchors [R] token ids at positions starts [R]; context per stage [R, W, D] with visible [R, W] telling which
+        are keys. Every position of a block sees the same context and the whole block.
+        """
+        assert self._shared is not None, "share() comes first"
+        embed, head = self._shared
+        num_requests, gamma = len(anchors), self.gamma
+        token_ids = torch.full((num_requests, gamma), self.noise_token_id, device=anchors.device)
+        token_ids[:, 0] = anchors
+        token_ids = token_ids.flatten()
+        positions = (starts.unsqueeze(1) + torch.arange(gamma, device=starts.device)).flatten()
+        angles = self.rope.angles(positions, compressed=False)
+        index = self._key_index(visible)
+        streams = embed[token_ids].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        for stage, keys in zip(self.stages, context, strict=True):
+            attention = stage.attn
+
+            def attend(hidden: Tensor, attention=attention, keys=keys) -> Tensor:
+                query = attention.query(attention.q_latent(hidden), angles)
+                own = attention.keys(hidden, angles).unflatten(0, (num_requests, gamma))
+                pool = torch.cat((keys.to(own.dtype), own), dim=1).flatten(0, 1)
+                # The G queries of a request see the same keys: they count as G times as many heads.
+                values = ops.sparse_attention(
+                    query.unflatten(0, (num_requests, gamma)).flatten(1, 2),
+                    pool,
+                    index,
+                    None,
+                    None,
+                    attention.attn_sink.repeat(gamma),
+                    self.config.head_dim**-0.5,
+                )
+                return attention.output(values.unflatten(1, (gamma, -1)).flatten(0, 1), angles)
+
+            streams = stage(streams, token_ids, attend)
+        last, config = self.stages[-1], self.config
+        hidden = ops.mhc_head(
+            streams, last.hc_head_fn, last.hc_head_base, last.hc_head_scale, config.hc_eps, config.rms_norm_eps
+        )
+        normed = ops.rms_norm(hidden, last.norm.weight, config.rms_norm_eps)
+        logits = nn.functional.linear(normed.float(), head.float())
+        return BlockOutput(*(x.unflatten(0, (num_requests, gamma)) for x in (hidden, logits)))
+
+    def _key_index(self, visible: Tensor) -> Tensor:
+        """[R, W + G] into the flattened [R, W + G] keys, -1 where the context has no key."""
+        num_requests = len(visible)
+        shown = torch.cat((visible, visible.new_ones(num_requests, self.gamma)), dim=1)
+        flat = torch.arange(shown.numel(), device=visible.device).view_as(shown)
+        return torch.where(shown, flat, -1)
+
+    def run_heads(self, block: BlockOutput, anchors: Tensor, choose: Choose) -> Draft:
+        """Left to right: bias by the token before, choose, and say how sure."""
+        last = self.stages[-1]
+        markov, previous = last.markov_head, anchors
+        state = markov.initial_state(len(anchors), block.hidden)
+        tokens, logits, confidences = [], [], []
+        for k in range(self.gamma):
+            embedding = markov.embed(previous)
+            bias, state = markov.step(embedding, block.hidden[:, k], state)
+            step_logits = block.base_logits[:, k] + bias
+            confidences.append(last.confidence_head(block.hidden[:, k], embedding))
+            previous = choose(k, step_logits)
+            tokens.append(previous)
+            logits.append(step_logits)
+        return Draft(torch.stack(tokens, 1), torch.stack(logits, 1), torch.stack(confidences, 1))
+
+
+def greedy(k: int, logits: Tensor) -> Tensor:
+    """A `Choose` that takes the likeliest token."""
+    return logits.argmax(-1)
+
+
+def along(path: Tensor) -> Choose:
+    """A `Choose` that follows a given path [R, G]: teacher forcing, recorded paths."""
+    return lambda k, logits: path[:, k]

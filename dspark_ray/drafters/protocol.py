@@ -1,0 +1,91 @@
+"""What verifier and drafter tell each other: one message each way per round.
+
+To the drafter: the target's features of newly committed tokens, then the blocks to draft.
+From the drafter: tokens and confidences (and in rejection verification the distributions they were drawn from).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark_ray.sampling.sampler import DraftSampling
+
+
+@dataclass(frozen=True)
+class ContextUpdate:
+    """main_x rows of committed tokens; where the rows go is given by slot and position."""
+
+    slots: np.ndarray
+    """[n]"""
+    positions: np.ndarray
+    """[n]"""
+    main_x: Tensor
+    """[n, d]"""
+
+    @staticmethod
+    def join(parts: list[ContextUpdate], hidden_size: int) -> ContextUpdate:
+        """One update that says all of `parts`, in order."""
+        if not parts:
+            none = np.empty(0, dtype=np.int64)
+            return ContextUpdate(none, none, torch.empty(0, hidden_size))
+        return ContextUpdate(
+            np.concatenate([part.slots for part in parts]),
+            np.concatenate([part.positions for part in parts]),
+            torch.cat([part.main_x for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """Update the context, then draft one block for each of R requests (R may be 0)."""
+
+    context: ContextUpdate
+    slots: np.ndarray
+    """[R]"""
+    anchors: np.ndarray
+    """[R] token ids"""
+    starts: np.ndarray
+    """[R] position of each anchor: its context are the positions before"""
+    sampling: DraftSampling
+
+
+@dataclass(frozen=True)
+class TruncatedDistributions:
+    """What each drafted token was really drawn from: K ids and probabilities per position."""
+
+    ids: np.ndarray
+    """[R, G, K]"""
+    probabilities: np.ndarray
+    """[R, G, K], each row sums to 1"""
+
+
+@dataclass(frozen=True)
+class DraftProposal:
+    """Drafted tokens, how sure the drafter is of each, and (rejection only) their distributions."""
+
+    tokens: np.ndarray
+    """[R, G]"""
+    confidences: np.ndarray
+    """[R, G] P(stands | all before it stood)"""
+    distributions: TruncatedDistributions | None = None
+
+
+class Drafter(Protocol):
+    """A place where drafts are made: inside rank 0, or in an actor of its own."""
+
+    def submit(self, request: DraftRequest) -> None:
+        """Hand over one round's request; at most one may be open."""
+
+    def collect(self) -> DraftProposal:
+        """Wait for the open request's proposal."""
+
+    def keep_alive(self) -> None:
+        """Call now and then while there is nothing to draft."""
+
+    def close(self) -> None:
+        """Let the drafter end."""
