@@ -1,0 +1,1 @@
+"""Training of the tiny model: its corpus, its tokenizer and its optimisation."""
