@@ -1,0 +1,142 @@
+"""`dspark-ray`: generate text without Ray, or look into a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dspark_ray.checkpoint.inspect import describe
+from dspark_ray.checkpoint.reader import CheckpointError
+from dspark_ray.config import ConfigError, EngineConfig
+from dspark_ray.engine import Engine
+from dspark_ray.runtime import build_engine
+from dspark_ray.text import TextStream
+from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.types import Request, RequestError, SamplingParams, SpeculationStats, SpeculativeParams
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate_text` saw."""
+
+    num_tokens: int
+    seconds: float
+    stats: SpeculationStats
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; bad input ends with exit code 2 and one line that says what would be right."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (ConfigError, CheckpointError, RequestError) as error:
+        print(f"dspark-ray: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dspark-ray", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    generate = commands.add_parser("generate", help="stream a completion to the terminal, without Ray")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("prompt", help="text to continue, or a user message with --chat")
+    generate.add_argument("--model", default="deployments/tiny", help="checkpoint folder (default: %(default)s)")
+    generate.add_argument("--chat", action="store_true", help="treat the prompt as a user message")
+    generate.add_argument("--max-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--stop", action="append", default=[], help="end the text here; may be repeated")
+    generate.add_argument("--gamma", type=int, default=None, help="drafted tokens per round (default: the checkpoint's)")
+    generate.add_argument("--verification", choices=("coupled", "rejection"), default="coupled")
+    generate.add_argument("--no-speculation", action="store_true", help="decode one token per forward, for comparison")
+    generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    generate.add_argument("--device", default="cpu")
+    generate.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    inspect = commands.add_parser("inspect", help="say what is in a checkpoint, from its headers alone")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("model", help="checkpoint folder")
+    inspect.add_argument("--json", action="store_true")
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    description = describe(Path(arguments.model))
+    print(json.dumps(description.to_dict(), indent=2) if arguments.json else description.format())
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    torch.set_num_threads(arguments.threads)
+    config = EngineConfig(
+        max_num_seqs=1,
+        gamma=arguments.gamma,
+        verification=arguments.verification,
+        speculation=not arguments.no_speculation,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    tokenizer = Tokenizer.from_directory(Path(arguments.model))
+    engine = build_engine(arguments.model, config)
+    request = Request(
+        request_id="cli",
+        prompt_token_ids=tuple(_prompt_ids(tokenizer, arguments)),
+        sampling=SamplingParams(
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            max_tokens=arguments.max_tokens,
+            stop=tuple(arguments.stop),
+        ),
+        speculative=SpeculativeParams(enabled=not arguments.no_speculation),
+    )
+    generated = generate_text(engine, tokenizer, request, lambda text: print(text, end="", flush=True))
+    engine.close()
+    print()
+    print(_summary(generated), file=sys.stderr)
+    return 0
+
+
+def _prompt_ids(tokenizer: Tokenizer, arguments: argparse.Namespace) -> list[int]:
+    if arguments.chat:
+        return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": arguments.prompt}]))
+    return [tokenizer.bos_token_id, *tokenizer.encode(arguments.prompt)]
+
+
+def generate_text(engine: Engine, tokenizer: Tokenizer, request: Request, emit) -> Generated:  # noqa: ANN001
+    """Run one request to its end, passing text to `emit` as it comes; ends at a stop string too."""
+    text = TextStream(tokenizer, request.sampling.stop)
+    engine.add_request(request)
+    num_tokens, stats, started = 0, SpeculationStats(), time.perf_counter()
+    while engine.has_unfinished():
+        for output in engine.step().sequences:
+            shown = [token for token in output.token_ids if token != output.stop_token_id]
+            delta = text.push(shown)
+            emit(delta.text)
+            num_tokens += len(output.token_ids)
+            stats = output.stats or stats
+            if delta.stopped:
+                engine.abort(request.request_id)
+    emit(text.flush())
+    return Generated(num_tokens, time.perf_counter() - started, stats)
+
+
+def _summary(generated: Generated) -> str:
+    stats, seconds = generated.stats, max(generated.seconds, 1e-9)
+    return (
+        f"{generated.num_tokens} tokens in {seconds:.2f} s = {generated.num_tokens / seconds:.1f} tokens/s; "
+        f"accepted length {stats.mean_accepted_length:.2f} "
+        f"(drafted {stats.num_drafted}, admitted {stats.num_admitted}, accepted {stats.num_accepted})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Putting an engine together: in one process, or as one member of a gang.
+
+A gang is a torch.distributed world: ranks 0 .. TP-1 verify, and rank TP drafts where the drafter has a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from dspark_ray.cache.tensors import CacheTensors
+from dspark_ray.checkpoint.reader import Checkpoint, load_drafter, load_projector, load_target
+from dspark_ray.config import ConfigError, EngineConfig, ModelConfig
+from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
+from dspark_ray.drafters.link import DraftServer, RemoteDrafter
+from dspark_ray.drafters.protocol import Drafter
+from dspark_ray.drafters.worker import DraftWorker, InlineDrafter
+from dspark_ray.engine import Engine
+from dspark_ray.model.channel import Broadcast, Pair
+from dspark_ray.model.deepseek_v4 import DeepSeekV4
+from dspark_ray.model.executor import Follower, LeadingTarget, LocalTarget, TargetRank
+from dspark_ray.model.parallel import ParallelGroup
+from dspark_ray.model.rows import CacheShape
+
+DrafterPlacement = Literal["inline", "actor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GangSpec:
+    """What every member of a gang must agree on."""
+
+    checkpoint: str
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tensor_parallel_size: int = 1
+    drafter: DrafterPlacement = "inline"
+    init_method: str | None = None
+    """Where torch.distributed meets, e.g. tcp://10.0.0.1:23456; None for a gang of one process."""
+    timeout_seconds: float = 60.0
+    """A member that is silent for longer counts as dead."""
+    load_timeout_seconds: float = 1800.0
+    """How long members wait for the slowest to read its weights."""
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size < 1:
+            raise ConfigError(f"tensor_parallel_size={self.tensor_parallel_size}: expected 1 or more")
+        if self.world_size > 1 and self.init_method is None:
+            raise ConfigError(f"init_method is missing: a gang of {self.world_size} processes has to meet somewhere")
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size + (self.has_draft_process)
+
+    @property
+    def has_draft_process(self) -> bool:
+        return self.drafter == "actor" and self.engine.speculation
+
+    def resolve(self) -> tuple[ModelConfig, EngineConfig]:
+        """Read the checkpoint's config and check everything against it. Raises ConfigError."""
+        model = ModelConfig.from_file(Path(self.checkpoint))
+        engine = self.engine
+        if model.dspark is None and engine.speculation:
+            engine = replace(engine, speculation=False)
+        for name in ("o_groups", "num_attention_heads"):
+            if getattr(model, name) % self.tensor_parallel_size:
+                raise ConfigError(
+                    f"tensor_parallel_size={self.tensor_parallel_size}: expected a divisor of {name}={getattr(model, name)}"
+                )
+        return model, engine.for_model(model)
+
+
+def build_engine(checkpoint: str | Path, config: EngineConfig | None = None) -> Engine:
+    """An engine in this process: one rank, the drafter inline, no torch.distributed."""
+    return join_as_verifier(GangSpec(checkpoint=str(checkpoint), engine=config or EngineConfig()), rank=0)
+
+
+def join_as_verifier(spec: GangSpec, rank: int) -> Engine | Follower:
+    """Load one rank of the target and meet the others: rank 0 gets the engine, the others follow it.
+
+    Raises ConfigError or CheckpointError before anything is started.
+    """
+    model_config, config = spec.resolve()
+    group = _join(spec, rank)
+    checkpoint = Checkpoint.open(spec.checkpoint)
+    speculates = config.speculation and rank == 0
+    target_rank = _load_target_rank(checkpoint, model_config, config, group, with_projector=speculates)
+    drafter = _drafter_of(spec, checkpoint, model_config, config) if rank == 0 else None
+    _wait_for_all(spec)
+    if rank > 0:
+        return Follower(target_rank, Broadcast(group.handle))
+    target = LeadingTarget(target_rank, Broadcast(group.handle)) if group.size > 1 else LocalTarget(target_rank)
+    return Engine(config, model_config, target, drafter)
+
+
+def join_as_drafter(spec: GangSpec) -> DraftServer:
+    """Load the draft module and meet rank 0; the drafter's rank is the last of the world."""
+    model_config, config = spec.resolve()
+    _join(spec, spec.tensor_parallel_size)
+    worker = _load_draft_worker(Checkpoint.open(spec.checkpoint), model_config, config)
+    _wait_for_all(spec)
+    return DraftServer(worker, Pair(peer=0))
+
+
+def _join(spec: GangSpec, rank: int) -> ParallelGroup:
+    """Meet the world and form the target's group; a single process needs neither."""
+    if spec.world_size == 1:
+        return ParallelGroup()
+    dist.init_process_group(
+        "gloo",
+        init_method=spec.init_method,
+        world_size=spec.world_size,
+        rank=rank,
+        timeout=timedelta(seconds=spec.timeout_seconds),
+    )
+    size = spec.tensor_parallel_size
+    # Every member of the world has to take part in making a group, the drafter too.
+    handle = dist.new_group(list(range(size)), timeout=timedelta(seconds=spec.timeout_seconds))
+    return ParallelGroup(rank, size, handle) if size > 1 and rank < size else ParallelGroup()
+
+
+def _wait_for_all(spec: GangSpec) -> None:
+    """Let the slowest reader of weights catch up, before silence starts to count as death."""
+    if spec.world_size > 1:
+        dist.monitored_barrier(timeout=timedelta(seconds=spec.load_timeout_seconds))
+
+
+def _load_target_rank(
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    config: EngineConfig,
+    group: ParallelGroup,
+    with_projector: bool,
+) -> TargetRank:
+    assert config.gamma is not None and config.num_pages is not None
+    projector = None
+    with _unfilled(config):
+        model = DeepSeekV4(model_config, group)
+        if with_projector:
+            projector = FeatureProjector(model_config)
+    load_target(model, checkpoint, device=config.device)
+    if projector is not None:
+        load_projector(projector, checkpoint, device=config.device)
+    shape = CacheShape.of(model_config, config.gamma, config.page_size)
+    dtype = getattr(torch, config.dtype)
+    cache = CacheTensors(model_config, shape, config.max_num_seqs, config.num_pages, dtype, config.device)
+    return TargetRank(model.eval(), cache, projector)
+
+
+def _drafter_of(
+    spec: GangSpec, checkpoint: Checkpoint, model_config: ModelConfig, config: EngineConfig
+) -> Drafter | None:
+    if not config.speculation:
+        return None
+    if spec.has_draft_process:
+        return RemoteDrafter(Pair(peer=spec.tensor_parallel_size))
+    return InlineDrafter(_load_draft_worker(checkpoint, model_config, config))
+
+
+def _load_draft_worker(checkpoint: Checkpoint, model_config: ModelConfig, config: EngineConfig) -> DraftWorker:
+    with _unfilled(config):
+        module = DSparkModule(model_config)
+    load_drafter(module, checkpoint, device=config.device)
+    return DraftWorker(module.eval(), config)
+
+
+@contextmanager
+def _unfilled(config: EngineConfig) -> Iterator[None]:
+    """Modules made here have shapes and the engine's dtype but no memory until they are loaded."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, config.dtype))
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)

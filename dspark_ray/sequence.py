@@ -1,0 +1,78 @@
+"""A request in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dspark_ray.types import FinishReason, Request, SpeculationStats
+
+
+@dataclass
+class StatsCounter:
+    """Counts that become SpeculationStats when the request ends."""
+
+    num_rounds: int = 0
+    num_drafted: int = 0
+    num_admitted: int = 0
+    num_accepted: int = 0
+    histogram: list[int] = field(default_factory=list)
+
+    def record(self, num_drafted: int, num_admitted: int, num_accepted: int) -> None:
+        """Add one decoding round."""
+        self.num_rounds += 1
+        self.num_drafted += num_drafted
+        self.num_admitted += num_admitted
+        self.num_accepted += num_accepted
+        self.histogram += [0] * (num_accepted + 1 - len(self.histogram))
+        self.histogram[num_accepted] += 1
+
+    def freeze(self) -> SpeculationStats:
+        return SpeculationStats(
+            self.num_rounds, self.num_drafted, self.num_admitted, self.num_accepted, tuple(self.histogram)
+        )
+
+
+class Sequence:
+    """Tokens committed so far, and how many of them the target's cache holds.
+
+        tokens    [ prompt ........ | outputs ........ anchor ]
+                  [ 0 ..... num_computed - 1 ][ not in the cache yet ]
+
+    Decoding means that exactly the anchor is missing.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
+        self.num_prompt = len(request.prompt_token_ids)
+        self.num_computed = 0
+        self.slot: int | None = None
+        self.pages: list[int] = []
+        self.stats = StatsCounter()
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def length(self) -> int:
+        """Committed tokens, the anchor included."""
+        return len(self.tokens)
+
+    @property
+    def anchor(self) -> int:
+        return self.tokens[-1]
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_missing(self) -> int:
+        """Committed tokens that the cache does not hold."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.slot is not None and self.num_missing == 1 and self.num_outputs > 0
