@@ -1,7 +1,7 @@
-"""Counter-based noise: Philox-4x32-10 (Salmon et al., SC 2011), bit for bit the same on every device and rank.
+"""Counter-based noise: Philox-4x32-10 (Salmon et al., SC 2011), the same bits on every device and rank.
 
-A draw is addressed, never consumed: (seed, stream, position, token id) names it, so the drafter, every tensor-parallel
-rank and a replay of the request all see the same number without exchanging any state.
+A draw is addressed, never consumed: (seed, stream, position, token id) names it, so the drafter, every
+tensor-parallel rank and a replay of the request all see the same number without exchanging any state.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _schedule(key: tuple[Tensor, Tensor], num_dims: int) -> tuple[Tensor, Tensor]:
-    """Multipliers [2, 1, ...] and keys [10, 2, ...], both broadcasting against words of `num_dims` dimensions."""
+    """Multipliers [2, 1, ...] and keys [10, 2, ...] that broadcast against words of `num_dims` dimensions."""
     k0, k1 = torch.broadcast_tensors(*key)
     trailing = (1,) * (num_dims - k0.dim()) + k0.shape
     multipliers, increments = _constants(k0.device)
@@ -42,13 +42,15 @@ def _schedule(key: tuple[Tensor, Tensor], num_dims: int) -> tuple[Tensor, Tensor
     return multipliers.view(2, *(1,) * num_dims), keys & _MASK
 
 
-def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def philox_4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Ten rounds over four counter words and two key words, all int64 tensors holding uint32 values.
 
     The words of each broadcast against each other, and the key's against the counter's.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    # Words 0 and 2 are multiplied, words 1 and 3 are not; each pair is one tensor, so that a round is seven calls.
+    # Words 0 and 2 are multiplied, words 1 and 3 are not; each pair is one tensor: seven calls per round.
     even, odd = torch.stack((c0, c2)), torch.stack((c1, c3))
     multipliers, keys = _schedule(key, c0.dim())
     for round_key in keys:
@@ -60,7 +62,7 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tenso
 
 
 def _uniform(seeds: Tensor, positions: Tensor, stream: int, first_id: int, num_ids: int) -> Tensor:
-    """One float64 in (0, 1) per row and id: [N, num_ids] for seeds, positions [N]; 32 random bits, exactly."""
+    """[N, num_ids] float64 in (0, 1), exact in 32 random bits each, for seeds, positions [N]."""
     # Four ids share one call: id // 4 is a counter word, id % 4 picks the output word.
     first_block, last_block = first_id // 4, (first_id + num_ids + 3) // 4
     blocks = torch.arange(first_block, last_block, device=seeds.device)

@@ -1,0 +1,1 @@
+"""Which drafts are verified, and which of them stand."""
