@@ -1,0 +1,289 @@
+"""Reads checkpoints: headers first, then only the slices that one rank needs.
+
+Everything that can be wrong with a checkpoint's files, names, shapes and dtypes is found from the headers, before
+any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dspark_ray.checkpoint.layout import Piece, Range, official_name, pieces_of, scale_name, whole
+from dspark_ray.checkpoint.quantisation import FP4_BLOCK, FP8_BLOCK, dequantise_fp4, dequantise_fp8
+from dspark_ray.config import ModelConfig
+from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
+from dspark_ray.model.deepseek_v4 import DeepSeekV4
+from dspark_ray.model.parallel import ParallelGroup
+
+INDEX_FILE = "model.safetensors.index.json"
+MAX_PROBLEMS = 10
+
+_PLAIN_DTYPES = ("F32", "BF16", "F16")
+_TABLE_DTYPES = ("I64", "I32")
+_SCALE_DTYPES = ("F8_E8M0", "F32")
+_BLOCKS = {"F8_E4M3": FP8_BLOCK, "I8": FP4_BLOCK}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message names file, tensor, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as a file's header describes it."""
+
+    stored_name: str
+    file: Path
+    dtype: str
+    """As safetensors spells it: BF16, F8_E4M3, I8 and so on."""
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder under their official names."""
+
+    def __init__(self, path: Path, tensors: dict[str, StoredTensor]) -> None:
+        self.path, self.tensors = path, tensors
+        self._files: dict[Path, Any] = {}
+
+    @staticmethod
+    def open(path: Path | str) -> Checkpoint:
+        """Read the headers of the files that the index names, or of all *.safetensors without an index.
+
+        Raises CheckpointError for files that are missing, cut short or no safetensors.
+        """
+        path = Path(path)
+        tensors: dict[str, StoredTensor] = {}
+        for tensor in _listed(path):
+            name = official_name(tensor.stored_name)
+            if name in tensors:
+                both = f"{tensors[name].stored_name!r} and {tensor.stored_name!r}"
+                raise CheckpointError(f"{tensor.file}: {both}: expected one tensor for {name!r}")
+            tensors[name] = tensor
+        return Checkpoint(path, tensors)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The folder's `config.json`."""
+        return ModelConfig.from_file(self.path)
+
+    def validate(self, pieces: Iterable[Piece]) -> list[str]:
+        """What headers already tell to be wrong, one sentence per tensor that is wanted."""
+        wanted = {piece.name: piece for piece in pieces}
+        return [problem for piece in wanted.values() if (problem := self._problem(piece))]
+
+    def require(self, pieces: Iterable[Piece]) -> None:
+        """Raise CheckpointError with the first problems that `validate` finds."""
+        problems = self.validate(pieces)
+        if not problems:
+            return
+        shown = "\n  ".join(problems[:MAX_PROBLEMS])
+        rest = len(problems) - MAX_PROBLEMS
+        more = f"\n  and {rest} more" if rest > 0 else ""
+        raise CheckpointError(f"{self.path}: this checkpoint does not fit its configuration:\n  {shown}{more}")
+
+    def read(self, piece: Piece) -> Tensor:
+        """The piece's region; float32 where the file holds it quantised, else in the file's dtype."""
+        tensor = self.tensors[piece.name]
+        if tensor.dtype not in _BLOCKS:
+            return self._slice(tensor, piece.region)
+        return self._read_quantised(tensor, self.tensors[scale_name(piece.name)], piece.region)
+
+    def _problem(self, piece: Piece) -> str | None:
+        tensor = self.tensors.get(piece.name)
+        if tensor is None:
+            return f"{piece.name}: expected shape {list(piece.shape)}, found no such tensor"
+        expected_dtypes = _allowed_dtypes(piece)
+        if tensor.dtype not in expected_dtypes:
+            return _mismatch(tensor, piece.name, f"dtype {' or '.join(expected_dtypes)}", tensor.dtype)
+        shape = _stored_shape(piece.shape, tensor.dtype)
+        if tensor.shape != shape:
+            return _mismatch(tensor, piece.name, f"shape {list(shape)}", list(tensor.shape))
+        return self._scale_problem(piece) if tensor.dtype in _BLOCKS else None
+
+    def _scale_problem(self, piece: Piece) -> str | None:
+        weight, name = self.tensors[piece.name], scale_name(piece.name)
+        shape = tuple(-(-size // block) for size, block in zip(piece.shape, _BLOCKS[weight.dtype], strict=True))
+        scale = self.tensors.get(name)
+        if scale is None:
+            return _mismatch(weight, name, f"scales of shape {list(shape)} for {weight.dtype}", "no such tensor")
+        if scale.dtype not in _SCALE_DTYPES:
+            return _mismatch(scale, name, f"dtype {' or '.join(_SCALE_DTYPES)}", scale.dtype)
+        if scale.shape != shape:
+            return _mismatch(scale, name, f"shape {list(shape)}", list(scale.shape))
+        return None
+
+    def _read_quantised(self, weight: StoredTensor, scale: StoredTensor, region: tuple[Range, ...]) -> Tensor:
+        """Read whole blocks around the region, dequantise, cut."""
+        block = _BLOCKS[weight.dtype]
+        blocks = tuple((start // size, -(-stop // size)) for (start, stop), size in zip(region, block, strict=True))
+        rows, columns = (
+            (first * size, min(stop * size, total))
+            for (first, stop), size, total in zip(blocks, block, _dense_shape(weight), strict=True)
+        )
+        scales = self._slice(scale, blocks)
+        if weight.dtype == "F8_E4M3":
+            values = dequantise_fp8(self._slice(weight, (rows, columns)), scales)
+        else:
+            values = dequantise_fp4(self._slice(weight, (rows, (columns[0] // 2, columns[1] // 2))), scales)
+        (first_row, last_row), (first_column, last_column) = region
+        return values[first_row - rows[0] : last_row - rows[0], first_column - columns[0] : last_column - columns[0]]
+
+    def _slice(self, tensor: StoredTensor, region: tuple[Range, ...]) -> Tensor:
+        if tensor.file not in self._files:
+            self._files[tensor.file] = safe_open(tensor.file, framework="pt")
+        stored = self._files[tensor.file].get_slice(tensor.stored_name)
+        return stored[tuple(slice(*bounds) for bounds in region)]
+
+
+def load_target(model: DeepSeekV4, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+    """Fill this rank's parameters; those on the meta device are first allocated on `device`.
+
+    Raises CheckpointError before anything is allocated.
+    """
+    _fill(model, model.config, model.group, checkpoint, device)
+
+
+def load_drafter(
+    module: DSparkModule,
+    checkpoint: Checkpoint,
+    device: torch.device | str = "cpu",
+    shared: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Fill the draft stages and share the target's whole embedding and head.
+
+    `shared` are those two [V, d] where the process already holds them; otherwise they are read too.
+    """
+    embed, head = (_table(name, module.config) for name in ("embed.weight", "head.weight"))
+    _fill(module, module.config, ParallelGroup(), checkpoint, device, extra=() if shared else (embed, head))
+    if shared is None:
+        like = module.stages[0].main_proj.weight
+        shared = (checkpoint.read(embed).to(like), checkpoint.read(head).to(like))
+    module.share(*shared)
+
+
+def load_projector(module: FeatureProjector, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+    """Fill the part of the drafter that runs on the verifier."""
+    _fill(module, module.config, ParallelGroup(), checkpoint, device)
+
+
+def _table(name: str, config: ModelConfig) -> Piece:
+    shape = (config.vocab_size, config.hidden_size)
+    return Piece(name, shape, whole(shape))
+
+
+def _fill(
+    module: nn.Module,
+    config: ModelConfig,
+    group: ParallelGroup,
+    checkpoint: Checkpoint,
+    device: torch.device | str,
+    extra: tuple[Piece, ...] = (),
+) -> None:
+    plan = list(pieces_of(module, config, group, checkpoint.tensors))
+    checkpoint.require([*(piece for _, piece in plan), *extra])
+    if any(tensor.is_meta for tensor in module.state_dict().values()):
+        module.to_empty(device=device)
+    parameters = module.state_dict()
+    for name, piece in plan:
+        values = checkpoint.read(piece)
+        _check_values(values, piece, checkpoint, config)
+        parameters[name][piece.target].copy_(values)
+
+
+def _check_values(values: Tensor, piece: Piece, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """A routing table that names no expert would read foreign memory much later."""
+    if not _is_table(piece):
+        return
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= config.n_routed_experts:
+        tensor, expected = checkpoint.tensors[piece.name], f"experts 0..{config.n_routed_experts - 1}"
+        raise CheckpointError(_mismatch(tensor, piece.name, expected, f"{low}..{high}"))
+
+
+def _is_table(piece: Piece) -> bool:
+    return piece.name.endswith(".tid2eid")
+
+
+def _allowed_dtypes(piece: Piece) -> tuple[str, ...]:
+    if _is_table(piece):
+        return _TABLE_DTYPES
+    quantised = tuple(_BLOCKS) if piece.name.endswith(".weight") and len(piece.shape) == 2 else ()
+    return _PLAIN_DTYPES + quantised
+
+
+def _stored_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+    return (*shape[:-1], shape[-1] // 2) if dtype == "I8" else shape
+
+
+def _dense_shape(tensor: StoredTensor) -> tuple[int, ...]:
+    return (*tensor.shape[:-1], tensor.shape[-1] * 2) if tensor.dtype == "I8" else tensor.shape
+
+
+def _mismatch(tensor: StoredTensor, name: str, expected: str, found: object) -> str:
+    stored = "" if tensor.stored_name == name or official_name(tensor.stored_name) != name else (
+        f" (stored as {tensor.stored_name})"
+    )
+    return f"{tensor.file.name}: {name}{stored}: expected {expected}, found {found}"
+
+
+def _listed(path: Path) -> Iterator[StoredTensor]:
+    index = path / INDEX_FILE
+    if index.is_file():
+        yield from _listed_by_index(index)
+        return
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if not files:
+        raise CheckpointError(f"{path}: expected a folder with {INDEX_FILE} or *.safetensors, found neither")
+    for file in files:
+        yield from _header(file).values()
+
+
+def _listed_by_index(index: Path) -> Iterator[StoredTensor]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: expected JSON with a weight_map, found {error!r}") from None
+    headers = {file: _header(index.parent / file) for file in files}
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise CheckpointError(f"{index}: {name}: expected in {file}, found no such tensor there")
+        yield headers[file][name]
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    """All tensors of one file, which must be as long as its header says."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            found = os.fstat(stream.fileno()).st_size
+            if length > found:
+                raise CheckpointError(f"{file}: expected a header of {length} bytes, found a file of {found}")
+            entries = json.loads(stream.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: the checkpoint's index names this file, found no such file") from None
+    except (struct.error, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: expected a safetensors header, found {error}") from None
+    entries.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if found != expected:
+        raise CheckpointError(f"{file}: expected {expected} bytes, found {found}: is the download complete?")
+    return {name: _described(name, file, entry) for name, entry in entries.items()}
+
+
+def _described(name: str, file: Path, entry: dict[str, Any]) -> StoredTensor:
+    start, stop = entry["data_offsets"]
+    return StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), stop - start)
