@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from dspark_ray.config import EngineConfig, ModelConfig
 from dspark_ray.drafters.protocol import ContextUpdate, Drafter, DraftProposal, DraftRequest
@@ -22,7 +23,7 @@ from dspark_ray.sampling.rows import RowContext, build_sampling_rows
 from dspark_ray.sampling.sampler import DraftSampling, Samples
 from dspark_ray.scheduler import Scheduler, StepPlan
 from dspark_ray.sequence import Sequence
-from dspark_ray.speculative.acceptance import Acceptance, build_verification
+from dspark_ray.speculative.acceptance import Acceptance, DraftSource, build_verification
 from dspark_ray.speculative.plan import FixedSchedule, PrefixSchedule, VerifyPlan, cut_at_threshold
 from dspark_ray.types import FinishReason, Request, RequestError, SequenceOutput, StepOutput, TokenLogprobs
 
@@ -90,7 +91,7 @@ class Engine:
         self._drafter = drafter if config.speculation and self.gamma > 0 else None
         self._schedule = schedule or FixedSchedule()
         self._verification = build_verification(config.verification)
-        self._features = FeatureWindow(config.max_num_seqs, model_config.sliding_window, model_config.hidden_size)
+        self.features = FeatureWindow(config.max_num_seqs, model_config.sliding_window, model_config.hidden_size)
         self._drafting: list[Sequence] | None = None
         """Sequences of the request that is open at the drafter."""
         self._aborted: list[SequenceOutput] = []
@@ -224,7 +225,7 @@ class Engine:
             num_kept = work.num_committed
             if work.samples:
                 rows = slice(first_sample, first_sample + len(work.drafts) + 1)
-                acceptance, logprobs = self._accept(work, drafted, result.samples, rows)
+                acceptance, logprobs = self._accept(work, drafted, result.samples.of(rows))
                 first_sample = rows.stop
                 num_kept += acceptance.num_accepted
                 work.sequence.num_computed += num_kept
@@ -263,9 +264,25 @@ class Engine:
         )
 
     def _accept(
-        self, work: _Work, drafted: _Drafted | None, samples: Samples, rows: slice
+        self, work: _Work, drafted: _Drafted | None, samples: Samples
     ) -> tuple[Acceptance, tuple[TokenLogprobs, ...]]:
-        raise NotImplementedError
+        """Judge the drafts by the samples of their rows; also what to report of each committed token."""
+        acceptance = self._verification.verify(work.drafts, samples, self._draft_source(work, drafted))
+        tokens = (*work.drafts[: acceptance.num_accepted], acceptance.next_anchor)
+        reports = (samples.logprobs_of(row, token) for row, token in enumerate(tokens))
+        return acceptance, tuple(report for report in reports if report is not None)
+
+    def _draft_source(self, work: _Work, drafted: _Drafted | None) -> DraftSource | None:
+        """What the drafts were drawn from, where the verification asks for it."""
+        if drafted is None or work.proposal_row is None or drafted.proposal.distributions is None:
+            return None
+        distributions = drafted.proposal.distributions
+        return DraftSource(
+            ids=torch.from_numpy(distributions.ids[work.proposal_row]),
+            probabilities=torch.from_numpy(distributions.probabilities[work.proposal_row]),
+            seed=work.sequence.request.sampling.seed,
+            first_position=work.sequence.length,
+        )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         params = sequence.request.sampling
@@ -300,7 +317,7 @@ class Engine:
         """main_x of the rows just committed, the last W of them; None when the sequence is gone."""
         if sequence.slot is None or result.main_x is None:
             return None
-        num_rows = min(num_kept, self._features.window)
+        num_rows = min(num_kept, self.features.window)
         stop = first_row + num_kept
         return ContextUpdate(
             slots=np.full(num_rows, sequence.slot),
@@ -319,7 +336,7 @@ class Engine:
         if not sequences and not known:
             return
         context = ContextUpdate.join(known, self.model_config.hidden_size)
-        self._features.store(context)
+        self.features.store(context)
         self._drafter.submit(self._draft_request(context, sequences))
         self._drafting = sequences
 

@@ -107,6 +107,12 @@ def join_as_drafter(spec: GangSpec) -> DraftServer:
     return DraftServer(worker, Pair(peer=0))
 
 
+def leave_gang() -> None:
+    """Call last in every member, after close() or run(): a process that ends with open connections ends badly."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _join(spec: GangSpec, rank: int) -> ParallelGroup:
     """Meet the world and form the target's group; a single process needs neither."""
     if spec.world_size == 1:

@@ -44,18 +44,21 @@ class Stage(Block):
 
 class FeatureProjector(nn.Module):
     """main_proj and main_norm alone: the part of the drafter that runs on the verifier, so that d numbers travel
-    per token instead of T*d."""
+    per token instead of T*d. The tensors keep the names they have in the checkpoint."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.dspark is not None
-        self.eps = config.rms_norm_eps
-        self.main_proj = Weight(config.hidden_size, config.hidden_size * len(config.dspark.target_layer_ids))
-        self.main_norm = Weight(config.hidden_size)
+        self.config = config
+        first = nn.Module()
+        first.main_proj = Weight(config.hidden_size, config.hidden_size * len(config.dspark.target_layer_ids))
+        first.main_norm = Weight(config.hidden_size)
+        self.mtp = nn.ModuleList([first])
 
     def forward(self, features: Tensor) -> Tensor:
         """main_x [N, d] of target features [N, T*d]."""
-        return ops.rms_norm(self.main_proj(features), self.main_norm.weight, self.eps)
+        first = self.mtp[0]
+        return ops.rms_norm(first.main_proj(features), first.main_norm.weight, self.config.rms_norm_eps)
 
 
 @dataclass(frozen=True)

@@ -89,13 +89,17 @@ class CacheShape:
 
     @staticmethod
     def of(config: ModelConfig, gamma: int, page_size: int) -> CacheShape:
-        """The tight lengths: one slot fewer and a rejected row would overwrite a row still needed."""
+        """The tight lengths: one slot fewer and a rejected row would overwrite a row still needed.
+
+        The youngest row of a block of 1+gamma may be `gamma` positions ahead of the first kept one. A forward that
+        wrote its rows before reading the ring would need one slot more.
+        """
         ratios = sorted(set(config.compress_ratios) - {0})
         pooled = {ratio: 2 * ratio if ratio == CSA_RATIO else ratio for ratio in ratios}
         return CacheShape(
             window=config.sliding_window,
-            window_ring=config.sliding_window + gamma,
-            raw_rings={ratio: pooled[ratio] + gamma for ratio in ratios},
+            window_ring=config.sliding_window - 1 + gamma,
+            raw_rings={ratio: pooled[ratio] - 1 + gamma for ratio in ratios},
             pooled_rows=pooled,
             page_size=page_size,
         )

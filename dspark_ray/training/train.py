@@ -2,6 +2,7 @@
 
     python -m dspark_ray.training.train target  --data DIR --run DIR --minutes 60
     python -m dspark_ray.training.train drafter --data DIR --run DIR --minutes 40
+    python -m dspark_ray.training.train export  --data DIR --run DIR --output DIR
 
 Progress goes to the terminal and to `<run>/<phase>.jsonl`; the state is saved every minute, and the same command goes on
 where it stopped. The learning rate follows the share of the time budget that is used up.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dspark_ray.checkpoint.writer import save_checkpoint
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule, along
 from dspark_ray.model.blocks import Gate
@@ -215,13 +218,24 @@ def load_frozen_target(config: ModelConfig, run: Path) -> DeepSeekV4:
     return model.requires_grad_(False)
 
 
+def export(config: ModelConfig, data: Path, run: Path, output: Path) -> None:
+    """Write the finished run as a checkpoint in the official layout, with its tokenizer."""
+    model = load_frozen_target(config, run)
+    drafter = DSparkModule(config)
+    drafter.load_state_dict(torch.load(run / "drafter.pt", weights_only=True)["model"])
+    save_checkpoint(output, model, drafter, config.raw)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(data / name, output / name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=("target", "drafter"))
+    parser.add_argument("phase", choices=("target", "drafter", "export"))
     parser.add_argument("--config", type=Path, default=Path("deployments/tiny/config.json"))
     parser.add_argument("--data", type=Path, default=Path(".build/tiny"))
     parser.add_argument("--run", type=Path, default=Path(".build/tiny/run"))
-    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--output", type=Path, default=Path("deployments/tiny"), help="where export writes")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time budget of a phase")
     parser.add_argument("--batch", type=int, default=TrainingConfig.batch)
     parser.add_argument("--learning-rate", type=float, default=TrainingConfig.learning_rate)
     arguments = parser.parse_args()
@@ -230,7 +244,9 @@ def main() -> None:
         minutes=arguments.minutes, batch=arguments.batch, learning_rate=arguments.learning_rate
     )
     arguments.run.mkdir(parents=True, exist_ok=True)
-    if arguments.phase == "target":
+    if arguments.phase == "export":
+        export(model_config, arguments.data, arguments.run, arguments.output)
+    elif arguments.phase == "target":
         model = DeepSeekV4(model_config)
         initialise(model, config.seed, residual_scale=(2 * model_config.num_hidden_layers) ** -0.5)
         train_target(model, arguments.data, arguments.run, config)

@@ -1,0 +1,273 @@
+"""DeepSeek-V4's message encoding: a conversation becomes one string, special tokens included.
+
+    BOS system <User>question<Assistant></think>answer EOS <User>question<Assistant></think>          chat mode
+    BOS system <User>question<Assistant><think>reasoning</think>answer EOS                             thinking mode
+
+Source: layout specification, section 6. The checkpoint has no template file for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from dspark_ray.types import RequestError
+
+
+@dataclass(frozen=True)
+class SpecialStrings:
+    """What the tokenizer knows as one token each."""
+
+    bos: str = "<｜begin▁of▁sentence｜>"
+    eos: str = "<｜end▁of▁sentence｜>"
+    user: str = "<｜User｜>"
+    assistant: str = "<｜Assistant｜>"
+    think_start: str = "<think>"
+    think_end: str = "</think>"
+    latest_reminder: str = "<｜latest_reminder｜>"
+    dsml: str = "｜DSML｜"
+
+
+SPECIAL = SpecialStrings()
+
+Message = Mapping[str, Any]
+TurnKind = Literal["system", "user", "developer", "latest_reminder", "assistant"]
+
+_ROLES = ("system", "user", "assistant", "tool", "developer", "latest_reminder")
+_ASKING: tuple[TurnKind, ...] = ("user", "developer")
+_BLANK_LINE = "\n\n"
+# Their prompts contain fixed English paragraphs that are not part of the specification this package has.
+_UNSUPPORTED_KEYS = ("tools", "response_format", "task")
+_SUPPORTED_EFFORTS = (None, "none", "low")
+
+
+@dataclass(frozen=True)
+class _ToolCall:
+    id: str | None
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One or, of a user and the tools, several messages."""
+
+    kind: TurnKind
+    text: str
+    reasoning: str = ""
+    tool_calls: tuple[_ToolCall, ...] = ()
+    ends: bool = True
+    """Whether an assistant turn is complete; False lets the model go on with it."""
+
+
+def render(
+    messages: Sequence[Message],
+    *,
+    thinking: bool | None = None,
+    reasoning_effort: str | None = None,
+    tools: Sequence[Any] | None = None,
+    drop_thinking: bool = True,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The prompt of a conversation; encode it without adding special tokens.
+
+    `thinking` None follows the effort, and without one is chat mode. The prompt ends with an opened assistant turn
+    unless the last message is the assistant's. Raises RequestError naming the field that is wrong.
+    """
+    thinks = _thinks(thinking, reasoning_effort)
+    if tools:
+        raise RequestError("tools", f"tools has {len(tools)} entries: tool schemas are not supported yet")
+    turns = list(_turns(messages))
+    if thinks and drop_thinking:
+        turns = _without_old_thoughts(turns)
+    kept = _last_asking(turns) if drop_thinking else 0
+    parts = [SPECIAL.bos]
+    for number, turn in enumerate(turns):
+        is_last = number == len(turns) - 1
+        reasons = thinks and (number >= kept or turn.kind != "assistant")
+        parts.append(_rendered(turn, reasons))
+        follower = None if is_last else turns[number + 1].kind
+        if turn.kind in _ASKING and follower == "assistant":
+            parts.append(_header(thinks and number + 1 >= kept))
+        elif is_last and turn.kind != "assistant" and add_generation_prompt:
+            parts.append(_header(thinks))
+    return "".join(parts)
+
+
+def _thinks(thinking: bool | None, effort: str | None) -> bool:
+    if effort not in _SUPPORTED_EFFORTS:
+        expected = "'none' or 'low', other efforts are not supported yet"
+        raise RequestError("reasoning_effort", f"reasoning_effort={effort!r}: expected {expected}")
+    if thinking and effort == "none":
+        raise RequestError("reasoning_effort", "reasoning_effort='none': expected 'low' with thinking switched on")
+    return effort == "low" if thinking is None else thinking
+
+
+def _header(thinks: bool) -> str:
+    return SPECIAL.assistant + (SPECIAL.think_start if thinks else SPECIAL.think_end)
+
+
+def _last_asking(turns: Sequence[_Turn]) -> int:
+    """Number of the last user or developer turn; assistant turns before it lose their reasoning."""
+    return max((number for number, turn in enumerate(turns) if turn.kind in _ASKING), default=0)
+
+
+def _without_old_thoughts(turns: list[_Turn]) -> list[_Turn]:
+    last = _last_asking(turns)
+    return [turn for number, turn in enumerate(turns) if turn.kind != "developer" or number >= last]
+
+
+def _rendered(turn: _Turn, reasons: bool) -> str:
+    if turn.kind == "system":
+        return turn.text
+    if turn.kind == "latest_reminder":
+        return SPECIAL.latest_reminder + turn.text
+    if turn.kind in _ASKING:
+        return SPECIAL.user + turn.text
+    reasoning = turn.reasoning + SPECIAL.think_end if reasons else ""
+    return reasoning + turn.text + _tool_block(turn.tool_calls) + (SPECIAL.eos if turn.ends else "")
+
+
+def _tool_block(calls: Sequence[_ToolCall]) -> str:
+    if not calls:
+        return ""
+    lines = [f"<{SPECIAL.dsml}tool_calls>"]
+    for call in calls:
+        lines.append(f'<{SPECIAL.dsml}invoke name="{call.name}">')
+        lines.extend(_parameter(name, value) for name, value in call.arguments.items())
+        lines.append(f"</{SPECIAL.dsml}invoke>")
+    lines.append(f"</{SPECIAL.dsml}tool_calls>")
+    return _BLANK_LINE + "\n".join(lines)
+
+
+def _parameter(name: str, value: Any) -> str:
+    is_text = isinstance(value, str)
+    text = value if is_text else json.dumps(value, ensure_ascii=False)
+    kind = "true" if is_text else "false"
+    return f'<{SPECIAL.dsml}parameter name="{name}" string="{kind}">{text}</{SPECIAL.dsml}parameter>'
+
+
+def _turns(messages: Sequence[Message]) -> Iterator[_Turn]:
+    """Messages checked, and those of the user and the tools between two others merged."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise RequestError("messages", f"messages={messages!r}: expected a list of at least one message")
+    calls: tuple[_ToolCall, ...] = ()
+    asked: list[_Part] = []
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        role = _role(message, where)
+        if role in ("user", "tool"):
+            asked.append(_part(message, role, where))
+            continue
+        yield from _user_turn(asked, calls)
+        asked = []
+        turn = _other_turn(message, role, where)
+        calls = turn.tool_calls if role == "assistant" else calls
+        yield turn
+    yield from _user_turn(asked, calls)
+
+
+def _role(message: Message, where: str) -> str:
+    if not isinstance(message, Mapping):
+        raise RequestError(where, f"{where}={message!r}: expected an object with role and content")
+    for key in _UNSUPPORTED_KEYS:
+        if message.get(key):
+            raise RequestError(f"{where}.{key}", f"{where}.{key}: {key} in a message is not supported yet")
+    role = message.get("role")
+    if role not in _ROLES:
+        raise RequestError(f"{where}.role", f"{where}.role={role!r}: expected one of {', '.join(_ROLES)}")
+    return str(role)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One message inside a user turn."""
+
+    text: str
+    is_tool_result: bool
+    tool_call_id: str | None = None
+
+
+def _part(message: Message, role: str, where: str) -> _Part:
+    text = _text(message, where)
+    if role == "user":
+        return _Part(text, is_tool_result=False)
+    return _Part(f"<tool_result>{text}</tool_result>", True, message.get("tool_call_id"))
+
+
+def _user_turn(parts: Sequence[_Part], calls: Sequence[_ToolCall]) -> Iterator[_Turn]:
+    """One turn of all parts; tool results trade places until they are in the order of their calls."""
+    if not parts:
+        return
+    order = {call.id: number for number, call in enumerate(calls)}
+    results = iter(
+        sorted(
+            (part for part in parts if part.is_tool_result),
+            key=lambda part: order.get(part.tool_call_id, len(order)),
+        )
+    )
+    ordered = [next(results) if part.is_tool_result else part for part in parts]
+    yield _Turn("user", _BLANK_LINE.join(part.text for part in ordered))
+
+
+def _other_turn(message: Message, role: str, where: str) -> _Turn:
+    if role != "assistant":
+        return _Turn(role, _text(message, where))  # type: ignore[arg-type]
+    turn = _Turn("assistant", "", _reasoning(message, where), _tool_calls(message, where), not message.get("wo_eos"))
+    if message.get("content") is None and (turn.tool_calls or turn.reasoning):
+        return turn
+    return replace(turn, text=_text(message, where))
+
+
+def _text(message: Message, where: str) -> str:
+    """A message's content: a string, or text parts joined by blank lines."""
+    content, where = message.get("content"), f"{where}.content"
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise RequestError(where, f"{where}={content!r}: expected a string or a list of text parts")
+    return _BLANK_LINE.join(_part_text(part, where) for part in content)
+
+
+def _part_text(part: Any, where: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise RequestError(where, f"{where} has the part {part!r}: expected {{'type': 'text', 'text': ...}}")
+    return str(part["text"])
+
+
+def _reasoning(message: Message, where: str) -> str:
+    for key in ("reasoning_content", "reasoning"):
+        value = message.get(key)
+        if value is not None and not isinstance(value, str):
+            raise RequestError(f"{where}.{key}", f"{where}.{key}={value!r}: expected a string")
+        if value:
+            return str(value)
+    return ""
+
+
+def _tool_calls(message: Message, where: str) -> tuple[_ToolCall, ...]:
+    calls, where = message.get("tool_calls") or (), f"{where}.tool_calls"
+    if not isinstance(calls, list | tuple):
+        raise RequestError(where, f"{where}={calls!r}: expected a list of tool calls")
+    return tuple(_tool_call(call, f"{where}[{number}]") for number, call in enumerate(calls))
+
+
+def _tool_call(call: Any, where: str) -> _ToolCall:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        where = f"{where}.function"
+        raise RequestError(where, f"{where}={function!r}: expected an object with name and arguments")
+    return _ToolCall(call.get("id"), function["name"], _arguments(function.get("arguments", "{}")))
+
+
+def _arguments(arguments: Any) -> Mapping[str, Any]:
+    """Arguments by name; what is no JSON object becomes one argument, as the model may really have written it."""
+    if isinstance(arguments, Mapping):
+        return arguments
+    try:
+        parsed = json.loads(arguments)
+    except (TypeError, ValueError):
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {"arguments": arguments}

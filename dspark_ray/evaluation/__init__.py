@@ -1,0 +1,1 @@
+"""Measuring what speculation brings on held-out text."""

@@ -1,0 +1,98 @@
+"""Text to tokens and back, by a checkpoint's `tokenizer.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from dspark_ray.chat import SPECIAL, Message, render
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be used; the message names the file and what is wrong with it."""
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer: every token is a sequence of bytes, special ones are empty in text."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_token_id: int) -> None:
+        self._backend, self.eos_token_id = backend, eos_token_id
+
+    @staticmethod
+    def from_directory(path: Path | str) -> Tokenizer:
+        """Read `tokenizer.json`, and `tokenizer_config.json` where it exists.
+
+        Raises TokenizerError for files that are missing or of another kind.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise TokenizerError(f"{file}: no such file; expected a checkpoint folder with a tokenizer.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no narrower type
+            raise TokenizerError(f"{file}: expected a tokenizer, found {error}") from None
+        if not _is_byte_level(json.loads(backend.to_str())["decoder"]):
+            raise TokenizerError(f"{file}: expected a ByteLevel decoder, found another one")
+        return Tokenizer(backend, _eos_token_id(path, backend))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; a model's vocabulary may be larger."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; nothing is added, and special strings in it become their tokens."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens without special ones; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to the text, before it is read as UTF-8; empty for special and unknown ids."""
+        added = self._added.get(token_id)
+        if added is not None:
+            return added
+        token = self._backend.id_to_token(token_id)
+        return b"" if token is None else bytes(_BYTES[character] for character in token)
+
+    def apply_chat(self, messages: Sequence[Message], **options: Any) -> str:
+        """The prompt of a conversation: see `dspark_ray.chat.render`."""
+        return render(messages, **options)
+
+    @cached_property
+    def _added(self) -> dict[int, bytes]:
+        tokens = self._backend.get_added_tokens_decoder()
+        return {number: b"" if token.special else token.content.encode() for number, token in tokens.items()}
+
+
+def _bytes_by_character() -> dict[str, int]:
+    """Byte-level BPE spells printable Latin-1 bytes as themselves and the others, in order, from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+_BYTES = _bytes_by_character()
+
+
+def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+    if decoder is None:
+        return False
+    return decoder["type"] == "ByteLevel" or any(_is_byte_level(inner) for inner in decoder.get("decoders", ()))
+
+
+def _eos_token_id(path: Path, backend: tokenizers.Tokenizer) -> int:
+    file = path / "tokenizer_config.json"
+    name: Any = json.loads(file.read_text(encoding="utf-8")).get("eos_token") if file.is_file() else None
+    content = name["content"] if isinstance(name, dict) else name or SPECIAL.eos
+    token_id = backend.token_to_id(content)
+    if token_id is None:
+        raise TokenizerError(f"{file}: eos_token={content!r}: expected a token of tokenizer.json")
+    return token_id

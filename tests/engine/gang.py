@@ -1,0 +1,53 @@
+"""A gang of processes on this machine, without Ray: what the Serve application does with actors."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as multiprocessing
+from small_model import run
+
+from dspark_ray.config import EngineConfig
+from dspark_ray.engine import Engine
+from dspark_ray.runtime import GangSpec, join_as_drafter, join_as_verifier, leave_gang
+from dspark_ray.types import Request
+
+
+def run_in_gang(spec: GangSpec, requests: list[Request], results: Path) -> dict[str, list[int]]:
+    """Start all members, serve `requests` together, close; raises when a member fails."""
+    multiprocessing.spawn(_member, args=(spec, requests, results), nprocs=spec.world_size)
+    return torch.load(results, weights_only=True)
+
+
+def gang_spec(checkpoint: Path, tensor_parallel_size: int, drafter: str, **engine: object) -> GangSpec:
+    """A gang that meets on a free loopback port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, "page_size": 32}
+    return GangSpec(
+        checkpoint=str(checkpoint),
+        engine=EngineConfig(**{**defaults, **engine}),  # type: ignore[arg-type]
+        tensor_parallel_size=tensor_parallel_size,
+        drafter=drafter,  # type: ignore[arg-type]
+        init_method=f"tcp://127.0.0.1:{port}",
+    )
+
+
+def _member(rank: int, spec: GangSpec, requests: list[Request], results: Path) -> None:
+    torch.set_num_threads(1)
+    if rank == spec.tensor_parallel_size:
+        join_as_drafter(spec).run()
+    elif rank > 0:
+        join_as_verifier(spec, rank).run()  # type: ignore[union-attr]
+    else:
+        _lead(join_as_verifier(spec, rank), requests, results)  # type: ignore[arg-type]
+    leave_gang()
+
+
+def _lead(engine: Engine, requests: list[Request], results: Path) -> None:
+    engine.keep_alive()
+    torch.save(run(engine, *requests), results)
+    engine.close()
