@@ -1,0 +1,29 @@
+"""The application builder, `deployments.app:build` in every YAML file.
+
+No `from __future__ import annotations` here: with it Serve would not validate the builder's argument.
+"""
+
+from ray.serve import Application
+
+from deployments.args import AppArgs
+from deployments.engine import EngineReplica
+from deployments.gang import actor_options
+from deployments.ingress import Ingress
+
+
+def build(args: AppArgs) -> Application:
+    """An Ingress in front of an Engine, whose replicas are gangs of workers."""
+    health, limits = args.health, args.limits
+    engine = EngineReplica.options(
+        ray_actor_options=actor_options(args.placement.replica),
+        max_ongoing_requests=args.max_ongoing_requests,
+        max_queued_requests=limits.max_queued_requests,
+        health_check_period_s=health.check_period_s,
+        health_check_timeout_s=health.check_timeout_s,
+        graceful_shutdown_timeout_s=health.graceful_shutdown_timeout_s,
+        **args.placement_options(),
+    ).bind(args)
+    return Ingress.options(
+        max_ongoing_requests=limits.max_ingress_requests,
+        graceful_shutdown_timeout_s=health.graceful_shutdown_timeout_s,
+    ).bind(args, engine)

@@ -1,0 +1,221 @@
+"""What a YAML file may say under `args`: one model per block, unknown keys refused.
+
+Serve's own settings (num_replicas, autoscaling_config, ray_actor_options of the Ingress) belong under `deployments` in the same file.
+No `from __future__ import annotations` here: with it Serve would not validate the builder's arguments.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from dspark_ray.config import ConfigError, DType, EngineConfig, ModelConfig, VerificationMode
+
+_ENGINE = EngineConfig()
+Resources = dict[str, Annotated[float, Field(gt=0)]]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineArgs(_Block):
+    """One engine's sizes; see dspark_ray.config.EngineConfig."""
+
+    max_num_seqs: PositiveInt = _ENGINE.max_num_seqs
+    max_num_batched_tokens: PositiveInt = _ENGINE.max_num_batched_tokens
+    max_model_len: PositiveInt = _ENGINE.max_model_len
+    num_pages: PositiveInt | None = _ENGINE.num_pages
+    page_size: PositiveInt = _ENGINE.page_size
+    max_waiting: PositiveInt = _ENGINE.max_waiting
+    dtype: DType = _ENGINE.dtype
+
+
+class SpeculativeArgs(_Block):
+    """vLLM's block of the same name. The draft module ships inside the target's checkpoint."""
+
+    method: Literal["dspark"] = "dspark"
+    num_speculative_tokens: PositiveInt | None = None
+    """None takes the checkpoint's dspark_block_size."""
+
+
+class DrafterArgs(_Block):
+    placement: Literal["inline", "actor"] = "actor"
+    """Inside verifier rank 0, or in an actor of its own."""
+
+
+class DSparkArgs(_Block):
+    """What no other engine has a name for."""
+
+    drafter: DrafterArgs = DrafterArgs()
+    verification: VerificationMode = _ENGINE.verification
+    rejection_top_k: PositiveInt = _ENGINE.rejection_top_k
+
+
+class WorkerPlacement(_Block):
+    """What one actor of the gang takes from the cluster, and the labels its node must carry."""
+
+    resources: Resources | None = None
+    """None takes one CPU, and one GPU where the device is cuda."""
+    labels: dict[str, str] = {}
+
+
+class DrafterPlacement(WorkerPlacement):
+    beside_rank_0: bool = False
+    """In rank 0's bundle: with fractions of one GPU the two then share a device."""
+
+
+class PlacementArgs(_Block):
+    """Where the gang of one replica goes: a bundle per verifier rank, and one for the drafter."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    replica: Resources = {"CPU": 0.1}
+    """The Engine replica itself, always in rank 0's bundle."""
+    verifier: WorkerPlacement | list[WorkerPlacement] = WorkerPlacement()
+    """One for all ranks, or a list of one per rank."""
+    drafter: DrafterPlacement = DrafterPlacement()
+    num_threads: PositiveInt | None = None
+    """torch's threads per actor; None is 1 on a CPU and torch's default elsewhere."""
+    environment: dict[str, str] = {}
+    """Variables of every actor of the gang, e.g. NCCL_SOCKET_IFNAME."""
+
+
+class LimitArgs(_Block):
+    """How much is let in, and what is said to the rest."""
+
+    max_ongoing_requests: PositiveInt | None = None
+    """Per Engine replica; None lets in what the engine can run and queue."""
+    max_queued_requests: PositiveInt = 256
+    """Per Ingress replica, waiting for an Engine replica to have room."""
+    max_ingress_requests: PositiveInt = 4096
+    """Connections per Ingress replica."""
+    retry_after_s: PositiveInt = 1
+    """Said with 429 and 503."""
+    max_resubmissions: int = Field(default=3, ge=0)
+    """How often a request moves on when the gang that serves it dies."""
+
+
+class HealthArgs(_Block):
+    check_period_s: PositiveFloat = 2.0
+    check_timeout_s: PositiveFloat = 10.0
+    step_timeout_s: PositiveFloat = 120.0
+    """Rank 0 counts as hung when it says nothing for so long."""
+    peer_timeout_s: PositiveFloat = 60.0
+    """A member of the gang that is silent for so long counts as dead to the others."""
+    startup_timeout_s: PositiveFloat = 1800.0
+    """From the start of the actors to weights loaded."""
+    graceful_shutdown_timeout_s: NonNegativeFloat = 600.0
+    """At least the longest answer: a redeploy waits so long for streams to end."""
+
+
+class AppArgs(_Block):
+    """The application: one model, served by any number of gangs."""
+
+    model: str = Field(min_length=1)
+    """A checkpoint folder; a relative path starts at the `deployments` package, so `tiny` is the packaged one."""
+    served_model_name: str | None = None
+    """The name clients use; None is the last part of `model`."""
+    tensor_parallel_size: PositiveInt = 1
+    engine: EngineArgs = EngineArgs()
+    speculative_config: SpeculativeArgs | None = SpeculativeArgs()
+    """null serves without speculation."""
+    dspark: DSparkArgs = DSparkArgs()
+    placement: PlacementArgs = PlacementArgs()
+    limits: LimitArgs = LimitArgs()
+    health: HealthArgs = HealthArgs()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> "AppArgs":
+        self.engine_config()
+        verifier = self.placement.verifier
+        if isinstance(verifier, list) and len(verifier) != self.tensor_parallel_size:
+            raise ValueError(
+                f"placement.verifier has {len(verifier)} entries: expected one per rank,"
+                f" tensor_parallel_size={self.tensor_parallel_size}"
+            )
+        return self
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint folder; that it exists is checked where it is read."""
+        return Path(__file__).parent / self.model
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or Path(self.model).name
+
+    @property
+    def has_draft_actor(self) -> bool:
+        return self.speculative_config is not None and self.dspark.drafter.placement == "actor"
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        return self.limits.max_ongoing_requests or self.engine.max_num_seqs + self.engine.max_waiting
+
+    @property
+    def num_threads(self) -> int | None:
+        return self.placement.num_threads or (1 if self.placement.device == "cpu" else None)
+
+    def engine_config(self) -> EngineConfig:
+        """Raises ConfigError."""
+        speculative = self.speculative_config
+        return EngineConfig(
+            **self.engine.model_dump(),
+            gamma=speculative.num_speculative_tokens if speculative else None,
+            speculation=speculative is not None,
+            verification=self.dspark.verification,
+            rejection_top_k=self.dspark.rejection_top_k,
+            device=self.placement.device,
+        )
+
+    def resolve(self) -> tuple[ModelConfig, EngineConfig]:
+        """Check the checkpoint's config against this. Raises ConfigError."""
+        model = ModelConfig.from_file(self.checkpoint)
+        if self.speculative_config is not None and model.dspark is None:
+            raise ConfigError(
+                f"{self.checkpoint}: no dspark_* keys in config.json: expected speculative_config: null for this model"
+            )
+        return model, self.engine_config().for_model(model)
+
+    def worker_resources(self) -> list[Resources]:
+        """Of every verifier rank, then of the drafter where it is an actor."""
+        return [worker.resources or self._default_resources() for worker in self._workers()]
+
+    def bundle_of_worker(self) -> list[int]:
+        """The bundle of every verifier rank, then of the drafter; rank 0's is 0."""
+        bundles = list(range(self.tensor_parallel_size))
+        if self.has_draft_actor:
+            bundles.append(0 if self.placement.drafter.beside_rank_0 else len(bundles))
+        return bundles
+
+    def placement_options(self) -> dict[str, Any]:
+        """The placement group of one Engine replica, as Serve's deployment options."""
+        bundles: list[Resources] = [{} for _ in set(self.bundle_of_worker())]
+        labels: list[dict[str, str]] = [{} for _ in bundles]
+        _add(bundles[0], self.placement.replica)
+        for worker, index, resources in zip(
+            self._workers(), self.bundle_of_worker(), self.worker_resources(), strict=True
+        ):
+            _add(bundles[index], resources)
+            labels[index].update(worker.labels)
+        options: dict[str, Any] = {
+            "placement_group_bundles": bundles,
+            "placement_group_strategy": self.placement.strategy,
+        }
+        if any(labels):
+            options["placement_group_bundle_label_selector"] = labels
+        return options
+
+    def _workers(self) -> list[WorkerPlacement]:
+        verifier = self.placement.verifier
+        ranks = verifier if isinstance(verifier, list) else [verifier] * self.tensor_parallel_size
+        return [*ranks, self.placement.drafter] if self.has_draft_actor else list(ranks)
+
+    def _default_resources(self) -> Resources:
+        return {"CPU": 1.0} if self.placement.device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+
+
+def _add(bundle: Resources, resources: Resources) -> None:
+    for name, amount in resources.items():
+        bundle[name] = bundle.get(name, 0.0) + amount

@@ -1,0 +1,86 @@
+"""The Engine deployment: one replica owns one gang of workers and needs no accelerator itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator
+
+from ray import serve
+
+from deployments.args import AppArgs
+from deployments.channel import EngineChannel
+from deployments.gang import Gang, start_gang
+from deployments.messages import Refusal
+from deployments.metrics import EngineMetrics
+from dspark_ray.types import Request, SequenceOutput
+
+logger = logging.getLogger("ray.serve")
+
+_WATCH_SECONDS = 1.0
+_SETTLE_SECONDS = 0.3
+"""A dead process makes its peers raise; wait this long to see which came first."""
+_FAREWELL_SECONDS = 1.0
+"""For errors to reach clients before the process ends."""
+
+
+@serve.deployment(name="Engine")
+class EngineReplica:
+    """Starts a gang, hands its outputs to requests, and dies with it.
+
+    Whatever ends a member ends this process, Ray ends the rest, and Serve builds a new replica in a new placement group.
+    """
+
+    async def __init__(self, args: AppArgs) -> None:
+        args.resolve()
+        self._args = args
+        self._tasks: list[asyncio.Task[None]] = []
+        self._channel = EngineChannel(EngineMetrics(args.model_name))
+        self._tasks.append(asyncio.create_task(self._channel.listen()))
+        self._gang = await start_gang(args, self._channel.requests_address, self._channel.outputs_address)
+        await self._until_ready()
+        self._tasks.append(asyncio.create_task(self._watch()))
+
+    async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput | Refusal]:
+        """Stream a request's outputs; when the caller leaves, the sequence is freed within a round."""
+        async for output in self._channel.generate(request):
+            yield output
+
+    def check_health(self) -> None:
+        """The second net behind `_watch`."""
+        self._gang.raise_end()
+
+    def __del__(self) -> None:
+        """Serve's graceful stop."""
+        for task in self._tasks:
+            task.cancel()
+        self._channel.close()
+
+    async def _until_ready(self) -> None:
+        """Raises the error of the first member that could not start."""
+        ready = asyncio.create_task(self._channel.ready.wait())
+        timeout = self._args.health.startup_timeout_s
+        await asyncio.wait(
+            [ready, *self._gang.runs.values()], timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+        )
+        self._gang.raise_end()
+        if not ready.done():
+            raise TimeoutError(f"the engine was not ready after health.startup_timeout_s={timeout}")
+
+    async def _watch(self) -> None:
+        """End this process when a member has ended or rank 0 is silent for too long."""
+        while not await self._gang.first_end(_WATCH_SECONDS):
+            if self._channel.seconds_of_silence > self._args.health.step_timeout_s:
+                self._exit(f"rank 0 was silent for {self._channel.seconds_of_silence:.0f} s")
+        await asyncio.sleep(_SETTLE_SECONDS)
+        words, died = self._gang.end()
+        if not died:
+            # An exception would follow the requests to the next gang, so they end here.
+            self._channel.fail_all(self._channel.failure or words)
+            await asyncio.sleep(_FAREWELL_SECONDS)
+        self._exit(words)
+
+    def _exit(self, reason: str) -> None:
+        logger.critical("the gang is lost, this replica ends: %s", reason)
+        os._exit(1)

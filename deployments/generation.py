@@ -1,0 +1,186 @@
+"""From a request to text: asks an engine for tokens, finds stop strings, and moves on when an engine dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeVar
+
+from deployments.messages import Refusal
+from dspark_ray.text import TextStream
+from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.types import Request, SequenceOutput, SpeculationStats, TokenLogprobs
+
+T = TypeVar("T")
+_BACKOFF_SECONDS = 0.1
+
+
+class EngineLost(Exception):
+    """The engine died while it served this request; another one can go on with it."""
+
+
+class EngineBusy(Exception):
+    """Every engine has as many requests as it may."""
+
+
+class EngineFailed(Exception):
+    """The engine gave this request up; another one would do the same."""
+
+
+class RequestRefused(Exception):
+    """The engine did not accept the request."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+class EngineClient(Protocol):
+    """Any engine, however far away."""
+
+    def generate(self, request: Request) -> AsyncGenerator[SequenceOutput | Refusal]:
+        """Outputs until one has a finish_reason, or one Refusal; closing it early aborts the request.
+
+        Raises EngineLost and EngineBusy.
+        """
+        ...
+
+    async def is_healthy(self) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one step brought to one choice's text."""
+
+    text: str = ""
+    num_tokens: int = 0
+    """Generated tokens it stands for, an end-of-sequence token included."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One per token; None where the request does not ask."""
+    finish_reason: Literal["stop", "length"] | None = None
+    stats: SpeculationStats | None = None
+    """With finish_reason, except where a stop string cut the engine short."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether a stream can leave it out."""
+        return not self.text and not self.logprobs and self.finish_reason is None
+
+    @staticmethod
+    def join(pieces: Sequence[Piece]) -> Piece:
+        """A whole choice; its last piece knows how it ended."""
+        last = pieces[-1]
+        return replace(
+            last,
+            text="".join(piece.text for piece in pieces),
+            num_tokens=sum(piece.num_tokens for piece in pieces),
+            logprobs=None if last.logprobs is None else sum((piece.logprobs or () for piece in pieces), ()),
+        )
+
+
+async def generate_text(
+    client: EngineClient, tokenizer: Tokenizer, request: Request, max_resubmissions: int
+) -> AsyncGenerator[Piece]:
+    """The pieces of one choice, the last one with a finish_reason.
+
+    Raises RequestRefused, EngineBusy, EngineFailed, and EngineLost when resubmitting did not help.
+    """
+    text = TextStream(tokenizer, request.sampling.stop)
+    async with aclosing(_outputs(client, request, max_resubmissions)) as outputs:
+        async for output in outputs:
+            piece = _piece(text, request, output)
+            yield piece
+            if piece.finish_reason is not None:
+                return
+
+
+async def _outputs(
+    client: EngineClient, request: Request, max_resubmissions: int
+) -> AsyncGenerator[SequenceOutput]:
+    """What engines say about a request, one engine after the other where they die."""
+    produced = request.output_token_ids
+    for attempt in range(max_resubmissions + 1):
+        # Each attempt has its own id: an engine may still know the one before.
+        resumed = replace(request, request_id=f"{request.request_id}.{attempt}", output_token_ids=produced)
+        try:
+            async with aclosing(client.generate(resumed)) as outputs:
+                async for output in outputs:
+                    output = _accepted(output)
+                    produced += output.token_ids
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+            raise EngineLost("the engine ended a request without a word")
+        except EngineLost:
+            if attempt == max_resubmissions:
+                raise
+        await asyncio.sleep(_BACKOFF_SECONDS * 2**attempt)
+
+
+def _accepted(output: SequenceOutput | Refusal) -> SequenceOutput:
+    if isinstance(output, Refusal):
+        raise RequestRefused(output)
+    if output.finish_reason == "error":
+        raise EngineFailed(output.error or "the engine failed")
+    if output.finish_reason == "abort":
+        raise EngineFailed("the engine aborted the request")
+    return output
+
+
+def _piece(text: TextStream, request: Request, output: SequenceOutput) -> Piece:
+    shown = output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids
+    delta = text.push(shown)
+    if delta.stopped:
+        return Piece(
+            text=delta.text,
+            num_tokens=delta.num_tokens_kept,
+            logprobs=_logprobs(request, output, delta.num_tokens_kept),
+            finish_reason="stop",
+        )
+    ended = output.finish_reason is not None
+    return Piece(
+        text=delta.text + (text.flush() if ended else ""),
+        num_tokens=len(output.token_ids),
+        logprobs=_logprobs(request, output, len(output.token_ids)),
+        finish_reason=output.finish_reason,  # type: ignore[arg-type]
+        stats=output.stats,
+    )
+
+
+def _logprobs(request: Request, output: SequenceOutput, num_tokens: int) -> tuple[TokenLogprobs, ...] | None:
+    return output.logprobs[:num_tokens] if request.sampling.logprobs is not None else None
+
+
+async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
+    """Items of all streams as they come, each with its stream's index; the first error ends them all."""
+    queue: asyncio.Queue[tuple[int, T] | BaseException | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(index, stream, queue)) for index, stream in enumerate(streams)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(
+    index: int, stream: AsyncGenerator[T], queue: asyncio.Queue[tuple[int, T] | BaseException | None]
+) -> None:
+    try:
+        async with aclosing(stream):
+            async for item in stream:
+                queue.put_nowait((index, item))
+        queue.put_nowait(None)
+    except Exception as error:
+        queue.put_nowait(error)
+

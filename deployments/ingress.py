@@ -1,0 +1,468 @@
+"""The HTTP face: parses, tokenises, streams. The one place where failures become status codes.
+
+No `from __future__ import annotations` here: FastAPI reads the routes' annotations.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.types import Send
+
+from deployments.args import AppArgs
+from deployments.generation import (
+    EngineBusy,
+    EngineClient,
+    EngineFailed,
+    EngineLost,
+    Piece,
+    RequestRefused,
+    generate_text,
+    merge,
+)
+from deployments.messages import Refusal
+from deployments.protocol import (
+    MAX_CHOICES,
+    Answer,
+    ApiError,
+    ChatAnswer,
+    ChatRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    GenerationRequest,
+    TokenizeRequest,
+    Totals,
+    choice_seed,
+    invalid,
+    join_stats,
+    overloaded,
+)
+from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.types import Request, RequestError, SamplingParams, SequenceOutput
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What the routes need, none of it Ray's."""
+
+    client: EngineClient
+    tokenizer: Tokenizer
+    model_name: str
+    max_model_len: int
+    gamma: int
+    created: int = 0
+    retry_after_s: int = 1
+    max_resubmissions: int = 3
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One HTTP request, ready to run: a Request per choice."""
+
+    requests: list[Request]
+    num_prompt_tokens: int
+    answer: Answer
+
+
+# Routes.
+
+
+def build_http(service: Service) -> FastAPI:
+    """The application that every replica of the Ingress runs."""
+    http = FastAPI(title="dspark-ray", version=version("dspark-ray"))
+    _add_error_handlers(http, service)
+
+    @http.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest) -> Response:
+        _check(service, body)
+        text = service.tokenizer.apply_chat([message.as_dict() for message in body.messages], thinking=body.thinking)
+        prompt = await _encode(service, text)
+        answer = ChatAnswer(service.model_name, service.tokenizer.decode_token)
+        return await _answer(service, body, _job(service, body, [prompt], answer, default_tokens=None))
+
+    @http.post("/v1/completions")
+    async def completions(body: CompletionRequest) -> Response:
+        _check(service, body)
+        prompts = [await _encode(service, prompt) for prompt in body.prompts()]
+        answer = CompletionAnswer(service.model_name, service.tokenizer.decode_token)
+        return await _answer(
+            service, body, _job(service, body, prompts, answer, default_tokens=SamplingParams().max_tokens)
+        )
+
+    @http.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        text = body.prompt
+        if body.messages:
+            text = service.tokenizer.apply_chat([message.as_dict() for message in body.messages])
+        if text is None:
+            raise invalid("prompt", "expected prompt or messages")
+        tokens = await _encode(service, text)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_model_len}
+
+    @http.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model_card(service)]}
+
+    @http.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        _check_model(service, name)
+        return _model_card(service)
+
+    @http.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200 if await service.client.is_healthy() else 503)
+
+    @http.get("/version")
+    async def server_version() -> dict[str, str]:
+        return {"version": version("dspark-ray")}
+
+    return http
+
+
+def _model_card(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "dspark-ray",
+        "max_model_len": service.max_model_len,
+    }
+
+
+# From a body to requests.
+
+
+def _check(service: Service, body: GenerationRequest) -> None:
+    _check_model(service, body.model)
+    body.check()
+
+
+def _check_model(service: Service, name: str) -> None:
+    if name != service.model_name:
+        message = f"model={name!r:.200}: this server serves {service.model_name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def _encode(service: Service, prompt: str | list[int]) -> list[int]:
+    """Token ids of a prompt; long texts take long, so they are encoded beside the event loop."""
+    if isinstance(prompt, list):
+        return prompt
+    return await asyncio.to_thread(service.tokenizer.encode, prompt)
+
+
+def _job(
+    service: Service, body: GenerationRequest, prompts: list[list[int]], answer: Answer, default_tokens: int | None
+) -> _Job:
+    """`default_tokens` is the length of an answer that asks for none; None takes what the model has room for."""
+    if len(prompts) * body.num_choices > MAX_CHOICES:
+        raise invalid("n", f"{len(prompts)} prompts with n={body.num_choices}: expected at most {MAX_CHOICES} in all")
+    requests = []
+    for prompt in prompts:
+        max_tokens = _max_tokens(service, body.asked_tokens(), len(prompt), default_tokens)
+        sampling, speculative = body.sampling(max_tokens), body.speculation()
+        for choice in range(body.num_choices):
+            requests.append(
+                Request(
+                    request_id=f"{answer.id}-{len(requests)}",
+                    prompt_token_ids=tuple(prompt),
+                    sampling=replace(sampling, seed=choice_seed(sampling.seed, choice)),
+                    speculative=speculative,
+                )
+            )
+    return _Job(requests, sum(map(len, prompts)), answer)
+
+
+def _max_tokens(service: Service, asked: int | None, num_prompt_tokens: int, default: int | None) -> int:
+    room = service.max_model_len - num_prompt_tokens
+    if room < 1:
+        raise invalid(
+            "prompt",
+            f"the prompt has {num_prompt_tokens} tokens: expected at most {service.max_model_len - 1},"
+            f" max_model_len={service.max_model_len} less one to generate",
+        )
+    if asked is not None and asked > room:
+        raise invalid(
+            "max_tokens",
+            f"max_tokens={asked} behind a prompt of {num_prompt_tokens} tokens: expected at most {room},"
+            f" max_model_len={service.max_model_len}",
+        )
+    if asked is not None:
+        return asked
+    return room if default is None else min(default, room)
+
+
+# From pieces to an answer.
+
+
+class _Tally:
+    """Counts what passes, for usage and statistics."""
+
+    def __init__(self, job: _Job, gamma: int) -> None:
+        self._job, self._gamma = job, gamma
+        self._num_open, self._num_tokens = len(job.requests), 0
+        self._stats: list[Any] = []
+
+    def add(self, piece: Piece) -> None:
+        self._num_tokens += piece.num_tokens
+        if piece.finish_reason is not None:
+            self._num_open -= 1
+        if piece.stats is not None:
+            self._stats.append(piece.stats)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._num_open == 0
+
+    def totals(self) -> Totals:
+        return Totals(self._job.num_prompt_tokens, self._num_tokens, join_stats(self._stats), self._gamma)
+
+
+async def _answer(service: Service, body: GenerationRequest, job: _Job) -> Response:
+    pieces = merge(
+        [
+            generate_text(service.client, service.tokenizer, request, service.max_resubmissions)
+            for request in job.requests
+        ]
+    )
+    tally = _Tally(job, service.gamma)
+    if body.stream:
+        return await _stream(service, body, job, tally, pieces)
+    return await _collect(service, job, tally, pieces)
+
+
+async def _collect(
+    service: Service, job: _Job, tally: _Tally, pieces: AsyncGenerator[tuple[int, Piece]]
+) -> Response:
+    choices: list[list[Piece]] = [[] for _ in job.requests]
+    with _as_api_errors(service):
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                tally.add(piece)
+                choices[index].append(piece)
+    totals = tally.totals()
+    whole = job.answer.whole([Piece.join(choice) for choice in choices], totals)
+    return Response(_to_json(whole, metrics=totals.metrics()), media_type="application/json")
+
+
+async def _stream(
+    service: Service,
+    body: GenerationRequest,
+    job: _Job,
+    tally: _Tally,
+    pieces: AsyncGenerator[tuple[int, Piece]],
+) -> Response:
+    """Waits for the first piece, so that what fails before it still gets a status of its own."""
+    try:
+        with _as_api_errors(service):
+            first = await anext(pieces)
+    except BaseException:
+        await pieces.aclose()
+        raise
+    return EventStream(_events(service, body, job, tally, first, pieces), pieces)
+
+
+async def _events(
+    service: Service,
+    body: GenerationRequest,
+    job: _Job,
+    tally: _Tally,
+    first: tuple[int, Piece],
+    rest: AsyncGenerator[tuple[int, Piece]],
+) -> AsyncGenerator[str]:
+    """Server-sent events; a failure in the middle becomes an event with an error."""
+    try:
+        with _as_api_errors(service):
+            for line in _piece_events(body, job, tally, *first):
+                yield line
+            async for index, piece in rest:
+                for line in _piece_events(body, job, tally, index, piece):
+                    yield line
+    except ApiError as error:
+        yield _event(JSONResponse(error.body()).body.decode())
+        return
+    if body.include_usage:
+        totals = tally.totals()
+        yield _event(_to_json(job.answer.last_chunk(totals), metrics=totals.metrics()))
+    yield _event("[DONE]")
+
+
+def _piece_events(
+    body: GenerationRequest, job: _Job, tally: _Tally, index: int, piece: Piece
+) -> Iterator[str]:
+    tally.add(piece)
+    if piece.is_silent:
+        return
+    extra = {}
+    if tally.is_complete and not body.include_usage:
+        extra["metrics"] = tally.totals().metrics()
+    yield _event(_to_json(job.answer.chunk(index, piece), **extra))
+
+
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"
+
+
+def _to_json(answer: BaseModel, **extra: Any) -> str:
+    for name, value in extra.items():
+        setattr(answer, name, value)
+    return answer.model_dump_json(exclude_unset=True)
+
+
+class EventStream(StreamingResponse):
+    """Ends its source with itself: when the client leaves, the sequences are freed at once."""
+
+    def __init__(self, events: AsyncGenerator[str], source: AsyncGenerator[Any]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._events, self._source = events, source
+
+    async def stream_response(self, send: Send) -> None:
+        # A generator that was never started does not run its own clean-up.
+        async with aclosing(self._source), aclosing(self._events):
+            await super().stream_response(send)
+
+
+# Failures.
+
+
+@contextmanager
+def _as_api_errors(service: Service) -> Iterator[None]:
+    """What can go wrong behind the ingress, in HTTP's words."""
+    try:
+        yield
+    except RequestRefused as error:
+        if error.refusal.reason == "queue_full":
+            raise overloaded(429, error.refusal.message, service.retry_after_s) from None
+        raise invalid(error.refusal.param, error.refusal.message) from None
+    except EngineBusy as error:
+        raise overloaded(503, str(error), service.retry_after_s) from None
+    except EngineLost as error:
+        logger.error("a request was given up: %s", error)
+        raise overloaded(503, "the engine was lost and no other took over", service.retry_after_s) from error
+    except EngineFailed as error:
+        logger.error("a request failed: %s", error)
+        raise ApiError(500, f"the engine failed: {error}", kind="internal_server_error") from error
+
+
+def _add_error_handlers(http: FastAPI, service: Service) -> None:
+    @http.exception_handler(ApiError)
+    async def answer_api_error(_: HttpRequest, error: ApiError) -> Response:
+        headers = {"Retry-After": str(error.retry_after)} if error.retry_after is not None else None
+        return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+    @http.exception_handler(RequestError)
+    async def answer_request_error(request: HttpRequest, error: RequestError) -> Response:
+        return await answer_api_error(request, invalid(error.param, str(error)))
+
+    @http.exception_handler(RequestValidationError)
+    async def answer_validation_error(request: HttpRequest, error: RequestValidationError) -> Response:
+        return await answer_api_error(request, _first_problem(error))
+
+    @http.exception_handler(HTTPException)
+    async def answer_http_exception(request: HttpRequest, error: HTTPException) -> Response:
+        return await answer_api_error(request, ApiError(error.status_code, str(error.detail)))
+
+    @http.exception_handler(Exception)
+    async def answer_bug(request: HttpRequest, error: Exception) -> Response:
+        logger.error("unexpected", exc_info=error)
+        message = f"unexpected {type(error).__name__}; the server's log says more"
+        return await answer_api_error(request, ApiError(500, message, kind="internal_server_error"))
+
+
+def _first_problem(error: RequestValidationError) -> ApiError:
+    problem = error.errors()[0]
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, RequestError):
+        return invalid(cause.param, str(cause))
+    if problem["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {problem['ctx']['error']}", code="invalid_json")
+    param = _param(problem["loc"], error.body)
+    if problem["type"] == "extra_forbidden":
+        return invalid(param, f"{param}: this server does not know this field")
+    if problem["type"] == "missing":
+        return invalid(param, f"{param}: this field is required")
+    return invalid(param, f"{param}={problem['input']!r:.200}: {problem['msg']}")
+
+
+def _param(location: Sequence[Any], body: Any) -> str:
+    """messages.0.content from pydantic's location, whose first part is the body and whose last may name a type."""
+    names, value = [], body
+    for part in location[1:]:
+        if not isinstance(value, dict if isinstance(part, str) else list):
+            break
+        names.append(str(part))
+        value = value.get(part) if isinstance(value, dict) else value[part]
+    return ".".join(names) if names else "body"
+
+
+# Ray.
+
+
+class HandleClient:
+    """An EngineClient over Serve: any replica of the Engine deployment."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle.options(stream=True)
+
+    async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput | Refusal]:
+        stream = self._handle.generate.remote(request)
+        try:
+            async for output in stream:
+                yield output
+        except (RayError, RayServeException) as error:
+            raise _translated(error) from error
+        finally:
+            # Cancelling reaches the generator in the replica, which then aborts the sequence.
+            stream.cancel()
+
+    async def is_healthy(self) -> bool:
+        """Whether the Engine deployment has a running replica."""
+        application = serve.get_replica_context().app_name
+        status = await asyncio.to_thread(serve.status)
+        states = status.applications[application].deployments["Engine"].replica_states
+        return states.get("RUNNING", 0) > 0
+
+
+def _translated(error: Exception) -> Exception:
+    """A dead process is a lost engine; an exception of living code is a failure of its own."""
+    if isinstance(error, BackPressureError):
+        return EngineBusy(error.message)
+    died = isinstance(error, RayActorError)
+    raised = isinstance(error, (RayTaskError, TaskCancelledError, RayServeException))
+    return EngineLost(str(error)) if died or not raised else EngineFailed(str(error))
+
+
+@serve.deployment(name="Ingress")
+@serve.ingress()
+class Ingress:
+    """Serves HTTP for one model; holds no state that a request needs to outlive it."""
+
+    def __init__(self, args: AppArgs, engine: DeploymentHandle) -> None:
+        _, engine_config = args.resolve()
+        self._service = Service(
+            client=HandleClient(engine),
+            tokenizer=Tokenizer.from_directory(args.checkpoint),
+            model_name=args.model_name,
+            max_model_len=engine_config.max_model_len,
+            gamma=engine_config.gamma or 0,
+            created=int((args.checkpoint / "config.json").stat().st_mtime),
+            retry_after_s=args.limits.retry_after_s,
+            max_resubmissions=args.limits.max_resubmissions,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_http(self._service)
