@@ -1,0 +1,69 @@
+# Every target installs what it misses, so any of them can be the first command on a fresh machine.
+# Needs: make, git, and a Python 3.11 or 3.12 (`make PYTHON=python3.12 ...` picks one).
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RAY_TOKEN := .build/ray/auth_token
+
+CONFIG ?= deployments/tiny.yaml
+export PROMPT ?= def add(a, b):
+ARGS ?=
+
+# Looked up only when a virtual environment has to be made.
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
+	&& { echo "$$python"; break; }; done)
+
+# Two ranks and a drafter share the cores of a laptop: one thread each is faster than a crowd.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install serve generate test lint format bench clean
+
+help: ## Show the targets.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(INSTALLED) ## Make .venv and install everything into it.
+
+# torch comes first and alone: a build of it that is already there (a CPU one, for example) is kept.
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found: install one, or say make PYTHON=/path/to/python"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)"
+	$(BIN)/python -m pip install --quiet --editable '.[serve,dev]'
+	@touch $@
+
+# A new local Ray cluster takes commands from whoever holds its token. This one lives in the checkout, so that
+# the cluster is closed to the network (unlike RAY_AUTH_MODE=disabled) and the home folder stays as it was.
+$(RAY_TOKEN):
+	@mkdir -p $(@D)
+	@umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > $@
+
+serve: $(INSTALLED) $(RAY_TOKEN) ## Start a local Ray and the application of CONFIG on port 8000.
+	RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$(CURDIR)/$(RAY_TOKEN) \
+		$(BIN)/serve run --address local $(CONFIG)
+
+generate: $(INSTALLED) ## Continue PROMPT in the terminal, without Ray.
+	$(BIN)/dspark-ray generate '$(PROMPT)' $(ARGS)
+
+test: $(INSTALLED) ## Run the tests (ARGS goes to pytest).
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## Check style, formatting and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Rewrite the code in the project's format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) $(RAY_TOKEN) ## Measure; writes benchmarks/results/ and the README's table.
+	$(BIN)/python -m benchmarks.first_light --readme $(ARGS)
+
+clean: ## Remove the virtual environment and caches; scratch work in .build stays.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
