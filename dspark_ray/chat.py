@@ -73,7 +73,8 @@ def render(
 ) -> str:
     """The prompt of a conversation; encode it without adding special tokens.
 
-    `thinking` None follows the effort, and without one is chat mode. The prompt ends with an opened assistant turn
+    `thinking` None follows the effort, and without one is chat mode. `drop_thinking` leaves out what was reasoned (and
+    what developers said) before the last question. The prompt ends with an opened assistant turn
     unless the last message is the assistant's. Raises RequestError naming the field that is wrong.
     """
     thinks = _thinks(thinking, reasoning_effort)
@@ -81,18 +82,16 @@ def render(
         raise RequestError("tools", f"tools has {len(tools)} entries: tool schemas are not supported yet")
     turns = list(_turns(messages))
     if thinks and drop_thinking:
-        turns = _without_old_thoughts(turns)
-    kept = _last_asking(turns) if drop_thinking else 0
+        turns = _without_old_developers(turns)
+    first_reasoning = _last_asking(turns) if drop_thinking else 0
     parts = [SPECIAL.bos]
     for number, turn in enumerate(turns):
-        is_last = number == len(turns) - 1
-        reasons = thinks and (number >= kept or turn.kind != "assistant")
+        reasons = thinks and number >= first_reasoning
+        if turn.kind == "assistant" and number > 0 and turns[number - 1].kind in _ASKING:
+            parts.append(_header(reasons))
         parts.append(_rendered(turn, reasons))
-        follower = None if is_last else turns[number + 1].kind
-        if turn.kind in _ASKING and follower == "assistant":
-            parts.append(_header(thinks and number + 1 >= kept))
-        elif is_last and turn.kind != "assistant" and add_generation_prompt:
-            parts.append(_header(thinks))
+    if add_generation_prompt and turns[-1].kind != "assistant":
+        parts.append(_header(thinks))
     return "".join(parts)
 
 
@@ -110,11 +109,11 @@ def _header(thinks: bool) -> str:
 
 
 def _last_asking(turns: Sequence[_Turn]) -> int:
-    """Number of the last user or developer turn; assistant turns before it lose their reasoning."""
+    """Number of the last user or developer turn."""
     return max((number for number, turn in enumerate(turns) if turn.kind in _ASKING), default=0)
 
 
-def _without_old_thoughts(turns: list[_Turn]) -> list[_Turn]:
+def _without_old_developers(turns: list[_Turn]) -> list[_Turn]:
     last = _last_asking(turns)
     return [turn for number, turn in enumerate(turns) if turn.kind != "developer" or number >= last]
 

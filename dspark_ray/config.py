@@ -240,7 +240,7 @@ def _num_hash_layers(raw: dict[str, Any]) -> int:
     kinds = raw.get("mlp_layer_types", [])
     count = kinds.count("hash_moe")
     if "hash_moe" in kinds[count:]:
-        raise ConfigError(f"config.json: mlp_layer_types={kinds!r}: expected every 'hash_moe' before the first 'moe'")
+        raise ConfigError(f"config.json: mlp_layer_types={kinds!r}: expected all 'hash_moe' before any 'moe'")
     return count
 
 

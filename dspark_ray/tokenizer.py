@@ -11,17 +11,19 @@ from typing import Any
 import tokenizers
 
 from dspark_ray.chat import SPECIAL, Message, render
+from dspark_ray.config import ConfigError
 
 
-class TokenizerError(ValueError):
+class TokenizerError(ConfigError):
     """A tokenizer that cannot be used; the message names the file and what is wrong with it."""
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer: every token is a sequence of bytes, special ones are empty in text."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_token_id: int) -> None:
-        self._backend, self.eos_token_id = backend, eos_token_id
+    def __init__(self, backend: tokenizers.Tokenizer, bos_token_id: int, eos_token_id: int) -> None:
+        self._backend = backend
+        self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
 
     @staticmethod
     def from_directory(path: Path | str) -> Tokenizer:
@@ -39,7 +41,8 @@ class Tokenizer:
             raise TokenizerError(f"{file}: expected a tokenizer, found {error}") from None
         if not _is_byte_level(json.loads(backend.to_str())["decoder"]):
             raise TokenizerError(f"{file}: expected a ByteLevel decoder, found another one")
-        return Tokenizer(backend, _eos_token_id(path, backend))
+        ids = _named_ids(path / "tokenizer_config.json", backend, bos_token=SPECIAL.bos, eos_token=SPECIAL.eos)
+        return Tokenizer(backend, ids["bos_token"], ids["eos_token"])
 
     @cached_property
     def vocab_size(self) -> int:
@@ -88,11 +91,15 @@ def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
     return decoder["type"] == "ByteLevel" or any(_is_byte_level(inner) for inner in decoder.get("decoders", ()))
 
 
-def _eos_token_id(path: Path, backend: tokenizers.Tokenizer) -> int:
-    file = path / "tokenizer_config.json"
-    name: Any = json.loads(file.read_text(encoding="utf-8")).get("eos_token") if file.is_file() else None
-    content = name["content"] if isinstance(name, dict) else name or SPECIAL.eos
-    token_id = backend.token_to_id(content)
-    if token_id is None:
-        raise TokenizerError(f"{file}: eos_token={content!r}: expected a token of tokenizer.json")
-    return token_id
+def _named_ids(file: Path, backend: tokenizers.Tokenizer, **defaults: str) -> dict[str, int]:
+    """Ids of the tokens that `tokenizer_config.json` names under these keys, or of their defaults."""
+    names = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    ids = {}
+    for key, default in defaults.items():
+        named = names.get(key) or default
+        content = named["content"] if isinstance(named, dict) else named
+        token_id = backend.token_to_id(content)
+        if token_id is None:
+            raise TokenizerError(f"{file}: {key}={content!r}: expected a token of tokenizer.json")
+        ids[key] = token_id
+    return ids

@@ -91,8 +91,8 @@ class CacheShape:
     def of(config: ModelConfig, gamma: int, page_size: int) -> CacheShape:
         """The tight lengths: one slot fewer and a rejected row would overwrite a row still needed.
 
-        The youngest row of a block of 1+gamma may be `gamma` positions ahead of the first kept one. A forward that
-        wrote its rows before reading the ring would need one slot more.
+        The youngest row of a block of 1+gamma may be `gamma` positions ahead of the first kept one. A forward
+        that wrote its rows before reading the ring would need one slot more.
         """
         ratios = sorted(set(config.compress_ratios) - {0})
         pooled = {ratio: 2 * ratio if ratio == CSA_RATIO else ratio for ratio in ratios}

@@ -48,7 +48,7 @@ def _temper(logits: Tensor, draws: Draws) -> Tensor:
 
 
 def filter_logits(processed: Tensor, draws: Draws) -> Tensor:
-    """[n, V] with -inf where top_k, then top_p, then min_p remove a token.
+    """[n, V] with -inf where top_k, then top_p, then min_p remove a token; never the best one.
 
     A filter is a lowest logit: tokens that tie with a kept one stay, and neither the order in which a device
     sorts equal logits nor the other rows matter.
@@ -60,8 +60,6 @@ def filter_logits(processed: Tensor, draws: Draws) -> Tensor:
     last = draws.top_k.clamp(max=width).unsqueeze(1) - 1
     lowest = torch.maximum(best.gather(1, last), _lowest_of_top_p(best, last, draws.top_p.unsqueeze(1)))
     lowest = torch.maximum(lowest, best[:, :1] + draws.min_p.log().float().unsqueeze(1))
-    # Greedy rows have no filter, and a tie must not be able to make one.
-    lowest = torch.where(draws.temperatures.unsqueeze(1) > 0, lowest, -torch.inf)
     return processed.masked_fill(processed < lowest, -torch.inf)
 
 

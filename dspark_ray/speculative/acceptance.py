@@ -122,8 +122,8 @@ def accept_rejection_blocks(
     """(num_accepted [B], next_anchor [B]) of blocks of equal length, by speculative sampling.
 
     draft_tokens [B, k], k > 0, were drawn from q_probabilities [B, k, K] over q_ids; target_logits
-    [B, k+1, V] are processed and filtered; positions [B, k+1] are those of the predicted tokens. The test, the recovery
-    and the token behind the last draft have a noise stream each: no two decisions share a number.
+    [B, k+1, V] are processed and filtered; positions [B, k+1] are those of the predicted tokens. The test,
+    the recovery and the token behind the last draft have a noise stream each, so that none share a number.
     """
     p = target_logits.double().softmax(-1)
     num_accepted = _stands(draft_tokens, p, q_ids, q_probabilities, seeds, positions).cumprod(-1).sum(-1)

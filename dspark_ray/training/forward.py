@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import dspark_kernels as ops
 from dspark_ray.drafters.dspark import BlockOutput, DSparkModule
 from dspark_ray.model.blocks import Attention, Block, Compressor
 from dspark_ray.model.deepseek_v4 import DeepSeekV4

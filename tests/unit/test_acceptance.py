@@ -132,7 +132,7 @@ def verify(seeds: Tensor, start: int, anchors: Tensor, block: Block, target: Ten
 def two_tokens(
     top_k: int = VOCAB, target: Tensor = TARGET, draft: Callable[..., Block] = draft_block
 ) -> Tensor:
-    """[B, 2] the first two tokens of texts that start with token 0; a second round where the first gave one."""
+    """[B, 2] the two tokens after token 0 of B texts; a second round where the first round gave one."""
     seeds, zeros = torch.arange(NUM_TEXTS), torch.zeros(NUM_TEXTS, dtype=torch.int64)
     block = draft(seeds, START, zeros, 2, top_k)
     num_accepted, anchors = verify(seeds, START, zeros, block, target)
@@ -146,7 +146,7 @@ def two_tokens(
 
 
 def distance(texts: Tensor, target: Tensor = TARGET) -> float:
-    """How far a chi-square of the pairs of tokens against the target's law is above its mean, in deviations."""
+    """Standard deviations by which a chi-square of the pairs against the target's law exceeds its mean."""
     p = target.double().softmax(-1)
     expected = (len(texts) * p[0].unsqueeze(1) * p).flatten()
     counts = torch.bincount(texts[:, 0] * VOCAB + texts[:, 1], minlength=VOCAB**2)
@@ -163,7 +163,7 @@ def test_rejection_texts_follow_the_targets_law_however_short_the_draft_distribu
 
 
 def test_rejection_texts_follow_a_filtered_target() -> None:
-    target = TARGET.masked_fill(TARGET < TARGET.topk(3).values[:, -1:], -torch.inf)
+    target = TARGET.masked_fill(TARGET.topk(3).values[:, -1:] > TARGET, -torch.inf)
     assert distance(two_tokens(target=target), target) < BOUND
 
 
@@ -265,6 +265,15 @@ def test_a_draft_that_the_target_excludes_never_stands() -> None:
         accepted = accept_rejection([2], logits_of(rows), q.ids, q.probabilities, seed, [41, 42])
         assert accepted.num_accepted == 0
         assert accepted.next_anchor in (0, 1)
+
+
+def test_where_nothing_is_left_of_p_minus_q_recovery_draws_from_p(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance, "_stands", lambda drafts, *_: torch.zeros_like(drafts))
+    q, rows = source([[0.0, 0.5, 0.5]]), logits_of([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
+    tokens = {
+        accept_rejection([1], rows, q.ids, q.probabilities, seed, [41, 42]).next_anchor for seed in range(50)
+    }
+    assert tokens == {1, 2}
 
 
 def test_one_request_gets_what_it_gets_among_many() -> None:

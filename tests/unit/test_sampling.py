@@ -98,8 +98,9 @@ def test_processing_leaves_the_logits_it_was_given() -> None:
 
 
 def kept(logits: Tensor, **changes: Any) -> set[int]:
-    rows = build_sampling_rows([context(**changes)], VOCAB)
-    return set(filter_logits(logits, rows)[0].isfinite().nonzero().flatten().tolist())
+    rows = build_sampling_rows([context(**changes), context()], VOCAB)
+    filtered = filter_logits(logits.expand(2, -1), rows)
+    return set(filtered[0].isfinite().nonzero().flatten().tolist())
 
 
 def straightforward(logits: Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -129,6 +130,12 @@ def test_top_k_beyond_the_vocabulary_keeps_everything() -> None:
     assert len(kept(random_logits(1), top_k=VOCAB + 5)) == VOCAB
 
 
+def test_a_top_p_of_one_keeps_tokens_too_unlikely_to_count() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 3] = 90.0
+    assert len(kept(logits, top_k=VOCAB, top_p=1.0)) == VOCAB
+
+
 def test_a_tiny_top_p_keeps_the_best_token() -> None:
     logits = random_logits(1)
     assert kept(logits, top_p=1e-12) == {int(logits.argmax())}
@@ -145,8 +152,8 @@ def test_tokens_that_tie_at_the_limit_all_stay() -> None:
 
 
 def test_rows_without_a_filter_keep_everything_beside_rows_with_one() -> None:
-    rows = build_sampling_rows([context(top_k=2), context(), context(temperature=0, logprobs=1)], VOCAB)
-    assert filter_logits(random_logits(3), rows).isfinite().sum(-1).tolist() == [2, VOCAB, VOCAB]
+    rows = build_sampling_rows([context(top_k=2), context()], VOCAB)
+    assert filter_logits(random_logits(2), rows).isfinite().sum(-1).tolist() == [2, VOCAB]
 
 
 def test_a_filtered_row_does_not_depend_on_the_rows_beside_it() -> None:
