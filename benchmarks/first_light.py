@@ -182,7 +182,6 @@ def _bodies(settings: Settings, prompts: list[tuple[int, ...]], speculative: boo
             "prompt": list(prompt),
             "max_tokens": settings.max_tokens,
             "temperature": 0,
-            "ignore_eos": True,
             "speculative": {"enabled": speculative},
         }
         for prompt in prompts
@@ -196,9 +195,7 @@ def _requests(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> tuple[Request, ...]:
-    sampling = SamplingParams(
-        temperature=temperature, max_tokens=settings.max_tokens, ignore_eos=True, seed=seed
-    )
+    sampling = SamplingParams(temperature=temperature, max_tokens=settings.max_tokens, seed=seed)
     return tuple(
         Request(
             request_id=f"{prefix}{number}",

@@ -46,7 +46,13 @@ REASONS = {
 
 # Whoever decides what runs in a step is imported by nobody below.
 DECIDING = ("dspark_ray.engine", "dspark_ray.scheduler", "dspark_ray.runtime", "dspark_ray.cli")
-MAY_DECIDE = ("dspark_ray/engine.py", "dspark_ray/scheduler.py", "dspark_ray/runtime.py", "dspark_ray/cli.py")
+MAY_DECIDE = (
+    "dspark_ray/engine.py",
+    "dspark_ray/scheduler.py",
+    "dspark_ray/runtime.py",
+    "dspark_ray/cli.py",
+    "dspark_ray/evaluation/accepted_length.py",
+)
 
 MAY_COMMUNICATE = ("dspark_ray/model/parallel.py", "dspark_ray/model/channel.py", "dspark_ray/runtime.py")
 
