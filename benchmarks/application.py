@@ -39,9 +39,7 @@ def running(config: dict[str, Any], scratch: Path) -> Iterator[str]:
     config_file.write_text(yaml.safe_dump({**config, "http_options": {"host": "127.0.0.1", "port": port}}))
     command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", str(config_file)]
     with (scratch / "application.log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=_environment(scratch), start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(scratch), start_new_session=True)
     base_url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_healthy(base_url, process, scratch / "application.log")
@@ -101,7 +99,7 @@ def _wait_until_healthy(base_url: str, process: subprocess.Popen[bytes], log: Pa
                 return
         except httpx.HTTPError:
             pass
-        time.sleep(0.5)
+        time.sleep(1.0)
     raise RuntimeError(f"not healthy after {_SECONDS_TO_START:.0f} s: see {log}")
 
 

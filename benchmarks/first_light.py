@@ -75,9 +75,7 @@ class Prompts:
         self._per_repeat = settings.length_prompts
         count = settings.repeats * settings.length_prompts
         self._ids = {
-            kind: [
-                (tokenizer.bos_token_id, *tokenizer.encode(text)) for text in held_out_prompts(kind, count)
-            ]
+            kind: [(tokenizer.bos_token_id, *tokenizer.encode(text)) for text in held_out_prompts(kind, count)]
             for kind in KINDS
         }
 
@@ -91,9 +89,7 @@ class Prompts:
 
     def streams(self, repeat: int) -> list[tuple[int, ...]]:
         """NUM_STREAMS prompts of mixed kinds."""
-        mixed = [
-            ids for same_place in zip(*self.of_repeat(repeat).values(), strict=True) for ids in same_place
-        ]
+        mixed = [ids for same_place in zip(*self.of_repeat(repeat).values(), strict=True) for ids in same_place]
         return mixed[:NUM_STREAMS]
 
 
@@ -126,9 +122,7 @@ def measure_speed(settings: Settings, prompts: Prompts, notebook: Notebook) -> N
     with ExitStack() as stack:
         base_url = stack.enter_context(running(settings.config, SCRATCH))
         client = stack.enter_context(httpx.Client(base_url=base_url, timeout=300))
-        gangs = {
-            place: stack.enter_context(closing(Gang(_spec(settings, place)))) for place in ("actor", "inline")
-        }
+        gangs = {place: stack.enter_context(closing(Gang(_spec(settings, place)))) for place in ("actor", "inline")}
         _speed_of_repeat(replace(settings, max_tokens=8), prompts, 0, client, gangs)  # warm up
         for repeat in missing:
             figures = _speed_of_repeat(settings, prompts, repeat, client, gangs)
@@ -159,9 +153,7 @@ def _speed_of_repeat(
         "repeat": repeat,
         "tokens_per_second": {name: _tokens_per_second(result) for name, result in seen.items()},
         "loop_seconds_per_round": {
-            name: result.loop_seconds_per_round
-            for name, result in seen.items()
-            if isinstance(result, Outcome)
+            name: result.loop_seconds_per_round for name, result in seen.items() if isinstance(result, Outcome)
         },
         "same_texts": sum(with_drafts == without for with_drafts, without in zip(*texts, strict=True)),
         "texts": len(single),
@@ -216,10 +208,7 @@ def measure_lengths(settings: Settings, prompts: Prompts, notebook: Notebook) ->
     if not missing:
         return
     with ExitStack() as stack:
-        gangs = {
-            mode: stack.enter_context(closing(Gang(_single(settings, mode))))
-            for mode in ("coupled", "rejection")
-        }
+        gangs = {mode: stack.enter_context(closing(Gang(_single(settings, mode)))) for mode in ("coupled", "rejection")}
         for repeat in missing:
             figures = {
                 "repeat": repeat,
@@ -231,9 +220,7 @@ def measure_lengths(settings: Settings, prompts: Prompts, notebook: Notebook) ->
             print(f"lengths {repeat + 1}/{settings.repeats}", _short(_overall(figures)), flush=True)
 
 
-def _lengths(
-    settings: Settings, gang: Gang, prompts: Prompts, repeat: int, temperature: float
-) -> dict[str, list[int]]:
+def _lengths(settings: Settings, gang: Gang, prompts: Prompts, repeat: int, temperature: float) -> dict[str, list[int]]:
     """By kind: accepted drafts and rounds."""
     requests: list[Request] = []
     for kind, ids in prompts.of_repeat(repeat).items():
@@ -294,16 +281,13 @@ def summarise(notebook: Notebook) -> dict[str, Any]:
         "http_over_engine_8_streams": report.spread(_ratios(speed, "http_streams", "gang_streams")),
         "actor_over_inline": report.spread(_ratios(speed, "gang_actor", "gang_inline")),
         "loop_seconds_per_round": report.spread(e["loop_seconds_per_round"]["gang_actor"] for e in speed),
-        "loop_seconds_per_round_inline": report.spread(
-            e["loop_seconds_per_round"]["gang_inline"] for e in speed
-        ),
+        "loop_seconds_per_round_inline": report.spread(e["loop_seconds_per_round"]["gang_inline"] for e in speed),
         "accepted_length_greedy": report.spread(o["greedy"] for o in overall),
         "accepted_length_sampled": report.spread(o["sampled"] for o in overall),
         "coupled_over_rejection": report.spread(o["sampled"] / o["sampled_rejection"] for o in overall),
         "accepted_length_by_kind": _by_kind(lengths),
         "tokens_per_second": {
-            side: report.spread(e["tokens_per_second"][side] for e in speed)
-            for side in speed[0]["tokens_per_second"]
+            side: report.spread(e["tokens_per_second"][side] for e in speed) for side in speed[0]["tokens_per_second"]
         },
         "same_texts_on_and_off": f"{sum(e['same_texts'] for e in speed)} of {sum(e['texts'] for e in speed)}",
     }
@@ -319,9 +303,7 @@ def _by_kind(lengths: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     modes = ("greedy", "sampled", "sampled_rejection")
     return {
         mode: {
-            kind: round(
-                _length(*(sum(column) for column in zip(*(e[mode][kind] for e in lengths), strict=True))), 4
-            )
+            kind: round(_length(*(sum(column) for column in zip(*(e[mode][kind] for e in lengths), strict=True))), 4)
             for kind in KINDS
         }
         for mode in modes
@@ -374,9 +356,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "deployments" / "tiny.yaml")
     parser.add_argument("--checkpoint", type=Path, help="a folder to serve instead of the one in the config")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -15,7 +15,7 @@ import torch
 
 from dspark_ray.engine import Engine
 from dspark_ray.model.executor import Follower
-from dspark_ray.runtime import GangSpec, join_as_drafter, join_as_verifier
+from dspark_ray.runtime import GangSpec, join_as_drafter, join_as_follower, join_as_leader
 from dspark_ray.types import Request, SpeculationStats
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -92,7 +92,7 @@ def free_port() -> int:
 
 def _lead(spec: GangSpec, connection: Connection) -> None:
     torch.set_num_threads(1)
-    engine = join_as_verifier(spec, rank=0)
+    engine = join_as_leader(spec)
     assert isinstance(engine, Engine)
     connection.send("ready")
     while (job := connection.recv()) is not None:
@@ -102,7 +102,7 @@ def _lead(spec: GangSpec, connection: Connection) -> None:
 
 def _follow(spec: GangSpec, rank: int) -> None:
     torch.set_num_threads(1)
-    follower = join_as_verifier(spec, rank)
+    follower = join_as_follower(spec, rank)
     assert isinstance(follower, Follower)
     follower.run()
 

@@ -65,8 +65,7 @@ def provenance(root: Path, command: str) -> dict[str, Any]:
         "uncommitted_changes": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _machine(),
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
     }
 
 

@@ -1,13 +1,22 @@
 """What a YAML file may say under `args`: one model per block, unknown keys refused.
 
-Serve's own settings (num_replicas, autoscaling_config, ray_actor_options of the Ingress) belong under `deployments` in the same file.
+Serve's own settings (num_replicas, autoscaling_config, ray_actor_options of the Ingress) belong under
+`deployments` in the same file.
 No `from __future__ import annotations` here: with it Serve would not validate the builder's arguments.
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from dspark_ray.config import ConfigError, DType, EngineConfig, ModelConfig, VerificationMode
 

@@ -6,12 +6,13 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator
+from typing import Any
 
 from ray import serve
 
 from deployments.args import AppArgs
 from deployments.channel import EngineChannel
-from deployments.gang import Gang, start_gang
+from deployments.gang import start_gang
 from deployments.messages import Refusal
 from deployments.metrics import EngineMetrics
 from dspark_ray.types import Request, SequenceOutput
@@ -29,10 +30,11 @@ _FAREWELL_SECONDS = 1.0
 class EngineReplica:
     """Starts a gang, hands its outputs to requests, and dies with it.
 
-    Whatever ends a member ends this process, Ray ends the rest, and Serve builds a new replica in a new placement group.
+    Whatever ends a member ends this process, Ray ends the rest, and Serve builds a new replica in a new
+    placement group.
     """
 
-    async def __init__(self, args: AppArgs) -> None:
+    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         args.resolve()
         self._args = args
         self._tasks: list[asyncio.Task[None]] = []
@@ -61,9 +63,8 @@ class EngineReplica:
         """Raises the error of the first member that could not start."""
         ready = asyncio.create_task(self._channel.ready.wait())
         timeout = self._args.health.startup_timeout_s
-        await asyncio.wait(
-            [ready, *self._gang.runs.values()], timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-        )
+        either: list[asyncio.Future[Any]] = [ready, *self._gang.runs.values()]
+        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         self._gang.raise_end()
         if not ready.done():
             raise TimeoutError(f"the engine was not ready after health.startup_timeout_s={timeout}")

@@ -29,9 +29,7 @@ class Gang:
 
     async def first_end(self, timeout_seconds: float) -> bool:
         """Wait for the first run to end; False when none did in time."""
-        ended, _ = await asyncio.wait(
-            self.runs.values(), timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED
-        )
+        ended, _ = await asyncio.wait(self.runs.values(), timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
         return bool(ended)
 
     def raise_end(self) -> None:
@@ -54,7 +52,7 @@ async def start_gang(args: AppArgs, requests_address: str, outputs_address: str)
     Actors called from a request would be cancelled with that request.
     """
     actors = _create_actors(args)
-    nodes = await asyncio.gather(*(actor.prepare.remote() for actor in actors))
+    nodes: list[str] = await asyncio.gather(*(actor.prepare.remote() for actor in actors))
     spec = _spec(args, await actors[0].meeting_point.remote())
     refs = {"verifier 0": actors[0].lead.remote(spec, requests_address, outputs_address)}
     for rank in range(1, args.tensor_parallel_size):
@@ -82,10 +80,11 @@ def _spec(args: AppArgs, meeting_point: str) -> dict[str, Any]:
 def _create_actors(args: AppArgs) -> list[ActorHandle]:
     """Every verifier rank, then the drafter where it is an actor."""
     group = ray.util.get_current_placement_group()
+    assert group is not None, "Serve starts replicas with placement_group_bundles in a group"
     bundles = bundle_order(args, placement_group_table(group)["bundles_to_node_id"])
     classes = [VerifierWorker] * args.tensor_parallel_size + [DrafterWorker] * args.has_draft_actor
     return [
-        ray.remote(worker_class)
+        ray.remote(worker_class)  # type: ignore[misc]
         .options(
             **actor_options(resources),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),

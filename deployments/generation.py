@@ -96,9 +96,7 @@ async def generate_text(
                 return
 
 
-async def _outputs(
-    client: EngineClient, request: Request, max_resubmissions: int
-) -> AsyncGenerator[SequenceOutput]:
+async def _outputs(client: EngineClient, request: Request, max_resubmissions: int) -> AsyncGenerator[SequenceOutput]:
     """What engines say about a request, one engine after the other where they die."""
     produced = request.output_token_ids
     for attempt in range(max_resubmissions + 1):
@@ -183,4 +181,3 @@ async def _pump(
         queue.put_nowait(None)
     except Exception as error:
         queue.put_nowait(error)
-

@@ -4,6 +4,7 @@ No `from __future__ import annotations` here: FastAPI reads the routes' annotati
 """
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -11,7 +12,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI, Request as HttpRequest
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
@@ -43,6 +45,7 @@ from deployments.protocol import (
     CompletionAnswer,
     CompletionRequest,
     GenerationRequest,
+    Message,
     TokenizeRequest,
     Totals,
     choice_seed,
@@ -65,6 +68,7 @@ class Service:
     model_name: str
     max_model_len: int
     gamma: int
+    bos_token_id: int
     created: int = 0
     retry_after_s: int = 1
     max_resubmissions: int = 3
@@ -90,28 +94,27 @@ def build_http(service: Service) -> FastAPI:
     @http.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest) -> Response:
         _check(service, body)
-        text = service.tokenizer.apply_chat([message.as_dict() for message in body.messages], thinking=body.thinking)
-        prompt = await _encode(service, text)
-        answer = ChatAnswer(service.model_name, service.tokenizer.decode_token)
+        prompt = await _encode(service, _render(service, body.messages, **body.chat_options()))
+        answer = ChatAnswer(service.model_name, service.tokenizer.token_bytes)
         return await _answer(service, body, _job(service, body, [prompt], answer, default_tokens=None))
 
     @http.post("/v1/completions")
     async def completions(body: CompletionRequest) -> Response:
         _check(service, body)
-        prompts = [await _encode(service, prompt) for prompt in body.prompts()]
-        answer = CompletionAnswer(service.model_name, service.tokenizer.decode_token)
+        prompts = [await _prompt_ids(service, prompt) for prompt in body.prompts()]
+        answer = CompletionAnswer(service.model_name, service.tokenizer.token_bytes)
         return await _answer(
             service, body, _job(service, body, prompts, answer, default_tokens=SamplingParams().max_tokens)
         )
 
     @http.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        text = body.prompt
         if body.messages:
-            text = service.tokenizer.apply_chat([message.as_dict() for message in body.messages])
-        if text is None:
+            tokens = await _encode(service, _render(service, body.messages))
+        elif body.prompt is not None:
+            tokens = await _prompt_ids(service, body.prompt)
+        else:
             raise invalid("prompt", "expected prompt or messages")
-        tokens = await _encode(service, text)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_model_len}
 
     @http.get("/v1/models")
@@ -158,20 +161,35 @@ def _check_model(service: Service, name: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-async def _encode(service: Service, prompt: str | list[int]) -> list[int]:
-    """Token ids of a prompt; long texts take long, so they are encoded beside the event loop."""
+def _render(service: Service, messages: Sequence[Message], **options: Any) -> str:
+    return service.tokenizer.apply_chat([message.as_dict() for message in messages], **options)
+
+
+async def _prompt_ids(service: Service, prompt: str | list[int]) -> list[int]:
+    """Token ids of a prompt; text begins a document, token ids are taken as they are."""
     if isinstance(prompt, list):
         return prompt
-    return await asyncio.to_thread(service.tokenizer.encode, prompt)
+    token_ids = await _encode(service, prompt)
+    begins = token_ids[:1] == [service.bos_token_id]
+    return token_ids if begins else [service.bos_token_id, *token_ids]
+
+
+async def _encode(service: Service, text: str) -> list[int]:
+    """Long texts take long, so they are encoded beside the event loop."""
+    return await asyncio.to_thread(service.tokenizer.encode, text)
 
 
 def _job(
-    service: Service, body: GenerationRequest, prompts: list[list[int]], answer: Answer, default_tokens: int | None
+    service: Service,
+    body: GenerationRequest,
+    prompts: list[list[int]],
+    answer: Answer,
+    default_tokens: int | None,
 ) -> _Job:
     """`default_tokens` is the length of an answer that asks for none; None takes what the model has room for."""
     if len(prompts) * body.num_choices > MAX_CHOICES:
         raise invalid("n", f"{len(prompts)} prompts with n={body.num_choices}: expected at most {MAX_CHOICES} in all")
-    requests = []
+    requests: list[Request] = []
     for prompt in prompts:
         max_tokens = _max_tokens(service, body.asked_tokens(), len(prompt), default_tokens)
         sampling, speculative = body.sampling(max_tokens), body.speculation()
@@ -245,9 +263,7 @@ async def _answer(service: Service, body: GenerationRequest, job: _Job) -> Respo
     return await _collect(service, job, tally, pieces)
 
 
-async def _collect(
-    service: Service, job: _Job, tally: _Tally, pieces: AsyncGenerator[tuple[int, Piece]]
-) -> Response:
+async def _collect(service: Service, job: _Job, tally: _Tally, pieces: AsyncGenerator[tuple[int, Piece]]) -> Response:
     choices: list[list[Piece]] = [[] for _ in job.requests]
     with _as_api_errors(service):
         async with aclosing(pieces):
@@ -293,7 +309,7 @@ async def _events(
                 for line in _piece_events(body, job, tally, index, piece):
                     yield line
     except ApiError as error:
-        yield _event(JSONResponse(error.body()).body.decode())
+        yield _event(json.dumps(error.body()))
         return
     if body.include_usage:
         totals = tally.totals()
@@ -301,9 +317,7 @@ async def _events(
     yield _event("[DONE]")
 
 
-def _piece_events(
-    body: GenerationRequest, job: _Job, tally: _Tally, index: int, piece: Piece
-) -> Iterator[str]:
+def _piece_events(body: GenerationRequest, job: _Job, tally: _Tally, index: int, piece: Piece) -> Iterator[str]:
     tally.add(piece)
     if piece.is_silent:
         return
@@ -399,14 +413,14 @@ def _first_problem(error: RequestValidationError) -> ApiError:
 
 
 def _param(location: Sequence[Any], body: Any) -> str:
-    """messages.0.content from pydantic's location, whose first part is the body and whose last may name a type."""
+    """messages[0].content from pydantic's location, whose first part is the body and whose last may name a type."""
     names, value = [], body
     for part in location[1:]:
         if not isinstance(value, dict if isinstance(part, str) else list):
             break
-        names.append(str(part))
+        names.append(f"[{part}]" if isinstance(part, int) else f".{part}")
         value = value.get(part) if isinstance(value, dict) else value[part]
-    return ".".join(names) if names else "body"
+    return "".join(names).removeprefix(".") or "body"
 
 
 # Ray.
@@ -421,7 +435,7 @@ class HandleClient:
     async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput | Refusal]:
         stream = self._handle.generate.remote(request)
         try:
-            async for output in stream:
+            async for output in stream:  # type: ignore[union-attr]
                 yield output
         except (RayError, RayServeException) as error:
             raise _translated(error) from error
@@ -434,7 +448,7 @@ class HandleClient:
         application = serve.get_replica_context().app_name
         status = await asyncio.to_thread(serve.status)
         states = status.applications[application].deployments["Engine"].replica_states
-        return states.get("RUNNING", 0) > 0
+        return states.get("RUNNING", 0) > 0  # type: ignore[call-overload]  # a str enum
 
 
 def _translated(error: Exception) -> Exception:
@@ -452,13 +466,14 @@ class Ingress:
     """Serves HTTP for one model; holds no state that a request needs to outlive it."""
 
     def __init__(self, args: AppArgs, engine: DeploymentHandle) -> None:
-        _, engine_config = args.resolve()
+        model_config, engine_config = args.resolve()
         self._service = Service(
             client=HandleClient(engine),
             tokenizer=Tokenizer.from_directory(args.checkpoint),
             model_name=args.model_name,
             max_model_len=engine_config.max_model_len,
             gamma=engine_config.gamma or 0,
+            bos_token_id=model_config.bos_token_id,
             created=int((args.checkpoint / "config.json").stat().st_mtime),
             retry_after_s=args.limits.retry_after_s,
             max_resubmissions=args.limits.max_resubmissions,

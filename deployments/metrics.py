@@ -65,7 +65,7 @@ class EngineMetrics:
         return self._tagged(Gauge(f"dspark_{name}", description, tag_keys=("model_name",)))
 
     def _counter(self, name: str, description: str, *tag_keys: str) -> Counter:
-        return self._tagged(Counter(f"dspark_{name}", description, tag_keys=("model_name", *tag_keys)))
+        return self._tagged(Counter(f"dspark_{name}", description, tag_keys=("model_name", *tag_keys)))  # type: ignore[arg-type]
 
     def _histogram(self, name: str, description: str, boundaries: list[float]) -> Histogram:
         return self._tagged(Histogram(f"dspark_{name}", description, boundaries, tag_keys=("model_name",)))

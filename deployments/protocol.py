@@ -1,11 +1,12 @@
 """OpenAI's HTTP schema: what a request may say, and how answers and errors are written.
 
-Requests are models of our own, because they carry vLLM's and our fields too; responses are the `openai` package's types.
+Requests are models of our own, because they carry vLLM's and our fields too; responses are the `openai` package's
+types.
 """
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -53,9 +54,7 @@ class ApiError(Exception):
         self.param, self.code, self.retry_after = param, code, retry_after
 
     def body(self) -> dict[str, Any]:
-        return {
-            "error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 def invalid(param: str | None, message: str) -> ApiError:
@@ -203,7 +202,9 @@ class GenerationRequest(_Model):
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options", "stream_options: expected only together with stream=true")
         if len(self._stop_strings()) > MAX_STOP_STRINGS:
-            raise RequestError("stop", f"stop has {len(self._stop_strings())} strings: expected at most {MAX_STOP_STRINGS}")
+            raise RequestError(
+                "stop", f"stop has {len(self._stop_strings())} strings: expected at most {MAX_STOP_STRINGS}"
+            )
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         """With a random seed where the request names none. Raises RequestError."""
@@ -254,8 +255,8 @@ class CompletionRequest(GenerationRequest):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+            return [self.prompt]
+        return self.prompt
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
@@ -267,21 +268,22 @@ class TextPart(_Model):
 
 
 class Message(_Model):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart] | None = None
+    """What a message may have; `dspark_ray.chat` checks what each role needs of it."""
 
-    def as_dict(self) -> dict[str, str]:
-        """With the text parts joined by blank lines, as DeepSeek's encoder does."""
-        content = self.content or ""
-        if not isinstance(content, str):
-            content = "\n\n".join(part.text for part in content)
-        return {"role": self.role, "content": content}
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = None
+    reasoning_content: Text | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
 
 
 class ChatTemplateArgs(_Model):
     """vLLM's `chat_template_kwargs`, those that DeepSeek-V4's encoder knows."""
 
-    thinking: bool = False
+    thinking: bool | None = None
 
 
 class ChatRequest(GenerationRequest):
@@ -289,11 +291,13 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    reasoning_effort: str | None = None
     chat_template_kwargs: ChatTemplateArgs | None = None
 
-    @property
-    def thinking(self) -> bool:
-        return self.chat_template_kwargs is not None and self.chat_template_kwargs.thinking
+    def chat_options(self) -> dict[str, Any]:
+        """Arguments of `dspark_ray.chat.render`."""
+        template = self.chat_template_kwargs or ChatTemplateArgs()
+        return {"thinking": template.thinking, "reasoning_effort": self.reasoning_effort}
 
     def num_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -366,10 +370,14 @@ def join_stats(parts: Sequence[SpeculationStats]) -> SpeculationStats | None:
 
 @dataclass(frozen=True)
 class Token:
-    """A token as logprobs show it."""
+    """A token as logprobs show it; its bytes may be a part of a character only."""
 
-    text: str
+    content: bytes
     logprob: float
+
+    @property
+    def text(self) -> str:
+        return self.content.decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -383,11 +391,10 @@ class Answer:
 
     prefix: ClassVar[str]
 
-    def __init__(self, model: str, decode_token: Any) -> None:
-        """`decode_token` turns a token id into text."""
+    def __init__(self, model: str, token_bytes: Callable[[int], bytes]) -> None:
         self.id = f"{self.prefix}-{secrets.token_hex(12)}"
         self.model, self.created = model, int(time.time())
-        self._decode_token = decode_token
+        self._token_bytes = token_bytes
 
     def chunk(self, index: int, piece: Piece) -> BaseModel:
         """One piece of choice `index` in a stream."""
@@ -411,7 +418,7 @@ class Answer:
         ]
 
     def _token(self, token_id: int, logprob: float) -> Token:
-        return Token(self._decode_token(token_id), max(logprob, _LOWEST_LOGPROB))
+        return Token(self._token_bytes(token_id), max(logprob, _LOWEST_LOGPROB))
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "created": self.created, "model": self.model}
@@ -420,8 +427,8 @@ class Answer:
 class ChatAnswer(Answer):
     prefix = "chatcmpl"
 
-    def __init__(self, model: str, decode_token: Any) -> None:
-        super().__init__(model, decode_token)
+    def __init__(self, model: str, token_bytes: Callable[[int], bytes]) -> None:
+        super().__init__(model, token_bytes)
         self._opened: set[int] = set()
 
     def chunk(self, index: int, piece: Piece) -> BaseModel:
@@ -440,9 +447,7 @@ class ChatAnswer(Answer):
         return ChatCompletionChunk(**self._head(), object="chat.completion.chunk", choices=[choice])
 
     def last_chunk(self, totals: Totals) -> BaseModel:
-        return ChatCompletionChunk(
-            **self._head(), object="chat.completion.chunk", choices=[], usage=totals.usage()
-        )
+        return ChatCompletionChunk(**self._head(), object="chat.completion.chunk", choices=[], usage=totals.usage())
 
     def whole(self, choices: Sequence[Piece], totals: Totals) -> BaseModel:
         return ChatCompletion(
@@ -473,14 +478,14 @@ class ChatAnswer(Answer):
 
 
 def _with_bytes(token: Token) -> dict[str, Any]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.content)}
 
 
 class CompletionAnswer(Answer):
     prefix = "cmpl"
 
-    def __init__(self, model: str, decode_token: Any) -> None:
-        super().__init__(model, decode_token)
+    def __init__(self, model: str, token_bytes: Callable[[int], bytes]) -> None:
+        super().__init__(model, token_bytes)
         self._text_offsets: dict[int, int] = {}
 
     def chunk(self, index: int, piece: Piece) -> BaseModel:

@@ -75,7 +75,7 @@ class StepLoop:
     def _read_inbox(self) -> None:
         """Take everything that has arrived; wait for it only when there is nothing to step."""
         if not self._engine.has_unfinished():
-            self._inbox.poll(HEARTBEAT_SECONDS * 1000)
+            self._inbox.poll(int(HEARTBEAT_SECONDS * 1000))
         while not self._closed and self._inbox.poll(0):
             self._obey(self._inbox.recv())
 
@@ -145,25 +145,27 @@ class VerifierWorker(_Worker):
 
     def lead(self, spec: dict[str, Any], inbox_address: str, outbox_address: str) -> None:
         """Be rank 0 until the replica says Close; the addresses are where the replica listens."""
-        from dspark_ray.runtime import GangSpec, join_as_verifier
+        from dspark_ray.runtime import GangSpec, join_as_leader, leave_gang
 
-        engine = join_as_verifier(GangSpec(**spec), 0)
+        engine = join_as_leader(GangSpec(**spec))
         context = zmq.Context()
         inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
         outbox.set_hwm(0)
         inbox.connect(inbox_address)
         outbox.connect(outbox_address)
-        outbox.send(encode(Ready(gamma=engine.config.gamma, num_pages=engine.config.num_pages)))
+        outbox.send(encode(Ready(gamma=engine.gamma, num_pages=engine.scheduler.pool.num_pages)))
         try:
             StepLoop(engine, inbox, outbox).run()
         finally:
             context.destroy(linger=_FLUSH_MILLISECONDS)
+        leave_gang()
 
     def follow(self, spec: dict[str, Any], rank: int) -> None:
         """Be one of the other ranks until rank 0 closes."""
-        from dspark_ray.runtime import GangSpec, join_as_verifier
+        from dspark_ray.runtime import GangSpec, join_as_follower, leave_gang
 
-        join_as_verifier(GangSpec(**spec), rank).run()
+        join_as_follower(GangSpec(**spec), rank).run()
+        leave_gang()
 
 
 class DrafterWorker(_Worker):
@@ -171,6 +173,7 @@ class DrafterWorker(_Worker):
 
     def draft(self, spec: dict[str, Any]) -> None:
         """Answer draft requests until rank 0 closes."""
-        from dspark_ray.runtime import GangSpec, join_as_drafter
+        from dspark_ray.runtime import GangSpec, join_as_drafter, leave_gang
 
         join_as_drafter(GangSpec(**spec)).run()
+        leave_gang()

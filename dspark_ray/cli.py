@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--stop", action="append", default=[], help="end the text here; may be repeated")
-    generate.add_argument("--gamma", type=int, default=None, help="drafted tokens per round (default: the checkpoint's)")
+    generate.add_argument(
+        "--gamma", type=int, default=None, help="drafted tokens per round (default: the checkpoint's)"
+    )
     generate.add_argument("--verification", choices=("coupled", "rejection"), default="coupled")
     generate.add_argument("--no-speculation", action="store_true", help="decode one token per forward, for comparison")
     generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -111,7 +114,7 @@ def _prompt_ids(tokenizer: Tokenizer, arguments: argparse.Namespace) -> list[int
     return [tokenizer.bos_token_id, *tokenizer.encode(arguments.prompt)]
 
 
-def generate_text(engine: Engine, tokenizer: Tokenizer, request: Request, emit) -> Generated:  # noqa: ANN001
+def generate_text(engine: Engine, tokenizer: Tokenizer, request: Request, emit: Callable[[str], object]) -> Generated:
     """Run one request to its end, passing text to `emit` as it comes; ends at a stop string too."""
     text = TextStream(tokenizer, request.sampling.stop)
     engine.add_request(request)

@@ -102,14 +102,10 @@ class ModelConfig:
     """The `config.json` this was read from, for writing it back."""
 
     def __post_init__(self) -> None:
-        self._require(
-            len(self.compress_ratios) == self.num_hidden_layers, "compress_ratios", "one entry per layer"
-        )
+        self._require(len(self.compress_ratios) == self.num_hidden_layers, "compress_ratios", "one entry per layer")
         bad = [ratio for ratio in self.compress_ratios if ratio in (1, 2) or ratio < 0]
         self._require(not bad, "compress_ratios", "0, 4 or a larger ratio per layer")
-        self._require(
-            self.num_attention_heads % self.o_groups == 0, "o_groups", "a divisor of num_attention_heads"
-        )
+        self._require(self.num_attention_heads % self.o_groups == 0, "o_groups", "a divisor of num_attention_heads")
         self._require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number")
         self._require(self.num_experts_per_tok <= self.n_routed_experts, "num_experts_per_tok", "<= n_routed_experts")
         if self.dspark is not None:
@@ -268,7 +264,8 @@ def _dspark(raw: dict[str, Any], num_stages: int) -> DSparkConfig | None:
     stages = raw.get("n_mtp_layers", num_stages)
     if stages < 1:
         raise ConfigError(
-            f"config.json: compress_ratios has {num_stages} entries beyond num_hidden_layers: expected one per DSpark stage"
+            f"config.json: compress_ratios has {num_stages} entries beyond num_hidden_layers:"
+            " expected one per DSpark stage"
         )
     return DSparkConfig(
         gamma=raw["dspark_block_size"],

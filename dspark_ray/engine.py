@@ -1,8 +1,8 @@
 """The step loop: draft, plan, verify, accept, commit. One round of DSpark is one call of `Engine.step`.
 
-    drafter --DraftProposal--> schedule --VerifyPlan--> target --samples--> verification --Acceptance--> commit
-       ^                                                                                                   |
-       +------------------------ main_x of the accepted rows, next anchors --------------------------------+
+drafter --DraftProposal--> schedule --VerifyPlan--> target --samples--> verification --Acceptance--> commit
+   ^                                                                                                   |
+   +------------------------ main_x of the accepted rows, next anchors --------------------------------+
 """
 
 from __future__ import annotations
@@ -142,9 +142,7 @@ class Engine:
         result = self._target.run(command)
         forward_ended = self._clock()
         outputs = self._commit(works, drafted, result)
-        self.last_step_timing = StepTiming(
-            self._clock() - started, proposed - started, forward_ended - forward_started
-        )
+        self.last_step_timing = StepTiming(self._clock() - started, proposed - started, forward_ended - forward_started)
         return self._output(outputs)
 
     def _collect_drafts(self) -> _Drafted | None:
@@ -165,9 +163,7 @@ class Engine:
         thresholds = [s.request.speculative.confidence_threshold if s else 0.0 for s in sequences]
         return cut_at_threshold(self._schedule.plan(drafted.proposal, limits), drafted.proposal, thresholds)
 
-    def _works(
-        self, plan: StepPlan, drafted: _Drafted | None, verify_plan: VerifyPlan | None
-    ) -> list[_Work]:
+    def _works(self, plan: StepPlan, drafted: _Drafted | None, verify_plan: VerifyPlan | None) -> list[_Work]:
         works = []
         for sequence in plan.decoding:
             row = drafted.row_of.get(sequence.request.request_id) if drafted else None
@@ -181,7 +177,10 @@ class Engine:
         return works
 
     def _command(self, works: list[_Work]) -> ForwardCommand:
-        segments, contexts, sampled_rows, first_row = [], [], [], 0
+        segments: list[Segment] = []
+        contexts: list[RowContext] = []
+        sampled_rows: list[int] = []
+        first_row = 0
         for work in works:
             sequence = work.sequence
             assert sequence.slot is not None
@@ -238,9 +237,7 @@ class Engine:
         self._submit_drafts(updates)
         return outputs
 
-    def _append(
-        self, work: _Work, acceptance: Acceptance, logprobs: tuple[TokenLogprobs, ...]
-    ) -> SequenceOutput:
+    def _append(self, work: _Work, acceptance: Acceptance, logprobs: tuple[TokenLogprobs, ...]) -> SequenceOutput:
         """Commit the accepted drafts and the next anchor, up to where the request ends."""
         sequence, num_drafts = work.sequence, len(work.drafts)
         if work.num_committed == 1 and work.sequence.num_outputs > 0:
@@ -306,9 +303,7 @@ class Engine:
     def _max_length(self, sequence: Sequence) -> int:
         """Most drafts that can still be of use: the target's own token always takes the last place."""
         params, asked = sequence.request.sampling, sequence.request.speculative.max_draft_tokens
-        remaining = min(
-            params.max_tokens - sequence.num_outputs, self.config.max_model_len - sequence.length
-        )
+        remaining = min(params.max_tokens - sequence.num_outputs, self.config.max_model_len - sequence.length)
         return max(0, min(self.gamma, self.gamma if asked is None else asked, remaining - 1))
 
     def _context_update(

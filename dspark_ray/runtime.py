@@ -1,6 +1,7 @@
 """Putting an engine together: in one process, or as one member of a gang.
 
-A gang is a torch.distributed world: ranks 0 .. TP-1 verify, and rank TP drafts where the drafter has a process of its own.
+A gang is a torch.distributed world: ranks 0 .. TP-1 verify, and rank TP drafts where the drafter has a process of
+its own.
 """
 
 from __future__ import annotations
@@ -70,32 +71,39 @@ class GangSpec:
         for name in ("o_groups", "num_attention_heads"):
             if getattr(model, name) % self.tensor_parallel_size:
                 raise ConfigError(
-                    f"tensor_parallel_size={self.tensor_parallel_size}: expected a divisor of {name}={getattr(model, name)}"
+                    f"tensor_parallel_size={self.tensor_parallel_size}: expected a divisor of"
+                    f" {name}={getattr(model, name)}"
                 )
         return model, engine.for_model(model)
 
 
 def build_engine(checkpoint: str | Path, config: EngineConfig | None = None) -> Engine:
     """An engine in this process: one rank, the drafter inline, no torch.distributed."""
-    return join_as_verifier(GangSpec(checkpoint=str(checkpoint), engine=config or EngineConfig()), rank=0)
+    return join_as_leader(GangSpec(checkpoint=str(checkpoint), engine=config or EngineConfig()))
 
 
-def join_as_verifier(spec: GangSpec, rank: int) -> Engine | Follower:
-    """Load one rank of the target and meet the others: rank 0 gets the engine, the others follow it.
+def join_as_leader(spec: GangSpec) -> Engine:
+    """Be verifier rank 0, which runs the step loop.
 
-    Raises ConfigError or CheckpointError before anything is started.
+    Raises ConfigError before the gang meets, CheckpointError before weights are read.
     """
     model_config, config = spec.resolve()
-    group = _join(spec, rank)
+    group = _join(spec, rank=0)
     checkpoint = Checkpoint.open(spec.checkpoint)
-    speculates = config.speculation and rank == 0
-    target_rank = _load_target_rank(checkpoint, model_config, config, group, with_projector=speculates)
-    drafter = _drafter_of(spec, checkpoint, model_config, config) if rank == 0 else None
+    rank = _load_target_rank(checkpoint, model_config, config, group, with_projector=config.speculation)
+    drafter = _drafter_of(spec, checkpoint, model_config, config)
     _wait_for_all(spec)
-    if rank > 0:
-        return Follower(target_rank, Broadcast(group.handle))
-    target = LeadingTarget(target_rank, Broadcast(group.handle)) if group.size > 1 else LocalTarget(target_rank)
+    target = LeadingTarget(rank, Broadcast(group.handle)) if group.size > 1 else LocalTarget(rank)
     return Engine(config, model_config, target, drafter)
+
+
+def join_as_follower(spec: GangSpec, rank: int) -> Follower:
+    """Be verifier rank 1 .. TP-1, which does what rank 0 says. Raises as `join_as_leader`."""
+    model_config, config = spec.resolve()
+    group = _join(spec, rank)
+    target_rank = _load_target_rank(Checkpoint.open(spec.checkpoint), model_config, config, group, with_projector=False)
+    _wait_for_all(spec)
+    return Follower(target_rank, Broadcast(group.handle))
 
 
 def join_as_drafter(spec: GangSpec) -> DraftServer:

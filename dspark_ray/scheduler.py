@@ -92,7 +92,7 @@ class Scheduler:
         return planned
 
     def _plan_prefill(self, rows_left: int) -> list[PrefillChunk]:
-        chunks = []
+        chunks: list[PrefillChunk] = []
         for sequence in [s for s in self.running if not s.is_decoding]:
             if rows_left <= 0:
                 return chunks

@@ -86,8 +86,14 @@ class Description:
             yield "drafter", "none: this checkpoint decodes one token at a time"
             return
         confidence = "with" if drafter.confidence_head else "without"
-        yield "drafter", f"{drafter.stages} stages, gamma {drafter.gamma}, {_count(drafter.parameters)} parameters"
-        yield "", f"{drafter.markov_head} Markov head of rank {drafter.markov_rank}, {confidence} confidence head"
+        yield (
+            "drafter",
+            f"{drafter.stages} stages, gamma {drafter.gamma}, {_count(drafter.parameters)} parameters",
+        )
+        yield (
+            "",
+            f"{drafter.markov_head} Markov head of rank {drafter.markov_rank}, {confidence} confidence head",
+        )
         yield "", f"reads target layers {', '.join(map(str, drafter.target_layers))}"
 
     def _problem_rows(self) -> Iterator[tuple[str, str]]:
@@ -128,9 +134,7 @@ def _compare(checkpoint: Checkpoint) -> tuple[set[str], list[str]]:
     with torch.device("meta"):
         modules = [DeepSeekV4(config)] + ([DSparkModule(config)] if config.dspark else [])
     pieces = [
-        piece
-        for module in modules
-        for _, piece in pieces_of(module, config, ParallelGroup(), checkpoint.tensors)
+        piece for module in modules for _, piece in pieces_of(module, config, ParallelGroup(), checkpoint.tensors)
     ]
     return {piece.name for piece in pieces}, checkpoint.validate(pieces)
 

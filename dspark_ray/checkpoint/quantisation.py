@@ -1,7 +1,7 @@
 """The two storage formats of quantised weights (layout specification, section 3).
 
-    FP8   E4M3, one power-of-two scale per block of 128 x 128 (output x input channels)
-    FP4   two E2M1 codes per byte, low nibble first, one power-of-two scale per output channel and 32 inputs
+FP8   E4M3, one power-of-two scale per block of 128 x 128 (output x input channels)
+FP4   two E2M1 codes per byte, low nibble first, one power-of-two scale per output channel and 32 inputs
 """
 
 from __future__ import annotations

@@ -233,8 +233,10 @@ def _dense_shape(tensor: StoredTensor) -> tuple[int, ...]:
 
 
 def _mismatch(tensor: StoredTensor, name: str, expected: str, found: object) -> str:
-    stored = "" if tensor.stored_name == name or official_name(tensor.stored_name) != name else (
-        f" (stored as {tensor.stored_name})"
+    stored = (
+        ""
+        if tensor.stored_name == name or official_name(tensor.stored_name) != name
+        else (f" (stored as {tensor.stored_name})")
     )
     return f"{tensor.file.name}: {name}{stored}: expected {expected}, found {found}"
 

@@ -1,7 +1,8 @@
 """The draft module of the official checkpoints (`mtp.*`): backbone over one block, then a left-to-right loop.
 
     [anchor, noise x (G-1)] -> stages, which also see W context keys -> hidden h_k, base logits U_k
-    for k: logits_k = U_k + Markov(token_{k-1});  token_k ~ logits_k;  confidence_k = sigmoid(w . [h_k; W1[token_{k-1}]])
+    for k: logits_k = U_k + Markov(token_{k-1});  token_k ~ logits_k;
+           confidence_k = sigmoid(w . [h_k; W1[token_{k-1}]])
 
 Source: DSpark module specification, sections 5-8. Letters: R requests, G gamma, W window, T tapped layers.
 """
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import dspark_kernels as ops
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.heads import ConfidenceHead, build_markov_head
-from dspark_ray.model.blocks import Block, Weight, empty
+from dspark_ray.model.blocks import Attention, Block, Weight, empty
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.model.rope import Rope
 
@@ -50,15 +51,15 @@ class FeatureProjector(nn.Module):
         super().__init__()
         assert config.dspark is not None
         self.config = config
-        first = nn.Module()
-        first.main_proj = Weight(config.hidden_size, config.hidden_size * len(config.dspark.target_layer_ids))
-        first.main_norm = Weight(config.hidden_size)
-        self.mtp = nn.ModuleList([first])
+        width = config.hidden_size * len(config.dspark.target_layer_ids)
+        parts = {"main_proj": Weight(config.hidden_size, width), "main_norm": Weight(config.hidden_size)}
+        self.mtp = nn.ModuleList([nn.ModuleDict(parts)])
 
     def forward(self, features: Tensor) -> Tensor:
         """main_x [N, d] of target features [N, T*d]."""
-        first = self.mtp[0]
-        return ops.rms_norm(first.main_proj(features), first.main_norm.weight, self.config.rms_norm_eps)
+        state = dict(self.named_parameters())
+        projected = nn.functional.linear(features, state["mtp.0.main_proj.weight"])
+        return ops.rms_norm(projected, state["mtp.0.main_norm.weight"], self.config.rms_norm_eps)
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class DSparkModule(nn.Module):
         for stage, keys in zip(self.stages, context, strict=True):
             attention = stage.attn
 
-            def attend(hidden: Tensor, attention=attention, keys=keys) -> Tensor:
+            def attend(hidden: Tensor, attention: Attention = attention, keys: Tensor = keys) -> Tensor:
                 query = attention.query(attention.q_latent(hidden), angles)
                 own = attention.keys(hidden, angles).unflatten(0, (num_requests, gamma))
                 pool = torch.cat((keys.to(own.dtype), own), dim=1).flatten(0, 1)
@@ -164,7 +165,12 @@ class DSparkModule(nn.Module):
             streams = stage(streams, token_ids, attend)
         last, config = self.stages[-1], self.config
         hidden = ops.mhc_head(
-            streams, last.hc_head_fn, last.hc_head_base, last.hc_head_scale, config.hc_eps, config.rms_norm_eps
+            streams,
+            last.hc_head_fn,
+            last.hc_head_base,
+            last.hc_head_scale,
+            config.hc_eps,
+            config.rms_norm_eps,
         )
         normed = ops.rms_norm(hidden, last.norm.weight, config.rms_norm_eps)
         logits = nn.functional.linear(normed.float(), head.float())

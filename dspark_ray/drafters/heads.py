@@ -61,6 +61,7 @@ class RNNMarkovHead(MarkovHead):
         return like.new_zeros(num_rows, self.rank)
 
     def step(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert state is not None, "initial_state() comes first"
         gate, candidate, out = self.joint_proj(torch.cat((state, embedding, hidden), dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
         state = gate * state + (1 - gate) * torch.tanh(candidate)

@@ -18,7 +18,7 @@ from dspark_ray.sampling.sampler import DraftChooser
 
 
 class DraftWorker:
-    """Answers draft requests. Its whole state is W context keys per stage and sequence: it can be rebuilt at any time."""
+    """Answers draft requests. Its whole state is W context keys per stage and sequence: it can be rebuilt."""
 
     def __init__(self, module: DSparkModule, config: EngineConfig) -> None:
         self.module, self.config = module, config

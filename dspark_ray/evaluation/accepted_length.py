@@ -93,9 +93,7 @@ def main() -> None:
     parser.add_argument("--verification", choices=("coupled", "rejection"), default="coupled")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = report(
-        arguments.model, arguments.count, arguments.max_tokens, arguments.gamma, arguments.verification
-    )
+    results = report(arguments.model, arguments.count, arguments.max_tokens, arguments.gamma, arguments.verification)
     print(json.dumps({"verification": arguments.verification, **results}, indent=2))
 
 

@@ -80,7 +80,11 @@ class Indexer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.num_heads, self.head_dim, self.topk = (
+            config.index_n_heads,
+            config.index_head_dim,
+            config.index_topk,
+        )
         self.wq_b = Weight(self.num_heads * self.head_dim, config.q_lora_rank)
         self.weights_proj = Weight(self.num_heads, config.hidden_size)
         self.compressor = Compressor(config, CSA_RATIO, self.head_dim)
@@ -153,15 +157,17 @@ class Gate(nn.Module):
         self.config = config
         self.weight = empty(config.n_routed_experts, config.hidden_size)
         self.bias: nn.Parameter | None = None
+        self.tid2eid: Tensor | None = None
         if layer < config.num_hash_layers:
             table = torch.empty(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64)
+            del self.tid2eid  # a buffer takes its place
             self.register_buffer("tid2eid", table)
         else:
             self.bias = empty(config.n_routed_experts, dtype=torch.float32)
 
     def forward(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        chosen = self.tid2eid[token_ids] if self.bias is None else None
+        chosen = None if self.tid2eid is None else self.tid2eid[token_ids]
         return ops.route(
             hidden,
             self.weight,
@@ -235,9 +241,7 @@ class Block(nn.Module):
         config = self.config
 
         def read(fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return ops.mhc_read(
-                streams, fn, base, scale, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
-            )
+            return ops.mhc_read(streams, fn, base, scale, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
 
         hidden, post, comb = read(self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
         out = attend(ops.rms_norm(hidden, self.attn_norm.weight, config.rms_norm_eps))

@@ -5,6 +5,7 @@ Formulas: `mHC read -> norm -> sublayer -> mHC write`, twice per layer; see dspa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import dspark_kernels as ops
 from dspark_ray.cache.tensors import CacheTensors, LayerCache
 from dspark_ray.config import ModelConfig
-from dspark_ray.model.blocks import Attention, Block, Weight, empty
+from dspark_ray.model.blocks import Attention, Block, Compressor, Weight, empty
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.model.rope import Angles, Rope
 from dspark_ray.model.rows import CompressIndex, RingIndex, Rows
@@ -91,7 +92,12 @@ class DeepSeekV4(nn.Module):
         """[N, m, d] -> [N, d]: head collapse and final norm."""
         config = self.config
         hidden = ops.mhc_head(
-            streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, config.hc_eps, config.rms_norm_eps
+            streams,
+            self.hc_head_fn,
+            self.hc_head_base,
+            self.hc_head_scale,
+            config.hc_eps,
+            config.rms_norm_eps,
         )
         return ops.rms_norm(hidden, self.norm.weight, config.rms_norm_eps)
 
@@ -124,7 +130,7 @@ class _CachedAttention:
         self.attention, self.window, self.compressed = attention, window, compressed
         self.angles, self.cache = angles, cache
 
-    def forward_at(self, positions: Tensor):  # noqa: ANN201 - a closure over positions, see Block.forward
+    def forward_at(self, positions: Tensor) -> Callable[[Tensor], Tensor]:
         """The sublayer as a function of its normed input [N, d]."""
 
         def attend(hidden: Tensor) -> Tensor:
@@ -163,7 +169,12 @@ class _CachedAttention:
         return entries, visible
 
     def _store(
-        self, compressor: nn.Module, raw: Tensor | None, entries: Tensor | None, hidden: Tensor, positions: Tensor
+        self,
+        compressor: Compressor,
+        raw: Tensor | None,
+        entries: Tensor | None,
+        hidden: Tensor,
+        positions: Tensor,
     ) -> Tensor:
         """Write raw rows, pool the windows that close, write their entries; returns all entries."""
         assert self.compressed is not None and raw is not None and entries is not None
@@ -171,6 +182,7 @@ class _CachedAttention:
         rows = _through_ring(raw, compressor.raw_rows(hidden, positions), index.ring)
         if len(index.store_entries):
             keys, angles = index.ring.keys, self.angles.entries
+            assert angles is not None
             pooled = compressor.pool(rows[keys.clamp_min(0)], keys >= 0, angles, entries.dtype)
             if entries is self.cache.entries:
                 pooled = self.attention.stored(pooled)

@@ -203,9 +203,7 @@ def _build_edits(contexts: Sequence[RowContext], vocab_size: int) -> Edits | Non
     rows = np.repeat(edited, [len(token_ids) for token_ids, _, _ in parts])
     token_ids, factors, offsets = (np.concatenate(column) for column in zip(*parts, strict=True))
     inside = (token_ids >= 0) & (token_ids < vocab_size)
-    assert inside.all(), (
-        f"token ids {token_ids[~inside]} are not in the vocabulary: requests are checked on arrival"
-    )
+    assert inside.all(), f"token ids {token_ids[~inside]} are not in the vocabulary: requests are checked on arrival"
     return Edits(*map(torch.from_numpy, (rows, token_ids, factors, offsets)))
 
 

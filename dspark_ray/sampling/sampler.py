@@ -101,9 +101,7 @@ class Samples:
 
     def of(self, rows: slice) -> Samples:
         """The samples of one request's rows."""
-        return Samples(
-            self.token_ids[rows], self.logprobs[rows], self.distributions[rows], self.log_softmax[rows]
-        )
+        return Samples(self.token_ids[rows], self.logprobs[rows], self.distributions[rows], self.log_softmax[rows])
 
     def logprobs_of(self, row: int, token_id: int) -> TokenLogprobs | None:
         """What to report when `token_id`, in rejection not always token_ids[row], is committed at `row`."""
@@ -145,9 +143,7 @@ class Sampler:
         for place, token_id in zip(places, ids.gather(0, winner)[0].long().tolist(), strict=True):
             samples.token_ids[place] = token_id
 
-    def _sample_whole(
-        self, local_logits: Tensor, rows: SamplingRows, places: Sequence[int], samples: Samples
-    ) -> None:
+    def _sample_whole(self, local_logits: Tensor, rows: SamplingRows, places: Sequence[int], samples: Samples) -> None:
         """Rank 0 sees whole rows and does everything alone."""
         logits = self._gather_vocabulary(local_logits.float())
         if logits is None:

@@ -45,9 +45,7 @@ class Verification(Protocol):
     wants_distribution: bool
     """Whether rows with drafts must be sampled with their whole distribution."""
 
-    def verify(
-        self, draft_tokens: Sequence[int], samples: Samples, source: DraftSource | None
-    ) -> Acceptance: ...
+    def verify(self, draft_tokens: Sequence[int], samples: Samples, source: DraftSource | None) -> Acceptance: ...
 
 
 class CoupledVerification:

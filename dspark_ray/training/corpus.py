@@ -69,9 +69,7 @@ def documents(split: Split, seed: int = 0, library: Path | None = None) -> Itera
         yield from documents_of_kind(kind, split, seed, library)
 
 
-def documents_of_kind(
-    kind: str, split: str, seed: int = 0, library: Path | None = None
-) -> Iterator[Document]:
+def documents_of_kind(kind: str, split: str, seed: int = 0, library: Path | None = None) -> Iterator[Document]:
     """Yield one pass over the documents of one kind."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
@@ -92,9 +90,7 @@ def render_chat_prompt(question: str, system: str = "") -> str:
     return f"{system}{USER}{question}{ASSISTANT}{THINK_END}"
 
 
-def held_out_prompts(
-    kind: str, count: int, seed: int = 0, library: Path | None = None
-) -> list[str]:
+def held_out_prompts(kind: str, count: int, seed: int = 0, library: Path | None = None) -> list[str]:
     """Cut prompts out of held-out documents; none of them carries the begin marker."""
     rng = random.Random(f"prompts:{kind}:{seed}")
     sources = list(documents_of_kind(kind, "heldout", seed, library))
@@ -111,9 +107,7 @@ def held_out_prompts(
                 seen.add(prompt)
                 prompts.append(prompt)
         if len(prompts) == found_before and len(prompts) < count:
-            raise ValueError(
-                f"only {len(prompts)} held-out prompts of kind {kind!r} exist, asked for {count}"
-            )
+            raise ValueError(f"only {len(prompts)} held-out prompts of kind {kind!r} exist, asked for {count}")
     return prompts
 
 
@@ -267,7 +261,10 @@ def _parse(path: Path) -> ast.Module | None:
         return None
 
 
-def _walk_docstrings(node: ast.AST, owner: str) -> Iterator[_Docstring]:
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _walk_docstrings(node: _Documented, owner: str) -> Iterator[_Docstring]:
     """Yield the docstring of a module, class or function and of what it defines directly."""
     text = ast.get_docstring(node, clean=False)
     is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -293,7 +290,7 @@ def _topics(library: Path) -> dict[str, str]:
 # Arithmetic: regular lines.
 
 
-def _arithmetic_documents(split: str, seed: int) -> Iterator[Document]:
+def _arithmetic_documents(split: Split, seed: int) -> Iterator[Document]:
     """Yield generated documents whose own text decides their split."""
     rng = random.Random(f"arithmetic:{split}:{seed}")
     missing = _GENERATED_DOCUMENTS[split]["arithmetic"]
@@ -512,7 +509,7 @@ _FUNCTIONS = (
 )
 
 
-def _chat_documents(split: str, seed: int, library: Path) -> Iterator[Document]:
+def _chat_documents(split: Split, seed: int, library: Path) -> Iterator[Document]:
     """Yield generated chats, then one chat for each documented function."""
     rng = random.Random(f"chat:{split}:{seed}")
     missing = _GENERATED_DOCUMENTS[split]["chat"]

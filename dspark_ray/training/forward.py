@@ -1,7 +1,7 @@
 """Whole-sequence forwards for training: the same parameters and formulas as serving, without a cache.
 
-Serving gathers keys by index, row by row; here whole sequences of equal length are known at once, so the window is a band
-of dense blocks and compressed entries are one matrix. A test holds the two equal.
+Serving gathers keys by index, row by row; here whole sequences of equal length are known at once, so the window is a
+band of dense blocks and compressed entries are one matrix. A test holds the two equal.
 
 Letters as in dspark_ray.config, with B sequences of T tokens each, N = B * T.
 """
@@ -49,10 +49,10 @@ def target_forward(model: DeepSeekV4, token_ids: Tensor) -> TrainingOutput:
         if attention.ratio:
             entry_angles = model.rope.angles(torch.arange(0, length, attention.ratio), compressed=True)
 
-        def attend(hidden: Tensor, attention=attention, entry_angles=entry_angles) -> Tensor:
-            return _attend(
-                attention, hidden, positions, num_sequences, angles[attention.ratio > 0], entry_angles
-            )
+        def attend(
+            hidden: Tensor, attention: Attention = attention, entry_angles: Angles | None = entry_angles
+        ) -> Tensor:
+            return _attend(attention, hidden, positions, num_sequences, angles[attention.ratio > 0], entry_angles)
 
         streams = block(streams, flat, attend)
         if number in tapped:

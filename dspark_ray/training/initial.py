@@ -18,7 +18,7 @@ def initialise(model: nn.Module, seed: int, residual_scale: float = 1.0) -> None
         for name, parameter in model.named_parameters():
             _fill(name, parameter, generator, residual_scale)
         for module in model.modules():
-            if isinstance(module, Gate) and module.bias is None:
+            if isinstance(module, Gate) and module.tid2eid is not None:
                 _fill_hash_table(module, generator)
 
 
@@ -49,6 +49,7 @@ def _fill_mix_base(base: Tensor, generator: torch.Generator) -> None:
 
 def _fill_hash_table(gate: Gate, generator: torch.Generator) -> None:
     """Every token draws its experts without replacement."""
+    assert gate.tid2eid is not None
     config = gate.config
     scores = torch.rand(config.vocab_size, config.n_routed_experts, generator=generator)
     gate.tid2eid.copy_(scores.argsort(dim=1)[:, : config.num_experts_per_tok])

@@ -110,9 +110,7 @@ def _write_config(path: Path) -> None:
     path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def encode_corpus(
-    tokenizer_file: Path, output: Path, max_tokens: int | None, seed: int = 0
-) -> None:
+def encode_corpus(tokenizer_file: Path, output: Path, max_tokens: int | None, seed: int = 0) -> None:
     """Write the token streams of both splits, documents shuffled and kinds mixed.
 
     Without a limit the training stream holds the library's code once. With one, the library is
@@ -132,9 +130,7 @@ def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> Iterator[np.ndar
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     while texts:
         too_long: list[str] = []
-        for text, encoding in zip(
-            texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
-        ):
+        for text, encoding in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
             ids = encoding.ids
             if len(ids) + 2 > LONGEST_DOCUMENT:
                 too_long += _cut(text, len(ids))
@@ -200,7 +196,8 @@ def _cut(text: str, tokens: int) -> list[str]:
         return []
     # Some room below the limit spares most pieces, which are never quite equal, a second cut.
     parts = math.ceil(tokens / (0.85 * LONGEST_DOCUMENT))
-    pieces, piece, ends = [], "", 0
+    pieces: list[str] = []
+    piece, ends = "", 0
     for line in lines:
         piece += line
         if ends + len(piece) >= len(text) * (len(pieces) + 1) / parts:

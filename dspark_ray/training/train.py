@@ -4,8 +4,8 @@
     python -m dspark_ray.training.train drafter --data DIR --run DIR --minutes 40
     python -m dspark_ray.training.train export  --data DIR --run DIR --output DIR
 
-Progress goes to the terminal and to `<run>/<phase>.jsonl`; the state is saved every minute, and the same command goes on
-where it stopped. The learning rate follows the share of the time budget that is used up.
+Progress goes to the terminal and to `<run>/<phase>.jsonl`; the state is saved every minute, and the same command
+goes on where it stopped. The learning rate follows the share of the time budget that is used up.
 """
 
 from __future__ import annotations
@@ -86,11 +86,12 @@ class LoadBalancer:
     """Moves router biases against the load (auxiliary-loss-free balancing)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._gates = [m for m in model.modules() if isinstance(m, Gate) and m.bias is not None]
+        gates = [m for m in model.modules() if isinstance(m, Gate)]
+        self._biases = {number: gate.bias for number, gate in enumerate(gates) if gate.bias is not None}
         self._loads: dict[int, Tensor] = {}
-        for number, gate in enumerate(self._gates):
-            gate.bias.requires_grad_(False)
-            gate.register_forward_hook(self._record(number))
+        for number, bias in self._biases.items():
+            bias.requires_grad_(False)
+            gates[number].register_forward_hook(self._record(number))
 
     def _record(self, number: int) -> Callable[..., None]:
         def hook(gate: Gate, _inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -102,7 +103,7 @@ class LoadBalancer:
         """Apply the loads of the last forward."""
         for number, load in self._loads.items():
             error = load.float().mean() - load.float()
-            self._gates[number].bias.data.add_(error.sign(), alpha=_BIAS_STEP)
+            self._biases[number].data.add_(error.sign(), alpha=_BIAS_STEP)
 
 
 class Phase:
@@ -175,9 +176,7 @@ def train_target(model: DeepSeekV4, data: Path, run: Path, config: TrainingConfi
     Phase("target", run, model, config).run(loss_of, np.load(data / "train.npy", mmap_mode="r"))
 
 
-def train_drafter(
-    drafter: DSparkModule, model: DeepSeekV4, data: Path, run: Path, config: TrainingConfig
-) -> None:
+def train_drafter(drafter: DSparkModule, model: DeepSeekV4, data: Path, run: Path, config: TrainingConfig) -> None:
     """DSpark's loss at random anchors, features and distributions coming from the frozen target."""
     generator = torch.Generator().manual_seed(config.seed)
 
@@ -185,6 +184,7 @@ def train_drafter(
         gamma, length = drafter.gamma, batch.shape[1]
         with torch.no_grad():
             target = target_forward(model, batch)
+        assert target.features is not None, "a target with a drafter gives features"
         sequences = torch.arange(len(batch)).repeat_interleave(config.anchors)
         starts = torch.randint(1, length - gamma, (len(sequences),), generator=generator)
         rows = starts.unsqueeze(1) + torch.arange(gamma)  # position n+k predicts token n+1+k
@@ -193,10 +193,8 @@ def train_drafter(
             hidden = target.hidden.unflatten(0, batch.shape)[sequences.unsqueeze(1), rows]
             target_logits = model.logits(hidden)
         block = draft_forward(drafter, target.features, batch, sequences, starts)
-        draft = drafter.run_heads(block, labels.new_tensor(batch[sequences, starts]), along(labels))
-        loss = draft_loss(
-            draft.logits, target_logits, draft.confidence_logits, labels, torch.ones_like(labels)
-        )
+        draft = drafter.run_heads(block, batch[sequences, starts], along(labels))
+        loss = draft_loss(draft.logits, target_logits, draft.confidence_logits, labels, torch.ones_like(labels))
         survival = loss.accept_rate.cumprod(-1).sum(-1).mean()
         return loss.total, {"accept_1": loss.accept_rate[:, 0].mean().item(), "length": 1 + survival.item()}
 
@@ -240,9 +238,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=TrainingConfig.learning_rate)
     arguments = parser.parse_args()
     model_config = ModelConfig.from_file(arguments.config)
-    config = TrainingConfig(
-        minutes=arguments.minutes, batch=arguments.batch, learning_rate=arguments.learning_rate
-    )
+    config = TrainingConfig(minutes=arguments.minutes, batch=arguments.batch, learning_rate=arguments.learning_rate)
     arguments.run.mkdir(parents=True, exist_ok=True)
     if arguments.phase == "export":
         export(model_config, arguments.data, arguments.run, arguments.output)

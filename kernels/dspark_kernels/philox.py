@@ -42,9 +42,7 @@ def _schedule(key: tuple[Tensor, Tensor], num_dims: int) -> tuple[Tensor, Tensor
     return multipliers.view(2, *(1,) * num_dims), keys & _MASK
 
 
-def philox_4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, ...]:
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Ten rounds over four counter words and two key words, all int64 tensors holding uint32 values.
 
     The words of each broadcast against each other, and the key's against the counter's.

@@ -149,7 +149,13 @@ def sparse_attention(
 
 
 def route(
-    hidden: Tensor, gate: Tensor, bias: Tensor | None, hash_experts: Tensor | None, top_k: int, scale: float, norm: bool
+    hidden: Tensor,
+    gate: Tensor,
+    bias: Tensor | None,
+    hash_experts: Tensor | None,
+    top_k: int,
+    scale: float,
+    norm: bool,
 ) -> tuple[Tensor, Tensor]:
     """Choose experts: by `hash_experts` [N, top_k] where given, else the best of score + bias.
 
@@ -172,7 +178,13 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 def moe(
-    hidden: Tensor, weights: Tensor, experts: Tensor, w13: Tensor, w2: Tensor, limit: float, first_expert: int = 0
+    hidden: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    limit: float,
+    first_expert: int = 0,
 ) -> Tensor:
     """Routed experts of rows hidden [N, d]: sum over k of weights[:, k] * expert(experts[:, k]).
 

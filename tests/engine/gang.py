@@ -11,7 +11,7 @@ from small_model import run
 
 from dspark_ray.config import EngineConfig
 from dspark_ray.engine import Engine
-from dspark_ray.runtime import GangSpec, join_as_drafter, join_as_verifier, leave_gang
+from dspark_ray.runtime import GangSpec, join_as_drafter, join_as_follower, join_as_leader, leave_gang
 from dspark_ray.types import Request
 
 
@@ -41,9 +41,9 @@ def _member(rank: int, spec: GangSpec, requests: list[Request], results: Path) -
     if rank == spec.tensor_parallel_size:
         join_as_drafter(spec).run()
     elif rank > 0:
-        join_as_verifier(spec, rank).run()  # type: ignore[union-attr]
+        join_as_follower(spec, rank).run()
     else:
-        _lead(join_as_verifier(spec, rank), requests, results)  # type: ignore[arg-type]
+        _lead(join_as_leader(spec), requests, results)
     leave_gang()
 
 

@@ -79,7 +79,8 @@ def build_small_engine(drafter: Drafter | None = None, **changes: object) -> Eng
     """An engine in this process with an inline drafter, or with the one given."""
     config = small_config(**changes)
     model, module = small_modules()
-    assert config.gamma is not None and config.num_pages is not None
+    assert config.gamma is not None
+    assert config.num_pages is not None
     shape = CacheShape.of(SMALL, config.gamma, config.page_size)
     cache_tensors = CacheTensors(SMALL, shape, config.max_num_seqs, config.num_pages)
     projector = FeatureProjector(SMALL)

@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_model import SMALL, build_small_engine, request, run, run_outputs, small_config, small_modules, tokens_of
+from small_model import (
+    SMALL,
+    build_small_engine,
+    request,
+    run,
+    run_outputs,
+    small_config,
+    small_modules,
+    tokens_of,
+)
 
 from dspark_ray.drafters.protocol import ContextUpdate, DraftProposal, DraftRequest
 from dspark_ray.drafters.worker import DraftWorker, InlineDrafter
@@ -51,7 +60,8 @@ def test_end_of_sequence_stops_unless_ignored():
 def test_stop_ids_are_impossible_before_min_tokens():
     eos = SMALL.eos_token_id
     tokens = text(ignore_eos=False, min_tokens=9, temperature=0.0, logit_bias={eos: 50.0})
-    assert tokens.index(eos) == 9 and len(tokens) == 10
+    assert tokens.index(eos) == 9
+    assert len(tokens) == 10
 
 
 def test_an_aborted_request_says_so_once_and_leaves_nothing_behind():
@@ -139,7 +149,8 @@ def test_rejection_with_temperature_zero_is_greedy():
 
 def test_rejection_is_reproducible_with_a_seed():
     runs = [run(build_small_engine(verification="rejection"), request(PROMPT, seed=9))["r"] for _ in range(2)]
-    assert runs[0] == runs[1] and len(runs[0]) == 40
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 40
 
 
 def test_statistics_add_up():

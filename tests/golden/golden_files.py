@@ -21,9 +21,7 @@ def case_files(pattern: str) -> list[Path]:
     """JSON files matching `pattern` below the golden folder; raises FileNotFoundError where there is none."""
     found = sorted(golden_dir().glob(pattern))
     if not found:
-        raise FileNotFoundError(
-            f"{golden_dir()}/{pattern}: no golden case; DSPARK_GOLDEN_DIR tells where they are"
-        )
+        raise FileNotFoundError(f"{golden_dir()}/{pattern}: no golden case; DSPARK_GOLDEN_DIR tells where they are")
     return found
 
 

@@ -39,9 +39,7 @@ def folder(whole: DeepSeekV4, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_logits_and_features_do_not_depend_on_the_number_of_ranks(
-    whole: DeepSeekV4, folder: Path, size: int
-) -> None:
+def test_logits_and_features_do_not_depend_on_the_number_of_ranks(whole: DeepSeekV4, folder: Path, size: int) -> None:
     expected_logits, expected_features = work(whole)
     outputs: list[Outputs] = [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
     logits = torch.cat([logits for logits, _ in outputs], dim=-1)

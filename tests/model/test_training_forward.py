@@ -61,9 +61,7 @@ def drafter_of(config: ModelConfig) -> DSparkModule:
     return drafter.requires_grad_(False)
 
 
-def test_the_training_target_equals_the_serving_target(
-    target: DeepSeekV4, batch: Tensor, served: TargetOutput
-) -> None:
+def test_the_training_target_equals_the_serving_target(target: DeepSeekV4, batch: Tensor, served: TargetOutput) -> None:
     trained = target_forward(target, batch)
     assert_same(trained.hidden, served.hidden, target.config)
     assert_same(trained.features, served.features, target.config)

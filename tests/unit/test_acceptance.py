@@ -69,10 +69,7 @@ def coupled_text(num_tokens: int, draft: DraftRule) -> list[int]:
     number = 0
     while len(tokens) <= num_tokens:
         drafts = draft(number, tokens)
-        rows = [
-            RowContext(params, len(tokens) + k, (0,), [*tokens[1:], *drafts[:k]])
-            for k in range(len(drafts) + 1)
-        ]
+        rows = [RowContext(params, len(tokens) + k, (0,), [*tokens[1:], *drafts[:k]]) for k in range(len(drafts) + 1)]
         logits = TARGET[[tokens[-1], *drafts]]
         samples = Sampler(ParallelGroup(), 0, VOCAB).sample(logits, build_sampling_rows(rows, VOCAB))
         assert samples is not None
@@ -129,9 +126,7 @@ def verify(seeds: Tensor, start: int, anchors: Tensor, block: Block, target: Ten
     return accept_rejection_blocks(block.tokens, logits, block.ids, block.probabilities, seeds, positions)
 
 
-def two_tokens(
-    top_k: int = VOCAB, target: Tensor = TARGET, draft: Callable[..., Block] = draft_block
-) -> Tensor:
+def two_tokens(top_k: int = VOCAB, target: Tensor = TARGET, draft: Callable[..., Block] = draft_block) -> Tensor:
     """[B, 2] the two tokens after token 0 of B texts; a second round where the first round gave one."""
     seeds, zeros = torch.arange(NUM_TEXTS), torch.zeros(NUM_TEXTS, dtype=torch.int64)
     block = draft(seeds, START, zeros, 2, top_k)
@@ -178,9 +173,7 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES.values(), ids=BREAKAGES.keys())
-def test_the_law_exposes_a_broken_acceptance(
-    breakage: tuple[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_law_exposes_a_broken_acceptance(breakage: tuple[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceptance, *breakage)
     assert distance(two_tokens()) > 3 * BOUND
 
@@ -270,9 +263,7 @@ def test_a_draft_that_the_target_excludes_never_stands() -> None:
 def test_where_nothing_is_left_of_p_minus_q_recovery_draws_from_p(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceptance, "_stands", lambda drafts, *_: torch.zeros_like(drafts))
     q, rows = source([[0.0, 0.5, 0.5]]), logits_of([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
-    tokens = {
-        accept_rejection([1], rows, q.ids, q.probabilities, seed, [41, 42]).next_anchor for seed in range(50)
-    }
+    tokens = {accept_rejection([1], rows, q.ids, q.probabilities, seed, [41, 42]).next_anchor for seed in range(50)}
     assert tokens == {1, 2}
 
 
@@ -317,9 +308,7 @@ def test_the_token_behind_accepted_drafts_is_the_samplers_own() -> None:
 
 def test_greedy_blocks_and_rows_without_drafts_take_the_targets_tokens_in_rejection_too() -> None:
     verification = build_verification("rejection")
-    assert verification.verify([4, 5], samples_of(TARGET[:3], [4, 1, 2], sampled=False), None) == Acceptance(
-        1, 1
-    )
+    assert verification.verify([4, 5], samples_of(TARGET[:3], [4, 1, 2], sampled=False), None) == Acceptance(1, 1)
     assert verification.verify([], samples_of(TARGET[:1], [3], sampled=False), None) == Acceptance(0, 3)
 
 

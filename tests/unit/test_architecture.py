@@ -139,9 +139,7 @@ def test_nobody_below_the_engine_imports_it() -> None:
 def test_torch_distributed_stays_where_processes_meet() -> None:
     files = {path: source for path, source in python_files(*ROOMS).items() if path not in MAY_COMMUNICATE}
     found = violations(files, lambda path, source: imports_of(source, "torch.distributed"))
-    assert not found, (
-        f"{found}\nonly {', '.join(MAY_COMMUNICATE)} may: take a ParallelGroup or a channel instead"
-    )
+    assert not found, f"{found}\nonly {', '.join(MAY_COMMUNICATE)} may: take a ParallelGroup or a channel instead"
 
 
 def test_triton_stays_in_the_kernels() -> None:
@@ -175,9 +173,7 @@ def test_modules_with_routes_or_the_builder_keep_their_annotations() -> None:
 
 def test_every_yaml_file_names_the_one_builder() -> None:
     files = sorted((ROOT / "deployments").glob("*.yaml"))
-    named = {
-        path.name: re.findall(r"^\W*import_path:\s*(\S+)", path.read_text(), re.MULTILINE) for path in files
-    }
+    named = {path.name: re.findall(r"^\W*import_path:\s*(\S+)", path.read_text(), re.MULTILINE) for path in files}
     wrong = {name: paths for name, paths in named.items() if set(paths) != {"deployments.app:build"}}
     assert named, "no YAML file in deployments/"
     assert not wrong, f"{wrong}: expected deployments.app:build"

@@ -12,9 +12,7 @@ from dspark_ray.training.corpus import documents, held_out_prompts
 
 MODULES = 300
 
-PROSE = "\n".join(
-    f"    Line {number} explains one more thing in plain words." for number in range(9)
-)
+PROSE = "\n".join(f"    Line {number} explains one more thing in plain words." for number in range(9))
 
 
 def _module(number: int) -> str:
@@ -86,9 +84,7 @@ def test_held_out_documents_are_not_trained_on(library: Path) -> None:
 
 def test_tests_are_capped_and_foreign_files_left_out(library: Path) -> None:
     both = [
-        document
-        for split in corpus.SPLITS
-        for document in corpus.documents_of_kind("code", split, library=library)
+        document for split in corpus.SPLITS for document in corpus.documents_of_kind("code", split, library=library)
     ]
     in_tests = sum(len(document.text) for document in both if "/test/" in document.name)
     assert 0 < in_tests <= sum(len(document.text) for document in both) / 3

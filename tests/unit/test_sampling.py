@@ -33,9 +33,7 @@ PROMPT, OUTPUTS = (1, 2, 3), (3, 4, 4)
 
 
 def context(position: int = 6, **changes: Any) -> RowContext:
-    own = {
-        name: changes.pop(name) for name in ("forbidden_token_ids", "wants_distribution") if name in changes
-    }
+    own = {name: changes.pop(name) for name in ("forbidden_token_ids", "wants_distribution") if name in changes}
     return RowContext(SamplingParams(**changes), position, PROMPT, OUTPUTS, **own)
 
 
@@ -81,9 +79,7 @@ def test_repetition_comes_before_the_additive_penalties_and_temperature_last() -
 
 
 def test_forbidden_tokens_are_impossible_also_with_a_bias() -> None:
-    samples = sample(
-        torch.zeros(1, VOCAB), [context(temperature=0, forbidden_token_ids=(0, 5), logit_bias={5: 100.0})]
-    )
+    samples = sample(torch.zeros(1, VOCAB), [context(temperature=0, forbidden_token_ids=(0, 5), logit_bias={5: 100.0})])
     assert samples.token_ids == [1]
 
 
@@ -202,9 +198,7 @@ def test_the_lowest_temperatures_are_as_good_as_greedy() -> None:
 
 def test_logprobs_are_those_of_the_unprocessed_logits() -> None:
     logits = random_logits(1)
-    report = sample(logits, [context(logprobs=4, temperature=0.2, repetition_penalty=3.0, top_k=1)]).logprobs[
-        0
-    ]
+    report = sample(logits, [context(logprobs=4, temperature=0.2, repetition_penalty=3.0, top_k=1)]).logprobs[0]
     assert report is not None
     expected = logits[0].log_softmax(-1)
     best = expected.argsort(descending=True)[:4].tolist()

@@ -16,9 +16,7 @@ VOCAB = 32
 
 def context(**changes: Any) -> RowContext:
     """A row of a request with prompt 1 2 3 and outputs 3 4 4; `changes` are for its parameters."""
-    own = {
-        name: changes.pop(name) for name in ("forbidden_token_ids", "wants_distribution") if name in changes
-    }
+    own = {name: changes.pop(name) for name in ("forbidden_token_ids", "wants_distribution") if name in changes}
     return RowContext(
         params=SamplingParams(**changes),
         position=6,
@@ -63,16 +61,12 @@ def test_repetition_looks_at_prompt_and_outputs() -> None:
 
 
 def test_frequency_and_presence_look_at_outputs_only() -> None:
-    edits = edits_of(
-        build_sampling_rows([context(), context(frequency_penalty=0.5, presence_penalty=1)], VOCAB)
-    )
+    edits = edits_of(build_sampling_rows([context(), context(frequency_penalty=0.5, presence_penalty=1)], VOCAB))
     assert edits == {(1, 3): (1.0, -1.5), (1, 4): (1.0, -2.0)}
 
 
 def test_bias_adds_to_penalties_and_forbidding_overrides_both() -> None:
-    contexts = [
-        context(presence_penalty=1, logit_bias={3: 4.0, 4: 100.0, 9: -2.0}, forbidden_token_ids=(4, 0))
-    ]
+    contexts = [context(presence_penalty=1, logit_bias={3: 4.0, 4: 100.0, 9: -2.0}, forbidden_token_ids=(4, 0))]
     edits = edits_of(build_sampling_rows(contexts, VOCAB))
     never = (1.0, -float("inf"))
     assert edits == {(0, 0): never, (0, 3): (1.0, 3.0), (0, 4): never, (0, 9): (1.0, -2.0)}

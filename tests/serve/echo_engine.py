@@ -1,0 +1,96 @@
+"""A small real engine: it repeats the prompt, a few tokens per step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dspark_ray.types import (
+    QueueFullError,
+    Request,
+    RequestError,
+    SequenceOutput,
+    SpeculationStats,
+    StepOutput,
+    TokenLogprobs,
+)
+
+TOKENS_PER_STEP = 3
+
+
+@dataclass
+class EchoEngine:
+    """Says the prompt again and again. `step_gate` holds it still, so that a test can look."""
+
+    vocab_size: int
+    eos_token_id: int
+    max_requests: int = 64
+    seen: list[Request] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    step_gate: threading.Event = field(default_factory=threading.Event)
+    breaks: bool = False
+    is_closed: bool = False
+    _running: dict[str, tuple[Request, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.step_gate.set()
+
+    def add_request(self, request: Request) -> None:
+        for token in request.prompt_token_ids:
+            if token >= self.vocab_size:
+                raise RequestError("prompt", f"prompt has token id {token}: expected 0..{self.vocab_size - 1}")
+        if len(self._running) >= self.max_requests:
+            raise QueueFullError(f"{len(self._running)} requests are waiting")
+        self.seen.append(request)
+        self._running[request.request_id] = request, len(request.output_token_ids)
+
+    def abort(self, request_id: str) -> None:
+        if self._running.pop(request_id, None) is not None:
+            self.aborted.append(request_id)
+
+    def has_unfinished(self) -> bool:
+        return bool(self._running)
+
+    def step(self) -> StepOutput:
+        self.step_gate.wait(10)
+        if self.breaks:
+            raise RuntimeError("the engine broke on purpose")
+        outputs = tuple(self._advance(*self._running[request_id]) for request_id in list(self._running))
+        return StepOutput(sequences=outputs, num_running=len(self._running))
+
+    def keep_alive(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _advance(self, request: Request, num_done: int) -> SequenceOutput:
+        tokens = list(self._next_tokens(request, num_done))
+        num_done += len(tokens)
+        stopped = tokens[-1] == self.eos_token_id
+        reason = "stop" if stopped else "length" if num_done >= request.sampling.max_tokens else None
+        self._running[request.request_id] = request, num_done
+        if reason is not None:
+            del self._running[request.request_id]
+        return SequenceOutput(
+            request_id=request.request_id,
+            token_ids=tuple(tokens),
+            logprobs=tuple(self._logprobs(request, token) for token in tokens)
+            if request.sampling.logprobs is not None
+            else (),
+            finish_reason=reason,  # type: ignore[arg-type]
+            stop_token_id=tokens[-1] if stopped else None,
+            stats=SpeculationStats(4, 20, 16, 8, (0, 0, 4)) if reason else None,
+        )
+
+    def _next_tokens(self, request: Request, num_done: int) -> Iterable[int]:
+        for position in range(num_done, min(num_done + TOKENS_PER_STEP, request.sampling.max_tokens)):
+            token = request.prompt_token_ids[position % len(request.prompt_token_ids)]
+            yield token
+            if token == self.eos_token_id:
+                return
+
+    def _logprobs(self, request: Request, token: int) -> TokenLogprobs:
+        alternatives = ((token, -0.5), ((token + 1) % self.vocab_size, -1.5))
+        return TokenLogprobs(token, -0.5, alternatives[: request.sampling.logprobs])
