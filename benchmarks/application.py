@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ def running(config: dict[str, Any], scratch: Path) -> Iterator[str]:
     config_file.write_text(yaml.safe_dump({**config, "http_options": {"host": "127.0.0.1", "port": port}}))
     command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", str(config_file)]
     with (scratch / "application.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(scratch), start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=_environment(scratch), start_new_session=True, preexec_fn=_heed_ctrl_c
+        )
     base_url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_healthy(base_url, process, scratch / "application.log")
@@ -103,11 +105,20 @@ def _wait_until_healthy(base_url: str, process: subprocess.Popen[bytes], log: Pa
     raise RuntimeError(f"not healthy after {_SECONDS_TO_START:.0f} s: see {log}")
 
 
+def _heed_ctrl_c() -> None:
+    """A job in the background of a shell ignores SIGINT, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ctrl-C, as a user ends it; then the whole process group, which is ours alone."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    """Ctrl-C, as a user ends it; when that takes too long, SIGTERM, and then the whole session, which is ours alone."""
+    for end in (
+        lambda: process.send_signal(signal.SIGINT),
+        process.terminate,
+        lambda: os.killpg(process.pid, signal.SIGKILL),
+    ):
+        if process.poll() is not None:
+            return
+        end()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)

@@ -360,9 +360,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=ROOT / "deployments" / "tiny.yaml")
     parser.add_argument("--checkpoint", type=Path, help="a folder to serve instead of the one in the config")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=64, help="of every answer")
-    parser.add_argument("--length-prompts", type=int, default=8, help="prompts per kind and repeat")
+    parser.add_argument("--length-prompts", type=int, default=6, help="prompts per kind and repeat")
     parser.add_argument("--readme", action="store_true", help="fill the table in README.md")
     return parser.parse_args()
 

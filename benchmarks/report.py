@@ -53,7 +53,7 @@ ROWS = (
 def spread(values: Iterable[float]) -> dict[str, Any]:
     """Smallest, median and largest of the repeats, and the repeats."""
     values = [round(value, 6) for value in values]
-    return {"min": min(values), "median": statistics.median(values), "max": max(values), "repeats": values}
+    return {"min": min(values), "median": round(statistics.median(values), 6), "max": max(values), "repeats": values}
 
 
 def provenance(root: Path, command: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from dspark_ray.types import Request, SequenceOutput, StepOutput
 
 logger = logging.getLogger("ray.serve")
 
+_FLUSH_MILLISECONDS = 1000
+
 
 class Observer(Protocol):
     """Who wants to know what passes; `EngineMetrics` is the real one."""
@@ -103,7 +105,9 @@ class EngineChannel:
     def close(self) -> None:
         """Ask rank 0 to end the gang; nothing can be sent or heard afterwards."""
         self._send(Close())
-        self._context.destroy(linger=1000)
+        self._from_rank_0.close()
+        self._to_rank_0.close(linger=_FLUSH_MILLISECONDS)
+        self._context.term()
 
     def _send(self, message: Message) -> None:
         # Without a high-water mark this never blocks.

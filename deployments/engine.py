@@ -35,10 +35,10 @@ class EngineReplica:
     """
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it
-        args.resolve()
         self._args = args
         self._tasks: list[asyncio.Task[None]] = []
         self._channel = EngineChannel(EngineMetrics(args.model_name))
+        args.resolve()
         self._tasks.append(asyncio.create_task(self._channel.listen()))
         self._gang = await start_gang(args, self._channel.requests_address, self._channel.outputs_address)
         await self._until_ready()

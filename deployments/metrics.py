@@ -71,7 +71,7 @@ class EngineMetrics:
         return self._tagged(Histogram(f"dspark_{name}", description, boundaries, tag_keys=("model_name",)))
 
     def _tagged(self, metric: MetricT) -> MetricT:
-        metric.set_default_tags(self._tags)
+        metric.set_default_tags(dict(self._tags))  # Serve adds its own tags to the very dictionary it is given.
         return metric
 
 

@@ -32,10 +32,24 @@ def engine() -> EchoEngine:
     return EchoEngine(NUM_TOKENS, EOS)
 
 
-@pytest.fixture
-def server(tokenizer: Tokenizer, engine: EchoEngine) -> Iterator[Server]:
-    with running_server(tokenizer, engine) as running:
+@pytest.fixture(scope="session")
+def shared_server(tokenizer: Tokenizer) -> Iterator[Server]:
+    with running_server(tokenizer, EchoEngine(NUM_TOKENS, EOS)) as running:
         yield running
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Iterator[Server]:
+    """The one server, left as it was found."""
+    yield shared_server
+    shared_server.client.reset()
+    shared_server.engine.reset()
+
+
+@pytest.fixture
+def echo(server: Server) -> EchoEngine:
+    """The engine behind the server."""
+    return server.engine
 
 
 @pytest.fixture

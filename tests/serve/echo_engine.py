@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from dspark_ray.types import (
 )
 
 TOKENS_PER_STEP = 3
+STEP_SECONDS = 0.002
 
 
 @dataclass
@@ -30,15 +32,21 @@ class EchoEngine:
     aborted: list[str] = field(default_factory=list)
     step_gate: threading.Event = field(default_factory=threading.Event)
     breaks: bool = False
-    is_closed: bool = False
     _running: dict[str, tuple[Request, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.step_gate.set()
 
+    def reset(self) -> None:
+        """As new, for the next test."""
+        self.max_requests, self.breaks = 64, False
+        self.seen.clear()
+        self.aborted.clear()
+        self.step_gate.set()
+
     def add_request(self, request: Request) -> None:
         for token in request.prompt_token_ids:
-            if token >= self.vocab_size:
+            if not 0 <= token < self.vocab_size:
                 raise RequestError("prompt", f"prompt has token id {token}: expected 0..{self.vocab_size - 1}")
         if len(self._running) >= self.max_requests:
             raise QueueFullError(f"{len(self._running)} requests are waiting")
@@ -54,6 +62,7 @@ class EchoEngine:
 
     def step(self) -> StepOutput:
         self.step_gate.wait(10)
+        time.sleep(STEP_SECONDS)
         if self.breaks:
             raise RuntimeError("the engine broke on purpose")
         outputs = tuple(self._advance(*self._running[request_id]) for request_id in list(self._running))
@@ -63,7 +72,7 @@ class EchoEngine:
         pass
 
     def close(self) -> None:
-        self.is_closed = True
+        pass
 
     def _advance(self, request: Request, num_done: int) -> SequenceOutput:
         tokens = list(self._next_tokens(request, num_done))

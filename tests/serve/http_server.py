@@ -62,6 +62,9 @@ class ChannelClient:
 
     def __init__(self, channel: EngineChannel) -> None:
         self._channel = channel
+        self.reset()
+
+    def reset(self) -> None:
         self.healthy = True
         self.is_busy = False
         self.num_losses = 0

@@ -11,7 +11,6 @@ import httpx
 import openai
 import pytest
 from byte_tokenizer import EOS
-from echo_engine import EchoEngine
 from http_server import MAX_MODEL_LEN, Server
 
 
@@ -57,10 +56,10 @@ def test_one_step_is_one_chunk(client):
     assert len(list(complete(client, "abcdef", max_tokens=9, stream=True))) == 3
 
 
-def test_a_chat_runs_through_the_chat_form(client, engine, tokenizer):
+def test_a_chat_runs_through_the_chat_form(client, echo, tokenizer):
     answer = chat(client, "hi", max_tokens=20)
     prompt = tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": "hi"}]))
-    assert list(engine.seen[0].prompt_token_ids) == prompt
+    assert list(echo.seen[0].prompt_token_ids) == prompt
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].message.content.startswith("<｜User｜>hi<｜Assistant｜>")
 
@@ -70,16 +69,16 @@ def test_a_streamed_chat_names_the_role_once(client):
     assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant", None, None]
 
 
-def test_a_chat_without_a_length_takes_the_room_there_is(client, engine):
+def test_a_chat_without_a_length_takes_the_room_there_is(client, echo):
     answer = chat(client, "hi")
     assert answer.usage.total_tokens == MAX_MODEL_LEN
     assert answer.choices[0].finish_reason == "length"
 
 
-def test_text_parts_are_joined(client, engine, tokenizer):
+def test_text_parts_are_joined(client, echo, tokenizer):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     client.chat.completions.create(model="echo", messages=[{"role": "user", "content": parts}], max_tokens=1)
-    assert "one\n\ntwo" in tokenizer.decode(engine.seen[0].prompt_token_ids)
+    assert "one\n\ntwo" in tokenizer.decode(echo.seen[0].prompt_token_ids)
 
 
 def test_the_stream_ends_with_done_and_usage_where_asked(server):
@@ -126,12 +125,12 @@ def test_an_end_of_sequence_token_is_counted_but_not_shown(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_string_cuts_the_text_and_frees_the_sequence(client, engine, stream):
+def test_a_stop_string_cuts_the_text_and_frees_the_sequence(client, echo, stream):
     answer = complete(client, "abcdefgh", max_tokens=200, stop=["zz", "ef"], stream=stream)
     chunks = list(answer) if stream else [answer]
     assert "".join(chunk.choices[0].text for chunk in chunks) == "abcd"
     assert chunks[-1].choices[0].finish_reason == "stop"
-    wait_until(lambda: len(engine.aborted) == 1)
+    wait_until(lambda: len(echo.aborted) == 1)
 
 
 def test_tokens_behind_a_stop_string_are_not_counted(client):
@@ -170,30 +169,30 @@ def test_a_character_of_two_tokens_is_never_torn(client):
     assert not any("�" in chunk.choices[0].text for chunk in chunks)
 
 
-def test_choices_take_consecutive_seeds(client, engine):
+def test_choices_take_consecutive_seeds(client, echo):
     answer = complete(client, "abc", n=3, seed=40, max_tokens=3)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
-    assert sorted(request.sampling.seed for request in engine.seen) == [40, 41, 42]
+    assert sorted(request.sampling.seed for request in echo.seen) == [40, 41, 42]
     assert answer.usage.prompt_tokens == 4
     assert answer.usage.completion_tokens == 9
 
 
-def test_the_last_seed_wraps(client, engine):
+def test_the_last_seed_wraps(client, echo):
     complete(client, "abc", n=2, seed=2**63 - 1, max_tokens=1)
-    assert sorted(request.sampling.seed for request in engine.seen) == [-(2**63), 2**63 - 1]
+    assert sorted(request.sampling.seed for request in echo.seen) == [-(2**63), 2**63 - 1]
 
 
-def test_without_a_seed_two_requests_differ(client, engine):
+def test_without_a_seed_two_requests_differ(client, echo):
     complete(client)
     complete(client)
-    assert engine.seen[0].sampling.seed != engine.seen[1].sampling.seed
+    assert echo.seen[0].sampling.seed != echo.seen[1].sampling.seed
 
 
 def test_streamed_choices_carry_their_index(client):
     texts = {0: "", 1: ""}
-    for chunk in complete(client, ["ab", "cd"], max_tokens=5, stream=True):
+    for chunk in complete(client, ["ab", "cd"], max_tokens=6, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
-    assert texts == {0: "abab"[:3] + "", 1: "cdcd"[:3] + ""} or texts == {0: "abab", 1: "cdcd"}
+    assert texts == {0: "abab", 1: "cdcd"}
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a"], [5], [[5]]])
@@ -206,7 +205,7 @@ def test_several_prompts_times_n_are_in_order(client):
     assert [choice.text for choice in answer.choices] == ["ab", "ab", "cd", "cd"]
 
 
-def test_sampling_fields_reach_the_engine(client, engine):
+def test_sampling_fields_reach_the_engine(client, echo):
     extra = {
         "top_k": -1,
         "min_p": 0.1,
@@ -228,7 +227,7 @@ def test_sampling_fields_reach_the_engine(client, engine):
         max_completion_tokens=3,
         extra_body=extra,
     )
-    sampling, speculative = engine.seen[0].sampling, engine.seen[0].speculative
+    sampling, speculative = echo.seen[0].sampling, echo.seen[0].speculative
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 0, 0.1)
     assert (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty) == (1.0, -1.0, 1.2)
     assert (sampling.logit_bias, sampling.seed, sampling.stop, sampling.stop_token_ids) == ({7: 3.0}, 1, ("x",), (9,))
@@ -236,9 +235,9 @@ def test_sampling_fields_reach_the_engine(client, engine):
     assert (speculative.enabled, speculative.max_draft_tokens, speculative.confidence_threshold) == (False, 2, 0.3)
 
 
-def test_null_fields_are_absent_fields(client, engine):
+def test_null_fields_are_absent_fields(client, echo):
     complete(client, temperature=None, stop=None, seed=None, logit_bias=None, max_tokens=None, n=None)
-    assert engine.seen[0].sampling.temperature == 1.0
+    assert echo.seen[0].sampling.temperature == 1.0
 
 
 def test_hints_are_accepted(server):
@@ -279,7 +278,7 @@ BAD_COMPLETIONS = [
     ({"speculative": {"max_draft_tokens": -1}}, "speculative.max_draft_tokens"),
     ({"speculative": {"confidence_threshold": 2}}, "speculative.confidence_threshold"),
     ({"speculative": {"gamma": 2}}, "speculative.gamma"),
-    ({"prompt": ""}, None),
+    ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
     ({"prompt": [[]]}, "prompt"),
     ({"prompt": 5}, "prompt"),
@@ -291,7 +290,7 @@ BAD_COMPLETIONS = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "param"), [case for case in BAD_COMPLETIONS if case[1]])
+@pytest.mark.parametrize(("fields", "param"), BAD_COMPLETIONS)
 def test_a_bad_completion_field_is_named(server, fields, param):
     answer = post(server, "/v1/completions", {"model": "echo", "prompt": "abc", **fields})
     assert answer.status_code == 400
@@ -357,15 +356,15 @@ def test_an_unknown_path_answers_in_the_error_schema(server):
     assert "error" in httpx.get(f"{server.url}/v1/nothing").json()
 
 
-def test_a_full_queue_is_429_with_a_delay(client, engine):
-    engine.max_requests = 0
+def test_a_full_queue_is_429_with_a_delay(client, echo):
+    echo.max_requests = 0
     with pytest.raises(openai.RateLimitError) as caught:
         complete(client)
     assert caught.value.response.headers["retry-after"] == "1"
 
 
-def test_a_full_queue_is_429_for_a_stream_too(client, engine):
-    engine.max_requests = 0
+def test_a_full_queue_is_429_for_a_stream_too(client, echo):
+    echo.max_requests = 0
     with pytest.raises(openai.RateLimitError):
         complete(client, stream=True)
 
@@ -378,28 +377,28 @@ def test_too_many_queued_requests_are_503_with_a_delay(client, server):
     assert caught.value.response.headers["retry-after"] == "1"
 
 
-def test_a_partly_refused_request_leaves_nothing_behind(client, engine):
-    engine.max_requests = 2
+def test_a_partly_refused_request_leaves_nothing_behind(client, echo):
+    echo.max_requests = 2
     with pytest.raises(openai.RateLimitError):
         complete(client, n=5, max_tokens=200)
-    wait_until(lambda: not engine.has_unfinished())
+    wait_until(lambda: not echo.has_unfinished())
 
 
-def test_a_client_that_leaves_frees_its_sequence(server, engine):
+def test_a_client_that_leaves_frees_its_sequence(server, echo):
     body = {"model": "echo", "prompt": "abc", "max_tokens": 250, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
         next(answer.iter_lines())
-        engine.step_gate.clear()
-    engine.step_gate.set()
-    wait_until(lambda: not engine.has_unfinished())
+        echo.step_gate.clear()
+    echo.step_gate.set()
+    wait_until(lambda: not echo.has_unfinished())
 
 
-def test_a_lost_engine_is_replaced_and_the_stream_goes_on(client, server, engine):
+def test_a_lost_engine_is_replaced_and_the_stream_goes_on(client, server, echo):
     whole = complete(client, "abcdefg", max_tokens=20, seed=3).choices[0].text
     server.client.num_losses = 2
     chunks = complete(client, "abcdefg", max_tokens=20, seed=3, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole
-    assert [len(request.output_token_ids) for request in engine.seen] == [0, 0, 3, 6]
+    assert [len(request.output_token_ids) for request in echo.seen] == [0, 0, 3, 6]
 
 
 def test_an_engine_that_is_lost_too_often_is_503(client, server):
@@ -441,9 +440,3 @@ def test_health_follows_the_engine(server):
 def test_version_is_the_packages(server):
     assert httpx.get(f"{server.url}/version").json()["version"]
 
-
-def test_a_broken_step_loop_reports_itself(server, engine: EchoEngine):
-    engine.breaks = True
-    body = {"model": "echo", "prompt": "abc", "max_tokens": 5}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=1.0)

@@ -1,0 +1,104 @@
+"""Starting the application on a cluster of this machine, and looking at what it left there."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import ray
+from ray import serve
+from ray.util import placement_group_table
+from ray.util.state import list_actors
+
+from deployments.app import build
+from deployments.args import AppArgs
+
+
+@dataclass
+class Application:
+    """A running application and its client."""
+
+    name: str
+    client: openai.OpenAI
+
+    @property
+    def model(self) -> str:
+        return "small"
+
+    def complete(self, prompt: object = "Once upon", **options: Any) -> openai.types.Completion:
+        return self.client.completions.create(model=self.model, prompt=prompt, **options)
+
+    def worker(self, class_name: str, index: int = 0) -> Any:
+        """One live actor of the gang, as the state API shows it."""
+        return sorted(live_actors(class_name), key=lambda actor: actor.pid)[index]
+
+
+def live_actors(class_name: str) -> list[Any]:
+    return [
+        actor
+        for actor in list_actors(filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
+        if actor.class_name == class_name
+    ]
+
+
+def num_placement_groups() -> int:
+    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not happen in {seconds} s"
+        time.sleep(0.2)
+
+
+def deploy(name: str, args: dict[str, Any], **options: Any) -> None:
+    """Raises RuntimeError with every deployment's own message."""
+    try:
+        serve.run(build(AppArgs.model_validate(args)), name=name, **options)
+    except RuntimeError as error:
+        deployments = serve.status().applications[name].deployments.values()
+        raise RuntimeError("\n".join(deployment.message for deployment in deployments)) from error
+
+
+@contextlib.contextmanager
+def running_application(args: dict[str, Any]) -> Iterator[Application]:
+    """Serve on the cluster that is connected, on a free port; everything is taken down behind it."""
+    port = free_port()
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    try:
+        deploy("app", {**args, "served_model_name": "small"})
+        with openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120
+        ) as client:
+            yield Application("app", client)
+    finally:
+        serve.shutdown()
+
+
+@contextlib.contextmanager
+def local_ray(directory: str, num_cpus: int) -> Iterator[None]:
+    """A cluster of one node that nobody else can meet."""
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=num_cpus,
+        object_store_memory=80 * 2**20,
+        _temp_dir=directory,
+        log_to_driver=False,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,172 @@
+"""The whole application: ingress, replica, two verifier ranks and a drafter as Ray actors, on a random model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import ray
+from byte_tokenizer import BOS
+from ray import serve
+from ray_application import (
+    Application,
+    deploy,
+    live_actors,
+    local_ray,
+    num_placement_groups,
+    running_application,
+    wait_until,
+)
+from small_checkpoint import ENGINE, save_small_checkpoint, tokens_in_process
+
+from dspark_ray.tokenizer import Tokenizer
+
+PROMPT = "def main(arguments):"
+
+
+def gang_args(checkpoint: Path, **fields: object) -> dict[str, object]:
+    return {
+        "model": str(checkpoint),
+        "tensor_parallel_size": 2,
+        "engine": ENGINE,
+        "placement": {"verifier": {"resources": {"CPU": 0.5}}, "drafter": {"resources": {"CPU": 0.5}}},
+        "health": {"check_period_s": 1, "check_timeout_s": 5, "graceful_shutdown_timeout_s": 2},
+        **fields,
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_checkpoint(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as directory, local_ray(directory, 4):
+        yield
+
+
+@pytest.fixture(scope="module")
+def app(cluster: None, checkpoint: Path) -> Iterator[Application]:
+    with running_application(gang_args(checkpoint)) as application:
+        yield application
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> str:
+    """A sampled text from one process without speculation."""
+    tokenizer = Tokenizer.from_directory(checkpoint)
+    prompt = [BOS, *tokenizer.encode(PROMPT)]
+    return tokenizer.decode(tokens_in_process(checkpoint, prompt, max_tokens=40, seed=7, ignore_eos=True))
+
+
+def sampled(app: Application, **options: object) -> openai.types.Completion:
+    return app.complete(PROMPT, max_tokens=40, seed=7, extra_body={"ignore_eos": True}, **options)
+
+
+def test_the_text_is_that_of_one_process_without_speculation(app, reference):
+    assert sampled(app).choices[0].text == reference
+
+
+def test_a_stream_says_the_same(app, reference):
+    chunks = list(sampled(app, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == reference
+    assert chunks[-1].usage.completion_tokens == 40
+
+
+def test_speculation_took_place(app):
+    metrics = sampled(app).metrics["speculative_decoding"]
+    assert metrics["num_spec_tokens"] == 5
+    assert metrics["num_draft_tokens"] > 0
+    assert sum(metrics["acceptance_histogram"]) == metrics["num_spec_steps"]
+
+
+def test_a_chat_is_answered(app):
+    messages = [{"role": "user", "content": "hello"}]
+    answer = app.client.chat.completions.create(
+        model=app.model, messages=messages, max_tokens=8, logprobs=True, top_logprobs=2, temperature=0
+    )
+    assert len(answer.choices[0].logprobs.content) == answer.usage.completion_tokens
+    assert all(len(entry.top_logprobs) == 2 for entry in answer.choices[0].logprobs.content)
+
+
+def test_choices_differ_and_a_seed_repeats_them(app):
+    first, second = (sampled(app, n=2).choices for _ in range(2))
+    assert [choice.text for choice in first] == [choice.text for choice in second]
+    assert first[0].text != first[1].text
+
+
+def test_a_stop_string_ends_the_text_before_it(app, reference):
+    stop = reference[9:11]
+    answer = sampled(app, stop=stop)
+    assert answer.choices[0].text == reference[: reference.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_the_engine_refuses_what_only_it_can_know(app):
+    with pytest.raises(openai.BadRequestError) as caught:
+        app.complete([100_000])
+    assert caught.value.param == "prompt"
+
+
+def test_sixteen_clients_are_served_at_once(app, reference):
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: sampled(app).choices[0].text, range(16)))
+    assert answers == [reference] * 16
+
+
+def test_health_and_models_answer(app):
+    assert httpx.get(f"{app.client.base_url}../health", timeout=30).status_code == 200
+    assert [model.id for model in app.client.models.list()] == ["small"]
+
+
+def test_a_client_that_leaves_frees_its_sequences(app):
+    # Eight endless answers fill the engine; only when they are freed is there room for a ninth.
+    for _ in range(8):
+        stream = app.complete(PROMPT, max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        stream.close()
+    tokens = app.complete(PROMPT, max_tokens=4, timeout=30, extra_body={"ignore_eos": True}).usage.completion_tokens
+    assert tokens == 4
+
+
+@pytest.mark.parametrize(("class_name", "index"), [("VerifierWorker", 0), ("DrafterWorker", 0)])
+def test_a_killed_worker_costs_the_gang_but_not_the_stream(app, reference, class_name, index):
+    whole = app.complete(PROMPT, max_tokens=300, seed=7, extra_body={"ignore_eos": True}).choices[0].text
+    assert whole.startswith(reference[:20])
+    before = {actor.actor_id for actor in live_actors("VerifierWorker") + live_actors("DrafterWorker")}
+    stream = app.complete(PROMPT, max_tokens=300, seed=7, stream=True, extra_body={"ignore_eos": True})
+    text = next(stream).choices[0].text
+    os.kill(app.worker(class_name, index).pid, signal.SIGKILL)
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == whole
+    after = {actor.actor_id for actor in live_actors("VerifierWorker") + live_actors("DrafterWorker")}
+    assert len(after) == 3
+    assert not after & before
+
+
+def test_the_gang_owns_one_placement_group(app):
+    wait_until(lambda: num_placement_groups() == 1)
+    assert len(live_actors("VerifierWorker")) == 2
+    assert len(live_actors("DrafterWorker")) == 1
+
+
+def test_a_bad_checkpoint_is_named_in_the_status(app, tmp_path):
+    with pytest.raises(RuntimeError, match="no such file; expected a checkpoint folder"):
+        deploy("bad", gang_args(tmp_path / "nowhere"), route_prefix="/bad")
+    serve.delete("bad")
+
+
+def test_nothing_is_left_behind(cluster, app):
+    # Last in this file: it takes the application down.
+    serve.delete(app.name)
+    wait_until(lambda: num_placement_groups() == 0)
+    wait_until(lambda: not live_actors("VerifierWorker") and not live_actors("DrafterWorker"))
+    wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])

@@ -1,0 +1,116 @@
+"""What a YAML file may say, and what is said about what it may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+import deployments
+from deployments.args import AppArgs
+from deployments.gang import actor_options, bundle_order
+
+PACKAGE = Path(deployments.__file__).parent
+YAML_FILES = sorted(PACKAGE.glob("*.yaml"))
+
+
+def args(**fields: object) -> AppArgs:
+    return AppArgs.model_validate({"model": "tiny", **fields})
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.name)
+def test_every_packaged_file_is_valid(path):
+    for application in yaml.safe_load(path.read_text())["applications"]:
+        AppArgs.model_validate(application["args"])
+
+
+def test_a_relative_model_starts_at_the_package():
+    assert args().checkpoint == PACKAGE / "tiny"
+    assert args().model_name == "tiny"
+
+
+def test_an_absolute_model_stays(tmp_path):
+    assert args(model=str(tmp_path)).checkpoint == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"modle": "tiny"}, "modle\n  Extra inputs are not permitted"),
+        ({"engine": {"max_num_seq": 3}}, "engine.max_num_seq\n  Extra inputs"),
+        ({"engine": {"max_num_seqs": 0}}, "engine.max_num_seqs\n  Input should be greater than 0"),
+        ({"speculative_config": {"method": "eagle"}}, "speculative_config.method\n  Input should be 'dspark'"),
+        ({"dspark": {"drafter": {"placement": "pool"}}}, "Input should be 'inline' or 'actor'"),
+        ({"placement": {"strategy": "NEAR"}}, "placement.strategy\n  Input should be 'PACK'"),
+        ({"placement": {"verifier": [{}]}, "tensor_parallel_size": 2}, "has 1 entries: expected one per rank"),
+        ({"placement": {"replica": {"CPU": -1}}}, "placement.replica.CPU\n  Input should be greater than 0"),
+        ({"model": ""}, "model\n  String should have at least 1 character"),
+    ],
+)
+def test_a_bad_key_or_value_is_named(fields, expected):
+    with pytest.raises(ValidationError) as caught:
+        args(**fields)
+    assert expected in str(caught.value)
+
+
+def test_engine_sizes_keep_the_engines_own_defaults():
+    config = args(engine={"max_num_seqs": 3}, speculative_config={"num_speculative_tokens": 2}).engine_config()
+    assert (config.max_num_seqs, config.gamma, config.speculation, config.page_size) == (3, 2, True, 128)
+
+
+def test_no_speculative_config_is_no_speculation_and_no_drafter():
+    plain = args(speculative_config=None)
+    assert not plain.engine_config().speculation
+    assert not plain.has_draft_actor
+
+
+def test_the_replica_shares_a_bundle_with_rank_0():
+    placed = args(
+        tensor_parallel_size=2,
+        placement={
+            "replica": {"CPU": 0.25},
+            "verifier": {"resources": {"CPU": 0.5, "GPU": 1}},
+            "drafter": {"resources": {"CPU": 1, "draft": 0.1}},
+        },
+    )
+    assert placed.placement_options()["placement_group_bundles"] == [
+        {"CPU": 0.75, "GPU": 1},
+        {"CPU": 0.5, "GPU": 1},
+        {"CPU": 1, "draft": 0.1},
+    ]
+
+
+def test_a_drafter_beside_rank_0_adds_to_its_bundle():
+    placed = args(
+        placement={
+            "verifier": {"resources": {"GPU": 0.75}},
+            "drafter": {"resources": {"GPU": 0.25}, "beside_rank_0": True},
+        }
+    )
+    assert placed.placement_options()["placement_group_bundles"] == [{"CPU": 0.1, "GPU": 1.0}]
+    assert placed.bundle_of_worker() == [0, 0]
+
+
+def test_labels_become_selectors_by_bundle():
+    placed = args(placement={"verifier": {"labels": {"zone": "a"}}, "drafter": {"labels": {"zone": "b"}}})
+    assert placed.placement_options()["placement_group_bundle_label_selector"] == [{"zone": "a"}, {"zone": "b"}]
+
+
+def test_ranks_are_ordered_by_node_and_rank_0_keeps_its_bundle():
+    nodes = {0: "b", 1: "c", 2: "b", 3: "c", 4: "a"}
+    assert bundle_order(args(tensor_parallel_size=4), nodes) == [0, 2, 1, 3, 4]
+
+
+def test_ranks_with_a_placement_of_their_own_keep_their_bundles():
+    placed = args(tensor_parallel_size=3, placement={"verifier": [{}, {}, {}]})
+    assert bundle_order(placed, {0: "b", 1: "c", 2: "b", 3: "a"}) == [0, 1, 2, 3]
+
+
+def test_resources_become_actor_options():
+    assert actor_options({"CPU": 0.5, "GPU": 1, "disk": 2}) == {
+        "num_cpus": 0.5,
+        "num_gpus": 1,
+        "resources": {"disk": 2},
+    }
