@@ -118,15 +118,17 @@ def generate_text(engine: Engine, tokenizer: Tokenizer, request: Request, emit: 
     """Run one request to its end, passing text to `emit` as it comes; ends at a stop string too."""
     text = TextStream(tokenizer, request.sampling.stop)
     engine.add_request(request)
-    num_tokens, stats, started = 0, SpeculationStats(), time.perf_counter()
+    num_tokens, stats, stopped, started = 0, SpeculationStats(), False, time.perf_counter()
     while engine.has_unfinished():
         for output in engine.step().sequences:
-            shown = [token for token in output.token_ids if token != output.stop_token_id]
-            delta = text.push(shown)
+            delta = text.push(output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids)
             emit(delta.text)
-            num_tokens += len(output.token_ids)
             stats = output.stats or stats
-            if delta.stopped:
+            if stopped:
+                continue
+            stopped = delta.stopped
+            num_tokens += delta.num_tokens_kept if stopped else len(output.token_ids)
+            if stopped:
                 engine.abort(request.request_id)
     emit(text.flush())
     return Generated(num_tokens, time.perf_counter() - started, stats)

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.checkpoint.reader import Checkpoint, load_drafter, load_projector, load_target
@@ -88,22 +89,24 @@ def join_as_leader(spec: GangSpec) -> Engine:
     Raises ConfigError before the gang meets, CheckpointError before weights are read.
     """
     model_config, config = spec.resolve()
-    group = _join(spec, rank=0)
+    meeting = _join(spec, rank=0)
     checkpoint = Checkpoint.open(spec.checkpoint)
-    rank = _load_target_rank(checkpoint, model_config, config, group, with_projector=config.speculation)
-    drafter = _drafter_of(spec, checkpoint, model_config, config)
+    rank = _load_target_rank(checkpoint, model_config, config, meeting.group, with_projector=config.speculation)
+    drafter = _drafter_of(spec, checkpoint, rank.model, config)
     _wait_for_all(spec)
-    target = LeadingTarget(rank, Broadcast(group.handle)) if group.size > 1 else LocalTarget(rank)
+    target = LeadingTarget(rank, meeting.control) if meeting.group.size > 1 else LocalTarget(rank)
     return Engine(config, model_config, target, drafter)
 
 
 def join_as_follower(spec: GangSpec, rank: int) -> Follower:
     """Be verifier rank 1 .. TP-1, which does what rank 0 says. Raises as `join_as_leader`."""
     model_config, config = spec.resolve()
-    group = _join(spec, rank)
-    target_rank = _load_target_rank(Checkpoint.open(spec.checkpoint), model_config, config, group, with_projector=False)
+    meeting = _join(spec, rank)
+    target_rank = _load_target_rank(
+        Checkpoint.open(spec.checkpoint), model_config, config, meeting.group, with_projector=False
+    )
     _wait_for_all(spec)
-    return Follower(target_rank, Broadcast(group.handle))
+    return Follower(target_rank, meeting.control)
 
 
 def join_as_drafter(spec: GangSpec) -> DraftServer:
@@ -121,21 +124,33 @@ def leave_gang() -> None:
         dist.destroy_process_group()
 
 
-def _join(spec: GangSpec, rank: int) -> ParallelGroup:
-    """Meet the world and form the target's group; a single process needs neither."""
+@dataclass(frozen=True)
+class _Meeting:
+    """What a verifier rank has once the gang has met."""
+
+    group: ParallelGroup
+    """Tensors: NCCL on GPUs, gloo elsewhere."""
+    control: Broadcast
+    """Commands, always through the CPU."""
+
+
+def _join(spec: GangSpec, rank: int) -> _Meeting:
+    """Meet the world and form the target's groups; a single process needs neither."""
     if spec.world_size == 1:
-        return ParallelGroup()
+        return _Meeting(ParallelGroup(), Broadcast(None))
+    timeout = timedelta(seconds=spec.timeout_seconds)
     dist.init_process_group(
-        "gloo",
-        init_method=spec.init_method,
-        world_size=spec.world_size,
-        rank=rank,
-        timeout=timedelta(seconds=spec.timeout_seconds),
+        "gloo", init_method=spec.init_method, world_size=spec.world_size, rank=rank, timeout=timeout
     )
     size = spec.tensor_parallel_size
+    ranks = list(range(size))
     # Every member of the world has to take part in making a group, the drafter too.
-    handle = dist.new_group(list(range(size)), timeout=timedelta(seconds=spec.timeout_seconds))
-    return ParallelGroup(rank, size, handle) if size > 1 and rank < size else ParallelGroup()
+    control = dist.new_group(ranks, timeout=timeout)
+    on_gpu = torch.device(spec.engine.device).type == "cuda"
+    tensors = dist.new_group(ranks, timeout=timeout, backend="nccl") if on_gpu and size > 1 else control
+    if size == 1 or rank >= size:
+        return _Meeting(ParallelGroup(), Broadcast(None))
+    return _Meeting(ParallelGroup(rank, size, tensors), Broadcast(control))
 
 
 def _wait_for_all(spec: GangSpec) -> None:
@@ -166,20 +181,25 @@ def _load_target_rank(
     return TargetRank(model.eval(), cache, projector)
 
 
-def _drafter_of(
-    spec: GangSpec, checkpoint: Checkpoint, model_config: ModelConfig, config: EngineConfig
-) -> Drafter | None:
+def _drafter_of(spec: GangSpec, checkpoint: Checkpoint, target: DeepSeekV4, config: EngineConfig) -> Drafter | None:
     if not config.speculation:
         return None
     if spec.has_draft_process:
         return RemoteDrafter(Pair(peer=spec.tensor_parallel_size))
-    return InlineDrafter(_load_draft_worker(checkpoint, model_config, config))
+    # A single rank holds the whole embedding and head: the drafter beside it uses the same memory.
+    shared = (target.embed.weight, target.head.weight) if target.group.size == 1 else None
+    return InlineDrafter(_load_draft_worker(checkpoint, target.config, config, shared))
 
 
-def _load_draft_worker(checkpoint: Checkpoint, model_config: ModelConfig, config: EngineConfig) -> DraftWorker:
+def _load_draft_worker(
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    config: EngineConfig,
+    shared: tuple[Tensor, Tensor] | None = None,
+) -> DraftWorker:
     with _unfilled(config):
         module = DSparkModule(model_config)
-    load_drafter(module, checkpoint, device=config.device)
+    load_drafter(module, checkpoint, device=config.device, shared=shared)
     return DraftWorker(module.eval(), config)
 
 

@@ -45,7 +45,7 @@ class TrainingConfig:
     minutes: float
     batch: int = 4
     length: int = 512
-    anchors: int = 64
+    anchors: int = 128
     """Draft blocks per sequence (drafter phase)."""
     learning_rate: float = 2e-3
     final_share: float = 0.03

@@ -12,8 +12,8 @@ from typing import Any
 import openai
 import ray
 from ray import serve
+from ray._private import state as ray_state
 from ray.util import placement_group_table
-from ray.util.state import list_actors
 
 from deployments.app import build
 from deployments.args import AppArgs
@@ -33,16 +33,20 @@ class Application:
     def complete(self, prompt: object = "Once upon", **options: Any) -> openai.types.Completion:
         return self.client.completions.create(model=self.model, prompt=prompt, **options)
 
-    def worker(self, class_name: str, index: int = 0) -> Any:
-        """One live actor of the gang, as the state API shows it."""
-        return sorted(live_actors(class_name), key=lambda actor: actor.pid)[index]
+
+@dataclass(frozen=True)
+class Actor:
+    actor_id: str
+    node_id: str
+    pid: int
 
 
-def live_actors(class_name: str) -> list[Any]:
+def live_actors(*class_names: str) -> list[Actor]:
+    """Actors of these classes, wherever they run; needs no dashboard, unlike Ray's state API."""
     return [
-        actor
-        for actor in list_actors(filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
-        if actor.class_name == class_name
+        Actor(actor["ActorID"], actor["Address"]["NodeID"], actor["Pid"])
+        for actor in ray_state.actors().values()
+        if actor["State"] == "ALIVE" and actor["ActorClassName"] in class_names
     ]
 
 

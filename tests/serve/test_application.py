@@ -28,6 +28,7 @@ from small_checkpoint import ENGINE, save_small_checkpoint, tokens_in_process
 
 from dspark_ray.tokenizer import Tokenizer
 
+WORKERS = ("VerifierWorker", "DrafterWorker")
 PROMPT = "def main(arguments):"
 
 
@@ -137,17 +138,17 @@ def test_a_client_that_leaves_frees_its_sequences(app):
     assert tokens == 4
 
 
-@pytest.mark.parametrize(("class_name", "index"), [("VerifierWorker", 0), ("DrafterWorker", 0)])
-def test_a_killed_worker_costs_the_gang_but_not_the_stream(app, reference, class_name, index):
+@pytest.mark.parametrize("class_name", WORKERS)
+def test_a_killed_worker_costs_the_gang_but_not_the_stream(app, reference, class_name):
     whole = app.complete(PROMPT, max_tokens=300, seed=7, extra_body={"ignore_eos": True}).choices[0].text
     assert whole.startswith(reference[:20])
-    before = {actor.actor_id for actor in live_actors("VerifierWorker") + live_actors("DrafterWorker")}
+    before = {actor.actor_id for actor in live_actors(*WORKERS)}
     stream = app.complete(PROMPT, max_tokens=300, seed=7, stream=True, extra_body={"ignore_eos": True})
     text = next(stream).choices[0].text
-    os.kill(app.worker(class_name, index).pid, signal.SIGKILL)
+    os.kill(live_actors(class_name)[-1].pid, signal.SIGKILL)
     text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == whole
-    after = {actor.actor_id for actor in live_actors("VerifierWorker") + live_actors("DrafterWorker")}
+    after = {actor.actor_id for actor in live_actors(*WORKERS)}
     assert len(after) == 3
     assert not after & before
 
@@ -168,5 +169,5 @@ def test_nothing_is_left_behind(cluster, app):
     # Last in this file: it takes the application down.
     serve.delete(app.name)
     wait_until(lambda: num_placement_groups() == 0)
-    wait_until(lambda: not live_actors("VerifierWorker") and not live_actors("DrafterWorker"))
+    wait_until(lambda: not live_actors(*WORKERS))
     wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])

@@ -33,9 +33,7 @@ async def channel(engine: EchoEngine) -> AsyncIterator[EngineChannel]:
 
 
 def request(request_id: str, max_tokens: int = 9) -> Request:
-    return Request(
-        request_id=request_id, prompt_token_ids=(5, 6, 7, 8), sampling=SamplingParams(max_tokens=max_tokens)
-    )
+    return Request(request_id=request_id, prompt_token_ids=(5, 6, 7, 8), sampling=SamplingParams(max_tokens=max_tokens))
 
 
 async def tokens_of(channel: EngineChannel, request: Request) -> list[int]:

@@ -439,4 +439,3 @@ def test_health_follows_the_engine(server):
 
 def test_version_is_the_packages(server):
     assert httpx.get(f"{server.url}/version").json()["version"]
-

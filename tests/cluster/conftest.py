@@ -1,0 +1,13 @@
+"""Tests on several raylets of one machine; they use the small model and the helpers of tests/serve."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+sys.path.append(str(Path(__file__).parents[1] / "serve"))

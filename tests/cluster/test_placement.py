@@ -1,0 +1,74 @@
+"""Where a YAML file puts the actors of a gang, on a cluster of three nodes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from byte_tokenizer import BOS
+from ray.cluster_utils import Cluster
+from ray_application import live_actors, num_placement_groups, running_application, wait_until
+from small_checkpoint import save_small_checkpoint, tokens_in_process
+
+from dspark_ray.tokenizer import Tokenizer
+
+PROMPT = "three nodes, one text"
+
+ARGS = """
+model: {checkpoint}
+tensor_parallel_size: 2
+engine: {{max_num_seqs: 8, max_num_batched_tokens: 128, max_model_len: 1024, page_size: 32}}
+dspark: {{drafter: {{placement: actor}}}}
+placement:
+  strategy: PACK
+  verifier:
+    - {{resources: {{CPU: 0.5, first: 1}}}}
+    - {{resources: {{CPU: 0.5, second: 1}}}}
+  drafter: {{resources: {{CPU: 0.5}}, labels: {{role: drafts}}}}
+health: {{graceful_shutdown_timeout_s: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[dict[str, str]]:
+    """Node ids by what is special about them; the head serves HTTP and nothing else fits there."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as directory,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # The cluster writes its address where other programs of this machine would look for one.
+        Path(directory, "ray").mkdir()
+        patch.setenv("RAY_TMPDIR", directory)
+        cluster = Cluster(initialize_head=True, head_node_args=_node(resources={"first": 1}, num_cpus=2))
+        try:
+            head = cluster.head_node.node_id
+            second = cluster.add_node(**_node(resources={"second": 1})).node_id
+            third = cluster.add_node(**_node(labels={"role": "drafts"})).node_id
+            ray.init(address=cluster.address, log_to_driver=False)
+            yield {"first": head, "second": second, "drafts": third}
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def _node(num_cpus: int = 1, **options: object) -> dict[str, object]:
+    return {"num_cpus": num_cpus, "object_store_memory": 80 * 2**20, "include_dashboard": False, **options}
+
+
+def test_ranks_and_drafter_on_three_nodes_say_what_one_process_says(nodes, tmp_path):
+    checkpoint = save_small_checkpoint(tmp_path)
+    tokenizer = Tokenizer.from_directory(checkpoint)
+    prompt = [BOS, *tokenizer.encode(PROMPT)]
+    expected = tokenizer.decode(tokens_in_process(checkpoint, prompt, max_tokens=60, seed=3, ignore_eos=True))
+    with running_application(yaml.safe_load(ARGS.format(checkpoint=checkpoint))) as app:
+        verifiers = sorted(actor.node_id for actor in live_actors("VerifierWorker"))
+        assert verifiers == sorted([nodes["first"], nodes["second"]])
+        assert [actor.node_id for actor in live_actors("DrafterWorker")] == [nodes["drafts"]]
+        answer = app.complete(PROMPT, max_tokens=60, seed=3, extra_body={"ignore_eos": True})
+        assert answer.choices[0].text == expected
+        assert answer.metrics["speculative_decoding"]["num_accepted_draft_tokens"] > 0
+    wait_until(lambda: num_placement_groups() == 0)
