@@ -30,13 +30,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     Source: DeepSeek-V4 specification 1.2 (interleaved pairs, rotary part last, float32 arithmetic).
     """
     rotary_dims = 2 * cos.shape[-1]
-    shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[-1],)
-    cos, sin = cos.view(shape), sin.view(shape)
-    if inverse:
-        sin = -sin
+    # A pair is a complex number, and turning it is one product.
+    turn = torch.complex(cos, -sin if inverse else sin)
+    turn = turn.view(len(turn), *(1,) * (x.dim() - 2), turn.shape[-1])
     plain, rotary = x.split((x.shape[-1] - rotary_dims, rotary_dims), dim=-1)
-    even, odd = rotary.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    pairs = torch.view_as_complex(rotary.float().unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * turn).flatten(-2)
     return torch.cat((plain, turned.to(x.dtype)), dim=-1)
 
 
@@ -135,17 +134,22 @@ def sparse_attention(
     `sink` [H] is one more logit that only enters the denominator. Returns [N, H, D].
     Source: DeepSeek-V4 specification 2.2.
     """
-    keys, index = window_keys[window_index.clamp_min(0)], window_index
+    keys, index = _chosen(window_keys, window_index), window_index
     if entry_keys is not None and entry_index is not None and entry_index.shape[1]:
-        keys = torch.cat((keys, entry_keys[entry_index.clamp_min(0)].to(keys.dtype)), dim=1)
+        keys = torch.cat((keys, _chosen(entry_keys, entry_index).to(keys.dtype)), dim=1)
         index = torch.cat((index, entry_index), dim=1)
-    visible = (index >= 0).unsqueeze(1)  # [N, 1, K]
-    keys = torch.where(visible.transpose(1, 2), keys, 0.0)  # a slot nobody wrote may hold NaN
+    missing = index < 0  # [N, K]
+    keys = keys.masked_fill(missing.unsqueeze(2), 0.0)  # a slot nobody wrote may hold NaN
     logits = torch.bmm(query, keys.transpose(1, 2)).float() * softmax_scale
-    logits = torch.where(visible, logits, float("-inf"))
+    logits = logits.masked_fill(missing.unsqueeze(1), float("-inf"))
     logits = torch.cat((logits, sink.float().view(1, -1, 1).expand(len(query), -1, 1)), dim=-1)
     probabilities = torch.softmax(logits, dim=-1)[..., :-1]
     return torch.bmm(probabilities.to(query.dtype), keys)
+
+
+def _chosen(keys: Tensor, index: Tensor) -> Tensor:
+    """keys [P, D] at index [N, K]: [N, K, D], anything where the index is -1."""
+    return keys.index_select(0, index.clamp_min(0).flatten()).view(*index.shape, -1)
 
 
 def route(

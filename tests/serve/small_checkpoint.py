@@ -37,14 +37,14 @@ RAW = {
     "num_hash_layers": 1,
     "routed_scaling_factor": 1.5,
     "hc_mult": 2,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": 8192,
     "dspark_block_size": 5,
     "dspark_noise_token_id": NOISE,
     "dspark_target_layer_ids": [1, 2],
     "dspark_markov_rank": 8,
 }
 
-ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 1024, "page_size": 32}
+ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 8192, "page_size": 32}
 
 
 def save_small_checkpoint(directory: Path) -> Path:
