@@ -42,7 +42,10 @@ _BIAS_STEP = 1e-3
 class TrainingConfig:
     """One phase of training."""
 
-    minutes: float
+    minutes: float = 60.0
+    """Time budget; the learning rate follows the share of it that is used up."""
+    steps: int | None = None
+    """A budget of steps instead, for runs that must not depend on the machine's speed."""
     batch: int = 4
     length: int = 512
     anchors: int = 128
@@ -137,7 +140,7 @@ class Phase:
         config, saved = self.config, time.monotonic()
         balancer = LoadBalancer(self.model)
         for batch in batches(tokens, config, self.step):
-            progress = self.elapsed / (60 * config.minutes)
+            progress = self._progress()
             if progress >= 1:
                 break
             started = time.monotonic()
@@ -157,6 +160,12 @@ class Phase:
                 self.save()
                 saved = time.monotonic()
         self.save()
+
+    def _progress(self) -> float:
+        """Share of the budget that is used up."""
+        if self.config.steps is not None:
+            return self.step / self.config.steps
+        return self.elapsed / (60 * self.config.minutes)
 
     def _log(self, figures: dict[str, float]) -> None:
         line = {"step": self.step, "minutes": round(self.elapsed / 60, 2)}
@@ -233,7 +242,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(".build/tiny"))
     parser.add_argument("--run", type=Path, default=Path(".build/tiny/run"))
     parser.add_argument("--output", type=Path, default=Path("deployments/tiny"), help="where export writes")
-    parser.add_argument("--minutes", type=float, default=60.0, help="time budget of a phase")
+    parser.add_argument("--minutes", type=float, default=TrainingConfig.minutes, help="time budget of a phase")
     parser.add_argument("--batch", type=int, default=TrainingConfig.batch)
     parser.add_argument("--learning-rate", type=float, default=TrainingConfig.learning_rate)
     arguments = parser.parse_args()
