@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import deployments
 import pytest
 
+import deployments
 from dspark_ray.checkpoint.inspect import describe
 from dspark_ray.cli import main
 from dspark_ray.config import EngineConfig, ModelConfig
