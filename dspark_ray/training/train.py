@@ -2,6 +2,7 @@
 
     python -m dspark_ray.training.train target  --data DIR --run DIR --minutes 60
     python -m dspark_ray.training.train drafter --data DIR --run DIR --minutes 40
+    (python -m dspark_ray.training.regenerate, then drafter again with more minutes: text in the target's own words)
     python -m dspark_ray.training.train export  --data DIR --run DIR --output DIR
 
 Progress goes to the terminal and to `<run>/<phase>.jsonl`; the state is saved every minute, and the same command
@@ -185,6 +186,16 @@ def train_target(model: DeepSeekV4, data: Path, run: Path, config: TrainingConfi
     Phase("target", run, model, config).run(loss_of, np.load(data / "train.npy", mmap_mode="r"))
 
 
+def drafter_tokens(data: Path) -> np.ndarray:
+    """The training stream, half of it in the target's own words where `training.regenerate` has made some."""
+    tokens = np.load(data / "train.npy", mmap_mode="r")
+    regenerated = data / "regenerated.npy"
+    if not regenerated.exists():
+        return tokens
+    own = np.load(regenerated)
+    return np.concatenate((tokens, np.tile(own, max(1, len(tokens) // len(own)))))
+
+
 def train_drafter(drafter: DSparkModule, model: DeepSeekV4, data: Path, run: Path, config: TrainingConfig) -> None:
     """DSpark's loss at random anchors, features and distributions coming from the frozen target."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -207,7 +218,7 @@ def train_drafter(drafter: DSparkModule, model: DeepSeekV4, data: Path, run: Pat
         survival = loss.accept_rate.cumprod(-1).sum(-1).mean()
         return loss.total, {"accept_1": loss.accept_rate[:, 0].mean().item(), "length": 1 + survival.item()}
 
-    Phase("drafter", run, drafter, config).run(loss_of, np.load(data / "train.npy", mmap_mode="r"))
+    Phase("drafter", run, drafter, config).run(loss_of, drafter_tokens(data))
 
 
 def round_to_bfloat16(model: nn.Module) -> None:

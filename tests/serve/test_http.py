@@ -307,7 +307,7 @@ BAD_CHATS = [
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages[0].content[0].type",
+        "messages[0].content",
     ),
     ({"messages": [{"role": "user", "content": "\udfff"}]}, "messages[0].content"),
     ({"tools": [{"type": "function"}]}, "tools"),
