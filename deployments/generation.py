@@ -61,7 +61,7 @@ class Piece:
     """One per token; None where the request does not ask."""
     finish_reason: Literal["stop", "length"] | None = None
     stats: SpeculationStats | None = None
-    """With finish_reason, except where a stop string cut the engine short."""
+    """With finish_reason; where a stop string ended the text, the engine's totals at that step."""
 
     @property
     def is_silent(self) -> bool:
@@ -136,6 +136,7 @@ def _piece(text: TextStream, request: Request, output: SequenceOutput) -> Piece:
             num_tokens=delta.num_tokens_kept,
             logprobs=_logprobs(request, output, delta.num_tokens_kept),
             finish_reason="stop",
+            stats=output.stats,
         )
     ended = output.finish_reason is not None
     return Piece(
@@ -143,7 +144,7 @@ def _piece(text: TextStream, request: Request, output: SequenceOutput) -> Piece:
         num_tokens=len(output.token_ids),
         logprobs=_logprobs(request, output, len(output.token_ids)),
         finish_reason=output.finish_reason,  # type: ignore[arg-type]
-        stats=output.stats,
+        stats=output.stats if ended else None,
     )
 
 

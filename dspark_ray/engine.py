@@ -258,6 +258,7 @@ class Engine:
             request_id=sequence.request.request_id,
             token_ids=tuple(committed),
             logprobs=logprobs[: len(committed)],
+            stats=sequence.stats.freeze(),
         )
 
     def _accept(

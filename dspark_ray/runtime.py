@@ -68,6 +68,10 @@ class GangSpec:
         model = ModelConfig.from_file(Path(self.checkpoint))
         engine = self.engine
         if model.dspark is None and engine.speculation:
+            if self.drafter == "actor":
+                raise ConfigError(
+                    f"drafter='actor': {self.checkpoint} has no DSpark module: expected speculation=False"
+                )
             engine = replace(engine, speculation=False)
         for name in ("o_groups", "num_attention_heads"):
             if getattr(model, name) % self.tensor_parallel_size:

@@ -152,7 +152,7 @@ class SequenceOutput:
     stop_token_id: int | None = None
     """The id that ended the text (end of sequence or a stop id); it is the last of token_ids."""
     stats: SpeculationStats | None = None
-    """Given with finish_reason."""
+    """Totals of the request so far."""
     error: str | None = None
 
 

@@ -59,7 +59,7 @@ def measure(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) 
     total = AcceptedLength()
     while engine.has_unfinished():
         for output in engine.step().sequences:
-            if output.stats is not None:
+            if output.finish_reason is not None and output.stats is not None:
                 total = total.plus(AcceptedLength(output.stats.num_rounds, output.stats.num_accepted))
     return total
 

@@ -99,6 +99,6 @@ def test_a_confidence_threshold_does_not_change_the_text(threshold, texts, fixed
 
 def test_drafts_are_accepted_and_rejected(fixed_prompt):
     outputs = run_outputs(build_small_engine(), *mixed(fixed_prompt, speculate=True))
-    stats = [o.stats for parts in outputs.values() for o in parts if o.stats]
+    stats = [o.stats for parts in outputs.values() for o in parts if o.stats and o.finish_reason]
     accepted, admitted = sum(s.num_accepted for s in stats), sum(s.num_admitted for s in stats)
     assert 0.1 * admitted < accepted < 0.9 * admitted

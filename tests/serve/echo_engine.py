@@ -90,7 +90,7 @@ class EchoEngine:
             else (),
             finish_reason=reason,  # type: ignore[arg-type]
             stop_token_id=tokens[-1] if stopped else None,
-            stats=SpeculationStats(4, 20, 16, 8, (0, 0, 4)) if reason else None,
+            stats=SpeculationStats(4, 20, 16, 8, (0, 0, 4)),
         )
 
     def _next_tokens(self, request: Request, num_done: int) -> Iterable[int]:

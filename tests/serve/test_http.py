@@ -130,6 +130,7 @@ def test_a_stop_string_cuts_the_text_and_frees_the_sequence(client, echo, stream
     chunks = list(answer) if stream else [answer]
     assert "".join(chunk.choices[0].text for chunk in chunks) == "abcd"
     assert chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].metrics["speculative_decoding"]["num_accepted_draft_tokens"] == 8
     wait_until(lambda: len(echo.aborted) == 1)
 
 

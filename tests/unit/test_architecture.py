@@ -52,6 +52,7 @@ MAY_DECIDE = (
     "dspark_ray/runtime.py",
     "dspark_ray/cli.py",
     "dspark_ray/evaluation/accepted_length.py",
+    "dspark_ray/training/regenerate.py",
 )
 
 MAY_COMMUNICATE = ("dspark_ray/model/parallel.py", "dspark_ray/model/channel.py", "dspark_ray/runtime.py")
