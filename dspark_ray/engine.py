@@ -330,6 +330,7 @@ class Engine:
         ]
         known = [update for update in updates if update is not None]
         if not sequences and not known:
+            self._drafter.keep_alive()  # nobody speculates, which may go on for long
             return
         context = ContextUpdate.join(known, self.model_config.hidden_size)
         self.features.store(context)

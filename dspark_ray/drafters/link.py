@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from dspark_ray.drafters.protocol import DraftProposal, DraftRequest
 from dspark_ray.drafters.worker import DraftWorker
-from dspark_ray.model.channel import Pair
+
+_KEEP_ALIVE_SECONDS = 5.0
+"""Well below the time after which a silent member of a gang counts as dead."""
 
 
 @dataclass(frozen=True)
@@ -19,36 +24,51 @@ class Close:
     """The last message of a link."""
 
 
+class Link(Protocol):
+    """Two ends; messages arrive in order. `dspark_ray.model.channel.Pair` is the real one."""
+
+    def send(self, message: Any) -> None: ...
+
+    def receive(self) -> Any: ...
+
+
 class RemoteDrafter:
     """Rank 0's end. The drafter works between submit() and collect(), while rank 0 does something else."""
 
-    def __init__(self, link: Pair) -> None:
-        self._link = link
-        self._answers = 0
+    def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
+        self._link, self._clock = link, clock
+        self._is_open = False
+        self._spoke_at = clock()
 
     def submit(self, request: DraftRequest) -> None:
-        self._link.send(request)
-        self._answers += 1
+        assert not self._is_open, "collect() comes before the next submit()"
+        self._send(request)
+        self._is_open = True
 
     def collect(self) -> DraftProposal:
-        assert self._answers == 1, "submit() comes before collect()"
-        self._answers = 0
+        assert self._is_open, "submit() comes before collect()"
+        self._is_open = False
         return self._link.receive()
 
     def keep_alive(self) -> None:
-        if not self._answers:
-            self._link.send(KeepAlive())
+        """Says something when nothing was said for a while; may be called as often as convenient."""
+        if not self._is_open and self._clock() - self._spoke_at >= _KEEP_ALIVE_SECONDS:
+            self._send(KeepAlive())
 
     def close(self) -> None:
-        if self._answers:
+        if self._is_open:
             self.collect()
-        self._link.send(Close())
+        self._send(Close())
+
+    def _send(self, message: DraftRequest | KeepAlive | Close) -> None:
+        self._link.send(message)
+        self._spoke_at = self._clock()
 
 
 class DraftServer:
     """The drafter's end: answers requests until the link closes."""
 
-    def __init__(self, worker: DraftWorker, link: Pair) -> None:
+    def __init__(self, worker: DraftWorker, link: Link) -> None:
         self._worker, self._link = worker, link
 
     def run(self) -> None:
