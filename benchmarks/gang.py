@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from dspark_ray.engine import Engine
-from dspark_ray.model.executor import Follower
-from dspark_ray.runtime import GangSpec, join_as_drafter, join_as_follower, join_as_leader
+from dspark_ray.runtime import GangSpec, join_as_drafter, join_as_follower, join_as_leader, leave_gang
 from dspark_ray.types import Request, SpeculationStats
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -93,23 +92,23 @@ def free_port() -> int:
 def _lead(spec: GangSpec, connection: Connection) -> None:
     torch.set_num_threads(1)
     engine = join_as_leader(spec)
-    assert isinstance(engine, Engine)
     connection.send("ready")
     while (job := connection.recv()) is not None:
         connection.send(_measure(engine, job))
     engine.close()
+    leave_gang()
 
 
 def _follow(spec: GangSpec, rank: int) -> None:
     torch.set_num_threads(1)
-    follower = join_as_follower(spec, rank)
-    assert isinstance(follower, Follower)
-    follower.run()
+    join_as_follower(spec, rank).run()
+    leave_gang()
 
 
 def _draft(spec: GangSpec) -> None:
     torch.set_num_threads(1)
     join_as_drafter(spec).run()
+    leave_gang()
 
 
 def _measure(engine: Engine, job: Job) -> Outcome:
