@@ -25,8 +25,8 @@ def test_it_has_every_kind_of_layer_and_a_whole_drafter():
     description = describe(TINY)
     assert description.problems == ()
     assert description.drafter is not None
-    assert description.drafter.has_confidence_head
-    assert description.drafter.num_stages in (2, 3)
+    assert description.drafter.confidence_head
+    assert description.drafter.stages in (2, 3)
 
 
 def test_it_fits_into_24_megabytes():
