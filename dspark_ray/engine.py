@@ -239,10 +239,8 @@ class Engine:
 
     def _append(self, work: _Work, acceptance: Acceptance, logprobs: tuple[TokenLogprobs, ...]) -> SequenceOutput:
         """Commit the accepted drafts and the next anchor, up to where the request ends."""
-        sequence, num_drafts = work.sequence, len(work.drafts)
-        if work.num_committed == 1 and work.sequence.num_outputs > 0:
-            drafted = self.gamma if work.proposal_row is not None else 0
-            sequence.stats.record(drafted, num_drafts, acceptance.num_accepted)
+        sequence = work.sequence
+        is_round = work.num_committed == 1 and sequence.num_outputs > 0
         new_tokens = [*work.drafts[: acceptance.num_accepted], acceptance.next_anchor]
         committed: list[int] = []
         for token in new_tokens:
@@ -251,6 +249,10 @@ class Engine:
             sequence.finish_reason = self._finish_reason(sequence)
             if sequence.finish_reason is not None:
                 break
+        if is_round:
+            drafted = self.gamma if work.proposal_row is not None else 0
+            # Drafts behind the end of the text are not counted: accepted + 1 is what the round committed.
+            sequence.stats.record(drafted, len(work.drafts), len(committed) - 1)
         if sequence.finish_reason is not None:
             self.scheduler.remove(sequence.request.request_id)
             return _final_output(sequence, sequence.finish_reason, committed, logprobs, self._stop_ids(sequence))

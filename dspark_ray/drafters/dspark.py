@@ -43,6 +43,11 @@ class Stage(Block):
             self.confidence_head = ConfidenceHead(d, dspark.markov_rank)
 
 
+def project_features(features: Tensor, main_proj: Tensor, main_norm: Tensor, eps: float) -> Tensor:
+    """main_x [N, d] of target features [N, T*d] (specification 6)."""
+    return ops.rms_norm(nn.functional.linear(features, main_proj), main_norm, eps)
+
+
 class FeatureProjector(nn.Module):
     """main_proj and main_norm alone: the part of the drafter that runs on the verifier, so that d numbers travel
     per token instead of T*d. The tensors keep the names they have in the checkpoint."""
@@ -57,9 +62,8 @@ class FeatureProjector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """main_x [N, d] of target features [N, T*d]."""
-        state = dict(self.named_parameters())
-        projected = nn.functional.linear(features, state["mtp.0.main_proj.weight"])
-        return ops.rms_norm(projected, state["mtp.0.main_norm.weight"], self.config.rms_norm_eps)
+        main_proj, main_norm = (self.get_parameter(f"mtp.0.{name}.weight") for name in ("main_proj", "main_norm"))
+        return project_features(features, main_proj, main_norm, self.config.rms_norm_eps)
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,9 @@ class DSparkModule(nn.Module):
         self._shared = (embed, head)
 
     def project(self, features: Tensor) -> Tensor:
-        """main_x [N, d] of target features [N, T*d]; runs on the verifier, so that d numbers travel per token."""
+        """main_x [N, d] of target features [N, T*d]; when serving, the verifier's FeatureProjector does it."""
         first = self.stages[0]
-        return ops.rms_norm(first.main_proj(features), first.main_norm.weight, self.config.rms_norm_eps)
+        return project_features(features, first.main_proj.weight, first.main_norm.weight, self.config.rms_norm_eps)
 
     def context_keys(self, main_x: Tensor, positions: Tensor) -> list[Tensor]:
         """Per stage the context keys [N, D] of committed tokens at `positions`; not through norms or mHC."""
