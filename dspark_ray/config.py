@@ -16,6 +16,7 @@ from typing import Any, Literal
 AttentionKind = Literal["sliding", "csa", "hca"]
 MarkovHeadType = Literal["vanilla", "gated", "rnn"]
 VerificationMode = Literal["coupled", "rejection"]
+ScheduleKind = Literal["causal", "lagged", "full", "fixed"]
 
 CSA_RATIO = 4
 """The compression ratio whose layers overlap windows and select entries with the lightning indexer."""
@@ -304,11 +305,41 @@ class EngineConfig:
     device: str = "cpu"
     rejection_top_k: int = 64
     """Entries of the truncated draft distribution that `rejection` draws from and sends."""
+    schedule: ScheduleKind | None = None
+    """How verify lengths are chosen; None takes `full` with coupled and `lagged` with rejection verification."""
+    schedule_lag: int = 2
+    """Rounds by which the confidences that set the budget of `lagged` are old."""
+    bypass: bool = True
+    """Leave requests, or all of them, without a draft while drafting for them costs more than it brings."""
+    confidence_threshold: float = 0.0
+    """Drafted positions whose survival is below this are not verified, whatever the schedule says."""
+    sts_path: str | None = None
+    """Temperatures of the confidences (SGLang's STS JSON); None takes sts.json of the checkpoint, if it is there."""
+    calibrate_online: bool = True
+    """Refit the temperatures from what drafts come to, where that makes the calibration error smaller."""
+    cost_table: str | None = None
+    """A cost table to use (ours, or either of SGLang's), instead of profiling at start-up."""
+    cost_directory: str | None = None
+    """Where profiled cost tables are kept for the next start; None profiles every time."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "max_waiting"):
+        positive = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "max_waiting")
+        for name in (*positive, "schedule_lag"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a positive number")
+        if not 0.0 <= self.confidence_threshold <= 1.0:
+            raise ConfigError(f"confidence_threshold={self.confidence_threshold}: expected a number in [0, 1]")
+        if self.verification == "rejection" and self.schedule == "full":
+            raise ConfigError(
+                "schedule='full' with verification='rejection': a search over current confidences sees drafted tokens"
+                " before it decides on them, which bends the output (paper, appendix A): expected causal, lagged or"
+                " fixed, or verification='coupled'"
+            )
+
+    @property
+    def schedule_kind(self) -> ScheduleKind:
+        """The schedule in force."""
+        return self.schedule or ("full" if self.verification == "coupled" else "lagged")
 
     def for_model(self, model: ModelConfig) -> EngineConfig:
         """Fill what depends on the checkpoint and check the two against each other."""

@@ -2,17 +2,21 @@
 
 drafter --DraftProposal--> schedule --VerifyPlan--> target --samples--> verification --Acceptance--> commit
    ^                                                                                                   |
-   +------------------------ main_x of the accepted rows, next anchors --------------------------------+
+   +--------- main_x that the drafter misses, next anchors <-- select who is drafted next <------------+
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dspark_ray.config import EngineConfig, ModelConfig
 from dspark_ray.drafters.protocol import ContextUpdate, Drafter, DraftProposal, DraftRequest
@@ -24,8 +28,19 @@ from dspark_ray.sampling.sampler import DraftSampling, Samples
 from dspark_ray.scheduler import Scheduler, StepPlan
 from dspark_ray.sequence import Sequence
 from dspark_ray.speculative.acceptance import Acceptance, DraftSource, build_verification
-from dspark_ray.speculative.plan import FixedSchedule, PrefixSchedule, VerifyPlan, cut_at_threshold
-from dspark_ray.types import FinishReason, Request, RequestError, SequenceOutput, StepOutput, TokenLogprobs
+from dspark_ray.speculative.planner import Batch, DraftedRows, Planner, StepOutcome
+from dspark_ray.types import (
+    FinishReason,
+    Request,
+    RequestError,
+    SequenceOutput,
+    StepOutput,
+    StepRecord,
+    TokenLogprobs,
+    VerificationPolicy,
+)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,8 @@ class StepTiming:
     draft: float = 0.0
     """Waiting for the proposal (with an inline drafter: drafting)."""
     target: float = 0.0
+    schedule: float = 0.0
+    """Deciding who is drafted and how much is verified, and learning from it; a part of the loop."""
 
     @property
     def loop(self) -> float:
@@ -50,6 +67,8 @@ class _Work:
     num_committed: int
     drafts: tuple[int, ...]
     samples: bool
+    is_round: bool = False
+    """Whether the sequence decodes, rather than being computed up to its last token."""
     proposal_row: int | None = None
 
     @property
@@ -64,10 +83,38 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Drafted:
-    """A proposal and the sequences it is for."""
+    """A proposal, the sequences it is for, and how much of it is verified."""
 
     proposal: DraftProposal
-    row_of: dict[str, int]
+    sequences: list[Sequence]
+    """One per row of the proposal."""
+    lengths: dict[Sequence, int] = field(default_factory=dict)
+    """Of those that still decode, in the order of their rows."""
+
+    @cached_property
+    def row_of(self) -> dict[Sequence, int]:
+        return {sequence: row for row, sequence in enumerate(self.sequences)}
+
+    def tokens_of(self, sequence: Sequence) -> tuple[int, ...]:
+        """The drafts of `sequence` that are verified."""
+        return tuple(self.proposal.tokens[self.row_of[sequence], : self.lengths[sequence]].tolist())
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Drafts of a sequence that stood, and those of them that belong to its text."""
+
+    num_accepted: int
+    num_committed: int
+
+
+@dataclass(frozen=True)
+class _KeptRows:
+    """Rows first_row .. first_row + num_kept - 1 of a forward are now tokens of the sequence."""
+
+    sequence: Sequence
+    num_kept: int
+    first_row: int
 
 
 class Engine:
@@ -79,21 +126,24 @@ class Engine:
         model_config: ModelConfig,
         target: Target,
         drafter: Drafter | None,
-        schedule: PrefixSchedule | None = None,
+        planner: Planner | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`config` must have been through EngineConfig.for_model."""
+        """`config` must have been through EngineConfig.for_model; None plans without knowing any costs."""
         assert config.gamma is not None, "EngineConfig.for_model comes first"
         self.config, self.model_config, self.gamma = config, model_config, config.gamma
         self.scheduler = Scheduler(config)
         self.last_step_timing = StepTiming()
         self._target, self._clock = target, clock
         self._drafter = drafter if config.speculation and self.gamma > 0 else None
-        self._schedule = schedule or FixedSchedule()
+        self.planner = planner or Planner(config)
         self._verification = build_verification(config.verification)
         self.features = FeatureWindow(config.max_num_seqs, model_config.sliding_window, model_config.hidden_size)
+        self._num_known = np.zeros(config.max_num_seqs, dtype=np.int64)
+        """Positions whose main_x the drafter has, by slot."""
         self._drafting: list[Sequence] | None = None
         """Sequences of the request that is open at the drafter."""
+        self._schedule_seconds = 0.0
         self._aborted: list[SequenceOutput] = []
 
     # Requests come and go.
@@ -108,6 +158,15 @@ class Engine:
         sequence = self.scheduler.remove(request_id)
         if sequence is not None:
             self._aborted.append(_final_output(sequence, "abort"))
+
+    def apply_policy(self, policy: VerificationPolicy) -> None:
+        """Let `policy` bound what is verified, from the next step on and until it expires."""
+        self.planner.apply(policy, self._clock())
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether there is a drafter, and drafts to make with it."""
+        return self._drafter is not None
 
     def has_unfinished(self) -> bool:
         """Whether another step has something to do or to report."""
@@ -129,48 +188,59 @@ class Engine:
 
     def step(self) -> StepOutput:
         """Run one round for everybody that can run."""
-        started = self._clock()
+        started, self._schedule_seconds = self._clock(), 0.0
+        self.planner.expire_policy(started)
         plan = self.scheduler.plan()
         drafted = self._collect_drafts()
         proposed = self._clock()
         if plan.is_empty:
             return self._output([])
-        verify_plan = self._plan_lengths(plan, drafted)
-        works = self._works(plan, drafted, verify_plan)
+        batch = _batch(plan)
+        drafted = self._plan_lengths(plan, drafted, batch)
+        works = self._works(plan, drafted)
         command = self._command(works)
         forward_started = self._clock()
         result = self._target.run(command)
         forward_ended = self._clock()
-        outputs = self._commit(works, drafted, result)
-        self.last_step_timing = StepTiming(self._clock() - started, proposed - started, forward_ended - forward_started)
-        return self._output(outputs)
+        outputs, judged = self._commit(works, drafted, result)
+        self._submit_drafts()
+        timing = StepTiming(self._clock() - started, proposed - started, forward_ended - forward_started)
+        record = self._timed(lambda: self._learn(batch, drafted, judged, timing))
+        self.last_step_timing = replace(timing, total=self._clock() - started, schedule=self._schedule_seconds)
+        return self._output(outputs, record)
 
     def _collect_drafts(self) -> _Drafted | None:
         """The proposal asked for at the end of the step before."""
         if self._drafting is None or self._drafter is None:
             return None
         drafting, self._drafting = self._drafting, None
-        proposal = self._drafter.collect()
-        return _Drafted(proposal, {s.request.request_id: row for row, s in enumerate(drafting)})
+        return _Drafted(self._drafter.collect(), drafting)
 
-    def _plan_lengths(self, plan: StepPlan, drafted: _Drafted | None) -> VerifyPlan | None:
-        """How many drafts of each proposal row to verify; rows of sequences that left verify none."""
+    def _plan_lengths(self, plan: StepPlan, drafted: _Drafted | None, batch: Batch) -> _Drafted | None:
+        """How many drafts of each sequence to verify; those that left since they were drafted have no length."""
         if drafted is None:
             return None
-        decoding = {sequence.request.request_id: sequence for sequence in plan.decoding}
-        sequences = [decoding.get(request_id) for request_id in drafted.row_of]
-        limits = [self._max_length(sequence) if sequence else 0 for sequence in sequences]
-        thresholds = [s.request.speculative.confidence_threshold if s else 0.0 for s in sequences]
-        return cut_at_threshold(self._schedule.plan(drafted.proposal, limits), drafted.proposal, thresholds)
+        decoding = set(plan.decoding)
+        live = [sequence for sequence in drafted.sequences if sequence in decoding]
+        if not live:
+            return drafted
+        rows = DraftedRows(
+            slots=_slots(live),
+            confidences=drafted.proposal.confidences[[drafted.row_of[sequence] for sequence in live]],
+            limits=np.array([self._max_length(sequence) for sequence in live]),
+            thresholds=np.array([sequence.request.speculative.confidence_threshold for sequence in live]),
+        )
+        verify_plan = self._timed(lambda: self.planner.plan(rows, batch))
+        return replace(drafted, lengths=dict(zip(live, verify_plan.lengths, strict=True)))
 
-    def _works(self, plan: StepPlan, drafted: _Drafted | None, verify_plan: VerifyPlan | None) -> list[_Work]:
+    def _works(self, plan: StepPlan, drafted: _Drafted | None) -> list[_Work]:
         works = []
         for sequence in plan.decoding:
-            row = drafted.row_of.get(sequence.request.request_id) if drafted else None
-            drafts: tuple[int, ...] = ()
-            if row is not None and drafted is not None and verify_plan is not None:
-                drafts = tuple(drafted.proposal.tokens[row, : verify_plan.lengths[row]].tolist())
-            works.append(_Work(sequence, 1, drafts, samples=True, proposal_row=row))
+            if drafted is not None and sequence in drafted.lengths:
+                row, drafts = drafted.row_of[sequence], drafted.tokens_of(sequence)
+                works.append(_Work(sequence, 1, drafts, samples=True, is_round=True, proposal_row=row))
+            else:
+                works.append(_Work(sequence, 1, (), samples=True, is_round=True))
         for chunk in plan.prefill:
             ends = chunk.num_tokens == chunk.sequence.num_missing
             works.append(_Work(chunk.sequence, chunk.num_tokens, (), samples=ends))
@@ -217,9 +287,11 @@ class Engine:
             )
         return contexts
 
-    def _commit(self, works: list[_Work], drafted: _Drafted | None, result: ForwardResult) -> list[SequenceOutput]:
-        """Accept, append, finish, and tell the drafter."""
-        outputs, updates, first_row, first_sample = [], [], 0, 0
+    def _commit(
+        self, works: list[_Work], drafted: _Drafted | None, result: ForwardResult
+    ) -> tuple[list[SequenceOutput], dict[Sequence, _Judged]]:
+        """Accept, append, finish, and keep the features of what was committed; also what was said of each block."""
+        outputs, judged, kept_rows, first_row, first_sample = [], {}, [], 0, 0
         for work in works:
             num_kept = work.num_committed
             if work.samples:
@@ -229,18 +301,44 @@ class Engine:
                 num_kept += acceptance.num_accepted
                 work.sequence.num_computed += num_kept
                 outputs.append(self._append(work, acceptance, logprobs))
+                judged[work.sequence] = _Judged(acceptance.num_accepted, len(outputs[-1].token_ids) - 1)
             else:
                 work.sequence.num_computed += num_kept
-            if result.main_x is not None and self._speculates(work.sequence):
-                updates.append(self._context_update(work.sequence, num_kept, first_row, result))
+            if work.sequence.slot is not None and self._speculates(work.sequence):
+                kept_rows.append(_KeptRows(work.sequence, num_kept, first_row))
             first_row += work.num_rows
-        self._submit_drafts(updates)
-        return outputs
+        if result.main_x is not None:
+            self._keep_features(kept_rows, result.main_x)
+        return outputs, judged
+
+    def _learn(
+        self, batch: Batch, drafted: _Drafted | None, judged: dict[Sequence, _Judged], timing: StepTiming
+    ) -> StepRecord:
+        """Tell the planner what became of the step."""
+        live = list(drafted.lengths) if drafted else []
+        return self.planner.learn(
+            batch,
+            StepOutcome(
+                num_tokens_accepted=np.array([judged[sequence].num_accepted for sequence in live], dtype=np.int64),
+                num_committed=np.array([judged[sequence].num_committed for sequence in live], dtype=np.int64),
+                num_drafted=len(drafted.sequences) if drafted else 0,
+                draft_seconds=timing.draft,
+                target_seconds=timing.total - timing.draft,
+                schedule_seconds=self._schedule_seconds,
+                ended_at=time.time(),
+            ),
+        )
+
+    def _timed(self, decide: Callable[[], T]) -> T:
+        """Count the time of a decision about speculation."""
+        started = self._clock()
+        decision = decide()
+        self._schedule_seconds += self._clock() - started
+        return decision
 
     def _append(self, work: _Work, acceptance: Acceptance, logprobs: tuple[TokenLogprobs, ...]) -> SequenceOutput:
         """Commit the accepted drafts and the next anchor, up to where the request ends."""
         sequence = work.sequence
-        is_round = work.num_committed == 1 and sequence.num_outputs > 0
         new_tokens = [*work.drafts[: acceptance.num_accepted], acceptance.next_anchor]
         committed: list[int] = []
         for token in new_tokens:
@@ -249,7 +347,9 @@ class Engine:
             sequence.finish_reason = self._finish_reason(sequence)
             if sequence.finish_reason is not None:
                 break
-        if is_round:
+        if not work.is_round and sequence.slot is not None:
+            self.planner.admit(sequence.slot)
+        if work.is_round:
             drafted = self.gamma if work.proposal_row is not None else 0
             # Drafts behind the end of the text are not counted: accepted + 1 is what the round committed.
             sequence.stats.record(drafted, len(work.drafts), len(committed) - 1)
@@ -309,35 +409,46 @@ class Engine:
         remaining = min(params.max_tokens - sequence.num_outputs, self.config.max_model_len - sequence.length)
         return max(0, min(self.gamma, self.gamma if asked is None else asked, remaining - 1))
 
-    def _context_update(
-        self, sequence: Sequence, num_kept: int, first_row: int, result: ForwardResult
-    ) -> ContextUpdate | None:
-        """main_x of the rows just committed, the last W of them; None when the sequence is gone."""
-        if sequence.slot is None or result.main_x is None:
-            return None
-        num_rows = min(num_kept, self.features.window)
-        stop = first_row + num_kept
-        return ContextUpdate(
-            slots=np.full(num_rows, sequence.slot),
-            positions=np.arange(sequence.num_computed - num_rows, sequence.num_computed),
-            main_x=result.main_x[stop - num_rows : stop],
-        )
+    def _keep_features(self, kept: list[_KeptRows], main_x: Tensor) -> None:
+        """Remember main_x of the rows just committed, the last W of each sequence; the drafter gets them when it
+        drafts for the sequence next."""
+        if not kept:
+            return
+        slots, positions, rows = [], [], []
+        for sequence, num_kept, first_row in ((k.sequence, k.num_kept, k.first_row) for k in kept):
+            assert sequence.slot is not None
+            if sequence.num_computed == num_kept:
+                self._num_known[sequence.slot] = 0  # the first rows of whoever has the slot now
+            num_rows = min(num_kept, self.features.window)
+            slots.append(np.full(num_rows, sequence.slot))
+            positions.append(np.arange(sequence.num_computed - num_rows, sequence.num_computed))
+            rows.append(np.arange(first_row + num_kept - num_rows, first_row + num_kept))
+        update = ContextUpdate(np.concatenate(slots), np.concatenate(positions), main_x[np.concatenate(rows)])
+        self.features.store(update)
 
-    def _submit_drafts(self, updates: list[ContextUpdate | None]) -> None:
-        """Send committed context and ask for the next blocks, so that the drafter works while outputs leave."""
+    def _submit_drafts(self) -> None:
+        """Choose who is drafted next and ask for their blocks, so that the drafter works while outputs leave."""
         if self._drafter is None:
             return
-        sequences = [
-            s for s in self.scheduler.running if s.is_decoding and self._speculates(s) and self._max_length(s) > 0
-        ]
-        known = [update for update in updates if update is not None]
-        if not sequences and not known:
-            self._drafter.keep_alive()  # nobody speculates, which may go on for long
+        decoding = [s for s in self.scheduler.running if s.is_decoding]
+        sequences = self._select(decoding, [s for s in decoding if self._speculates(s)])
+        if not sequences:
+            self._drafter.keep_alive()  # nobody is drafted, which may go on for long
             return
-        context = ContextUpdate.join(known, self.model_config.hidden_size)
-        self.features.store(context)
+        known = self._num_known[_slots(sequences)].tolist()
+        context = self.features.since((s.slot or 0, k, s.num_computed) for s, k in zip(sequences, known, strict=True))
+        self._num_known[_slots(sequences)] = [s.num_computed for s in sequences]
         self._drafter.submit(self._draft_request(context, sequences))
         self._drafting = sequences
+
+    def _select(self, decoding: list[Sequence], speculating: list[Sequence]) -> list[Sequence]:
+        """Those of the speculating sequences for which a draft pays."""
+        if not speculating:
+            return []
+        candidates = [s for s in speculating if self._max_length(s) > 0]
+        batch = Batch(len(decoding), 0, len(decoding), _mean_length(decoding))
+        chosen = self._timed(lambda: self.planner.select(_slots(candidates), batch))
+        return [sequence for sequence, is_chosen in zip(candidates, chosen.tolist(), strict=True) if is_chosen]
 
     def _draft_request(self, context: ContextUpdate, sequences: list[Sequence]) -> DraftRequest:
         return DraftRequest(
@@ -369,15 +480,35 @@ class Engine:
         if len(request.output_token_ids) >= request.sampling.max_tokens:
             raise RequestError("max_tokens", "the tokens to continue from already reach max_tokens")
 
-    def _output(self, sequences: list[SequenceOutput]) -> StepOutput:
+    def _output(self, sequences: list[SequenceOutput], record: StepRecord | None = None) -> StepOutput:
         aborted, self._aborted = self._aborted, []
         return StepOutput(
             sequences=(*sequences, *aborted),
+            record=record,
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             cache_usage=self.scheduler.pool.usage,
             num_preemptions=self.scheduler.num_preemptions,
         )
+
+
+def _batch(plan: StepPlan) -> Batch:
+    finishing = sum(chunk.num_tokens == chunk.sequence.num_missing for chunk in plan.prefill)
+    return Batch(
+        num_decoding=len(plan.decoding),
+        num_prefill_rows=sum(chunk.num_tokens for chunk in plan.prefill),
+        certain_tokens=len(plan.decoding) + finishing,
+        context=_mean_length(plan.decoding),
+    )
+
+
+def _mean_length(sequences: SequenceOf[Sequence]) -> float:
+    return sum(sequence.length for sequence in sequences) / max(1, len(sequences))
+
+
+def _slots(sequences: SequenceOf[Sequence]) -> np.ndarray:
+    """[R] of sequences that hold one."""
+    return np.array([sequence.slot for sequence in sequences], dtype=np.int64)
 
 
 def _final_output(

@@ -30,8 +30,15 @@ from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.executor import Follower, LeadingTarget, LocalTarget, TargetRank
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.model.rows import CacheShape
+from dspark_ray.profiler import Progress, load_or_profile
+from dspark_ray.speculative.calibration import Temperatures
+from dspark_ray.speculative.cost import CostTable
+from dspark_ray.speculative.planner import Planner
 
 DrafterPlacement = Literal["inline", "actor"]
+
+STS_FILE = "sts.json"
+"""Temperatures of the confidences, beside the checkpoint they belong to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +89,46 @@ class GangSpec:
         return model, engine.for_model(model)
 
 
-def build_engine(checkpoint: str | Path, config: EngineConfig | None = None) -> Engine:
+def build_engine(
+    checkpoint: str | Path, config: EngineConfig | None = None, progress: Progress | None = None
+) -> Engine:
     """An engine in this process: one rank, the drafter inline, no torch.distributed."""
-    return join_as_leader(GangSpec(checkpoint=str(checkpoint), engine=config or EngineConfig()))
+    return join_as_leader(GangSpec(checkpoint=str(checkpoint), engine=config or EngineConfig()), progress)
 
 
-def join_as_leader(spec: GangSpec) -> Engine:
-    """Be verifier rank 0, which runs the step loop.
+def join_as_leader(spec: GangSpec, progress: Progress | None = None) -> Engine:
+    """Be verifier rank 0, which runs the step loop; `progress` hears how far the profiling of costs is.
 
     Raises ConfigError before the gang meets, CheckpointError before weights are read.
     """
     model_config, config = spec.resolve()
+    temperatures = _temperatures(spec, config)
     meeting = _join(spec, rank=0)
     checkpoint = Checkpoint.open(spec.checkpoint)
     rank = _load_target_rank(checkpoint, model_config, config, meeting.group, with_projector=config.speculation)
     drafter = _drafter_of(spec, checkpoint, rank.model, config)
     _wait_for_all(spec)
     target = LeadingTarget(rank, meeting.control) if meeting.group.size > 1 else LocalTarget(rank)
-    return Engine(config, model_config, target, drafter)
+    engine = Engine(config, model_config, target, drafter)
+    engine.planner = Planner(config, _cost_table(spec, engine, progress), temperatures)
+    return engine
+
+
+def _temperatures(spec: GangSpec, config: EngineConfig) -> Temperatures | None:
+    """Those that the config names, or those beside the checkpoint; None where there are none."""
+    assert config.gamma is not None
+    path = Path(config.sts_path) if config.sts_path is not None else Path(spec.checkpoint) / STS_FILE
+    if not config.speculation or (config.sts_path is None and not path.exists()):
+        return None
+    return Temperatures.load(path).for_gamma(config.gamma)
+
+
+def _cost_table(spec: GangSpec, engine: Engine, progress: Progress | None) -> CostTable | None:
+    """None where nothing depends on costs."""
+    if not engine.can_draft or engine.config.schedule_kind == "fixed":
+        return None
+    gang = {"tensor_parallel_size": spec.tensor_parallel_size, "drafter": spec.drafter}
+    return load_or_profile(engine, Path(spec.checkpoint), gang, progress)
 
 
 def join_as_follower(spec: GangSpec, rank: int) -> Follower:

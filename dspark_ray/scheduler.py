@@ -55,6 +55,18 @@ class Scheduler:
         self._by_id[sequence.request.request_id] = sequence
         self.waiting.append(sequence)
 
+    def add_computed(self, sequence: Sequence) -> None:
+        """Let a sequence decode at once, as if all but its last token had been computed: what is in the cache is
+        whatever was there. For timing steps of a given size; raises QueueFullError when there is no room."""
+        num_positions = min(sequence.length + self.gamma, self.config.max_model_len)
+        if not self._free_slots or not self.pool.can_grow([], num_positions):
+            raise QueueFullError(f"{len(self.running)} sequences run, and there is no room for one more")
+        self._by_id[sequence.request.request_id] = sequence
+        sequence.slot = self._free_slots.pop()
+        sequence.num_computed = sequence.length - 1
+        self.pool.grow(sequence.pages, num_positions)
+        self.running.append(sequence)
+
     def remove(self, request_id: str) -> Sequence | None:
         """Forget a sequence and free what it holds; None when it is not here."""
         sequence = self._by_id.pop(request_id, None)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+BypassReason = Literal["predicted_loss", "policy", "no_room"]
+"""Why a step drafted for nobody: it would have cost more than it brings, the policy says so, or every request is
+about to end."""
 
 
 class RequestError(ValueError):
@@ -97,6 +100,28 @@ class SpeculativeParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerificationPolicy:
+    """What an operator or a controller lets an engine verify; it acts on top of the schedule and of the request."""
+
+    confidence_threshold: float = 0.0
+    """Drafted positions whose survival is below this are not verified."""
+    max_draft_tokens: int | None = None
+    """Most drafts verified per request and round; None takes the engine's gamma."""
+    bypass: bool = False
+    """Draft for nobody."""
+    version: int = 0
+    """Names the decision in records and metrics."""
+    valid_seconds: float | None = None
+    """From when the engine gets it; afterwards the engine's own policy counts again. None never expires."""
+
+    def __post_init__(self) -> None:
+        threshold, most, valid = self.confidence_threshold, self.max_draft_tokens, self.valid_seconds
+        _check(0.0 <= threshold <= 1.0, "confidence_threshold", threshold, "a number in [0, 1]")
+        _check(most is None or most >= 0, "max_draft_tokens", most, "0 or more, or None")
+        _check(valid is None or valid > 0, "valid_seconds", valid, "a positive number of seconds, or None")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What the user asked for, tokenised."""
 
@@ -157,10 +182,62 @@ class SequenceOutput:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one step decided, what it expected of that, and what came of it. All times are seconds."""
+
+    step: int
+    """Since the start of the engine."""
+    ended_at: float
+    """Unix time."""
+    num_decoding: int
+    """Requests that decoded one round."""
+    num_prefill_rows: int
+    bypass: BypassReason | None
+    """Why nobody had a draft; None where drafts were made or nobody asks for any."""
+    lengths: tuple[int, ...] = ()
+    """Drafts verified of each drafted request."""
+    accepted: tuple[int, ...] = ()
+    """Drafts that stood of each drafted request."""
+    expected: float = 0.0
+    """Drafts that were to stand: the summed survival of the verified ones."""
+    gamma: int = 0
+    predicted_draft_seconds: float = 0.0
+    measured_draft_seconds: float = 0.0
+    predicted_target_seconds: float = 0.0
+    """Of everything in the step but the draft: forward, sampling and loop."""
+    measured_target_seconds: float = 0.0
+    schedule_seconds: float = 0.0
+    """Deciding: who is drafted, how much is verified, and the books of both. Part of the target's time."""
+    confidence_threshold: float = 0.0
+    """The policy's."""
+    policy_version: int = 0
+    cost_drift: float = 1.0
+    """Measured over profiled seconds of the target, smoothed."""
+    calibration_error: tuple[float | None, ...] = ()
+    """Running expected calibration error of the survival, by position; None before there is enough to tell."""
+
+    @property
+    def num_drafted(self) -> int:
+        """Requests that had a draft."""
+        return len(self.lengths)
+
+    @property
+    def budget(self) -> int:
+        """Drafted tokens verified, all requests."""
+        return sum(self.lengths)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(self.accepted)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepOutput:
     """Everything that leaves the step loop."""
 
     sequences: tuple[SequenceOutput, ...] = ()
+    record: StepRecord | None = None
+    """None where nothing ran."""
     num_running: int = 0
     num_waiting: int = 0
     cache_usage: float = 0.0

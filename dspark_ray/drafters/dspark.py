@@ -187,13 +187,15 @@ class DSparkModule(nn.Module):
         flat = torch.arange(shown.numel(), device=visible.device).view_as(shown)
         return torch.where(shown, flat, -1)
 
-    def run_heads(self, block: BlockOutput, anchors: Tensor, choose: Choose) -> Draft:
-        """Left to right: bias by the token before, choose, and say how sure."""
+    def run_heads(
+        self, block: BlockOutput, anchors: Tensor, choose: Choose, num_positions: int | None = None
+    ) -> Draft:
+        """Left to right: bias by the token before, choose, and say how sure; None goes to the end of the block."""
         last = self.stages[-1]
         markov, previous = last.markov_head, anchors
         state = markov.initial_state(len(anchors), block.hidden)
         tokens, logits, confidences = [], [], []
-        for k in range(self.gamma):
+        for k in range(self.gamma if num_positions is None else num_positions):
             embedding = markov.embed(previous)
             bias, state = markov.step(embedding, block.hidden[:, k], state)
             step_logits = block.base_logits[:, k] + bias

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dspark_ray.sampling.sampler import DraftSampling
@@ -26,18 +25,6 @@ class ContextUpdate:
     """[n]"""
     main_x: Tensor
     """[n, d]"""
-
-    @staticmethod
-    def join(parts: list[ContextUpdate], hidden_size: int) -> ContextUpdate:
-        """One update that says all of `parts`, in order."""
-        if not parts:
-            none = np.empty(0, dtype=np.int64)
-            return ContextUpdate(none, none, torch.empty(0, hidden_size))
-        return ContextUpdate(
-            np.concatenate([part.slots for part in parts]),
-            np.concatenate([part.positions for part in parts]),
-            torch.cat([part.main_x for part in parts]),
-        )
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,10 @@ class DraftWorker:
     def draft(self, request: DraftRequest) -> DraftProposal:
         """Store the context, then draft every block."""
         self.store(request.context)
+        gamma = self.config.gamma
+        assert gamma is not None, "EngineConfig.for_model comes first"
         if not len(request.slots):
-            return _nothing(self.module.gamma)
+            return _nothing(gamma)
         device = self._rings[0].device
         anchors, starts = (torch.from_numpy(x).to(device) for x in (request.anchors, request.starts))
         context, visible = self._context(request)
@@ -43,12 +45,12 @@ class DraftWorker:
         choose = DraftChooser(
             request.sampling,
             starts,
-            self.module.gamma,
+            gamma,
             self.module.config.vocab_size,
             self.config.verification,
             self.config.rejection_top_k,
         )
-        draft = self.module.run_heads(block, anchors, choose)
+        draft = self.module.run_heads(block, anchors, choose, gamma)
         distributions = None
         if self.config.verification == "rejection":
             distributions = TruncatedDistributions(choose.ids.cpu().numpy(), choose.probabilities.cpu().numpy())

@@ -18,7 +18,8 @@ from small_model import (
     tokens_of,
 )
 
-from dspark_ray.drafters.protocol import ContextUpdate, DraftProposal, DraftRequest
+from dspark_ray.drafters.protocol import DraftProposal, DraftRequest
+from dspark_ray.drafters.window import FeatureWindow
 from dspark_ray.drafters.worker import DraftWorker, InlineDrafter
 from dspark_ray.types import QueueFullError, Request, RequestError, SamplingParams
 
@@ -185,7 +186,7 @@ class ForgetfulDrafter(InlineDrafter):
         running = [(s.slot, s.num_computed) for s in self.engine.scheduler.running]
         self._worker = DraftWorker(small_modules()[1], self.config)
         self._worker.store(self.engine.features.restore(running))
-        nothing = ContextUpdate.join([], SMALL.hidden_size)
+        nothing = FeatureWindow(1, 1, SMALL.hidden_size).since([])
         super().submit(replace(request, context=nothing))
 
     def collect(self) -> DraftProposal:

@@ -1,0 +1,347 @@
+"""What a confidence is worth: temperatures that make predicted survival come true (paper 3.2.1, STS).
+
+    calibrated_j = sigmoid(logit(confidence_j) / T_j)
+    survival_j   = calibrated_1 * ... * calibrated_j      predicted
+    stood_j      = the first j drafts all stood           what came of it
+
+A temperature changes no order within its position, so ranks stay and only magnitudes move. Two words that look alike:
+`calibrated` applies temperatures to confidences, `OnlineCalibration` owns the temperatures in use.
+
+Letters: N recorded rounds, R requests of a step, G gamma, B bins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspark_ray.config import ConfigError
+from dspark_ray.speculative.prefix_schedule import survival
+
+NUM_BINS = 15
+TEMPERATURE_GRID = np.logspace(-1, 1, 41).astype(np.float32)
+"""SGLang's candidates, 12 % apart; the middle one is exactly 1."""
+
+_NEVER_CERTAIN = 1e-6
+"""Confidences closer to 0 or 1 count as this far away: their logits would be infinite."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Predictions of one position by bin [B]; a bin without predictions has nan means."""
+
+    predicted: np.ndarray
+    """Mean prediction"""
+    stood: np.ndarray
+    """Share that stood"""
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Temperatures:
+    """One temperature per drafted position, and what they were fitted on; the file is SGLang's STS JSON."""
+
+    temperatures: tuple[float, ...]
+    dataset: str = ""
+    num_samples: int = 0
+    ece_before: tuple[float, ...] = ()
+    """By position, nan where nothing was recorded."""
+    ece_after: tuple[float, ...] = ()
+
+    @staticmethod
+    def identity(gamma: int) -> Temperatures:
+        """Leaves every confidence as it is."""
+        return Temperatures((1.0,) * gamma)
+
+    def for_gamma(self, gamma: int) -> Temperatures:
+        """The first `gamma` positions; raises ConfigError where there are fewer."""
+        if len(self.temperatures) < gamma:
+            raise ConfigError(
+                f"{len(self.temperatures)} temperatures: expected at least gamma={gamma}, one per position"
+            )
+        cut = (self.temperatures[:gamma], self.ece_before[:gamma], self.ece_after[:gamma])
+        return replace(self, temperatures=cut[0], ece_before=cut[1], ece_after=cut[2])
+
+    @staticmethod
+    def load(path: Path) -> Temperatures:
+        """Read SGLang's STS JSON, which may lack all but `temperatures`; raises ConfigError naming file and key."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}; expected temperatures in SGLang's STS JSON") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}: not JSON: {error}") from None
+        try:
+            return _from_json(raw)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def save(self, path: Path) -> None:
+        """Write SGLang's STS JSON; nan becomes null."""
+        content = {
+            "temperatures": list(self.temperatures),
+            "dataset": self.dataset,
+            "num_samples": self.num_samples,
+            "ece_before": [None if math.isnan(error) else error for error in self.ece_before],
+            "ece_after": [None if math.isnan(error) else error for error in self.ece_after],
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _from_json(raw: Any) -> Temperatures:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"a {type(raw).__name__}: expected an object with the key temperatures")
+    if "temperatures" not in raw:
+        raise ConfigError("key temperatures is missing: expected a list of positive numbers, one per drafted position")
+    temperatures = _numbers(raw, "temperatures")
+    if not temperatures:
+        raise ConfigError("temperatures=[]: expected a list of positive numbers, one per drafted position")
+    for value in temperatures:
+        if not 0 < value < math.inf:  # nan is neither
+            raise ConfigError(f"temperatures has {value}: expected positive finite numbers")
+    dataset, num_samples = raw.get("dataset", ""), raw.get("num_samples", 0)
+    if not isinstance(dataset, str):
+        raise ConfigError(f"dataset={dataset!r}: expected a string")
+    if not isinstance(num_samples, int) or num_samples < 0:
+        raise ConfigError(f"num_samples={num_samples!r}: expected a whole number of at least 0")
+    return Temperatures(temperatures, dataset, num_samples, _numbers(raw, "ece_before"), _numbers(raw, "ece_after"))
+
+
+def _numbers(raw: dict[str, Any], key: str) -> tuple[float, ...]:
+    """A list of numbers, in which null is nan; an absent one is empty."""
+    values = raw.get(key)
+    if values is None:
+        return ()
+    if not isinstance(values, list):
+        raise ConfigError(f"{key}={values!r}: expected a list of numbers")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ConfigError(f"{key} has {value!r}: expected numbers")
+    return tuple(math.nan if value is None else float(value) for value in values)
+
+
+# Applying temperatures.
+
+
+def calibrated(confidences: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
+    """Confidences [..., G] at temperatures [G]; the same array where every temperature is 1."""
+    if (temperatures == 1).all():
+        return confidences
+    return _sigmoid(logits(confidences) / temperatures.astype(confidences.dtype))
+
+
+def logits(confidences: np.ndarray) -> np.ndarray:
+    """log(c / (1 - c)) [...] of confidences [...], finite also where they are 0 or 1."""
+    bounded = np.clip(confidences, _NEVER_CERTAIN, 1 - _NEVER_CERTAIN)
+    return np.log(bounded / (1 - bounded))
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # exp(-values) may be infinite, and 1 / inf is the right answer
+        return 1 / (1 + np.exp(-values))
+
+
+# Measuring.
+
+
+def expected_calibration_error(predicted: np.ndarray, stood: np.ndarray) -> float:
+    """Mean distance of predictions [N] from outcomes [N] after averaging within bins; nan of nothing.
+
+    Bin b of 15 holds b/15 <= p < (b+1)/15, the last one also p = 1.
+    """
+    if not len(predicted):
+        return math.nan
+    # Within a bin, count * |mean predicted - mean stood| is |sum of differences|.
+    gaps = np.bincount(_bins(predicted), weights=predicted - stood, minlength=NUM_BINS)
+    return float(np.abs(gaps).sum() / len(predicted))
+
+
+def reliability(predicted: np.ndarray, stood: np.ndarray) -> Reliability:
+    """Predictions [N] and outcomes [N] averaged within the bins of the calibration error."""
+    bins = _bins(predicted)
+    counts = np.bincount(bins, minlength=NUM_BINS)
+    sums = [np.bincount(bins, weights=values, minlength=NUM_BINS) for values in (predicted, stood)]
+    means = [np.divide(total, counts, out=np.full(NUM_BINS, math.nan), where=counts > 0) for total in sums]
+    return Reliability(means[0], means[1], counts)
+
+
+def _bins(predicted: np.ndarray) -> np.ndarray:
+    return np.minimum((predicted * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+
+
+def area_under_curve(predicted: np.ndarray, stood: np.ndarray) -> float:
+    """P(a draft that stood was predicted above one that fell), equal predictions half; nan where only one kind is."""
+    stood = np.asarray(stood, dtype=bool)
+    num_stood, num_fell = int(stood.sum()), int((~stood).sum())
+    if not num_stood or not num_fell:
+        return math.nan
+    _, place, counts = np.unique(predicted, return_inverse=True, return_counts=True)
+    middle_ranks = np.cumsum(counts) - (counts - 1) / 2
+    rank_sum = middle_ranks[place][stood].sum()
+    return float((rank_sum - num_stood * (num_stood + 1) / 2) / (num_stood * num_fell))
+
+
+def survival_errors(
+    confidences: np.ndarray,
+    admitted: np.ndarray,
+    accepted: np.ndarray,
+    temperatures: np.ndarray,
+    min_outcomes: int = 1,
+) -> tuple[float, ...]:
+    """Calibration error of survival by position, of confidences [N, G], over rounds that verified the position.
+
+    nan where fewer than `min_outcomes` rounds did.
+    """
+    predicted = survival(calibrated(confidences, temperatures))
+    errors = []
+    for position in range(confidences.shape[1]):
+        rows = admitted > position
+        enough = np.count_nonzero(rows) >= min_outcomes
+        stood = accepted[rows] > position
+        errors.append(expected_calibration_error(predicted[rows, position], stood) if enough else math.nan)
+    return tuple(errors)
+
+
+# Fitting.
+
+
+def fit_temperatures(
+    confidence_logits: np.ndarray,
+    accepted: np.ndarray,
+    admitted: np.ndarray | None = None,
+    *,
+    dataset: str = "",
+    fallback: Sequence[float] | None = None,
+    min_outcomes: int = 1,
+) -> Temperatures:
+    """Sequential Temperature Scaling: from left to right, the temperature with the smallest error of survival.
+
+    Logits [N, G]; accepted [N] drafts stood of the admitted [N] ones that were verified (None: all). A round says
+    nothing about a position it did not have verified, not even where an earlier draft fell: of such rounds only the
+    bad ones are known. A position with fewer than `min_outcomes` keeps its `fallback` (1).
+    """
+    values = np.asarray(confidence_logits, dtype=np.float64)
+    num_rounds, gamma = values.shape
+    verified = np.full(num_rounds, gamma) if admitted is None else np.asarray(admitted)
+    accepted = np.asarray(accepted)
+    fitted = np.ones(gamma) if fallback is None else np.array(fallback, dtype=np.float64)
+    prefix, errors = np.ones(num_rounds), []
+    for position in range(gamma):
+        rows = verified > position
+        if np.count_nonzero(rows) >= min_outcomes:
+            fitted[position] = _best_temperature(prefix[rows], values[rows, position], accepted[rows] > position)
+        prefix = prefix * _sigmoid(values[:, position] / fitted[position])
+        errors.append(expected_calibration_error(prefix[rows], accepted[rows] > position))
+    before = survival(_sigmoid(values))
+    return Temperatures(
+        temperatures=tuple(fitted.tolist()),
+        dataset=dataset,
+        num_samples=num_rounds,
+        ece_before=tuple(
+            expected_calibration_error(before[verified > j, j], accepted[verified > j] > j) for j in range(gamma)
+        ),
+        ece_after=tuple(errors),
+    )
+
+
+def _best_temperature(prefix: np.ndarray, values: np.ndarray, stood: np.ndarray) -> float:
+    """Of the grid, for survival of the earlier positions [n] and logits [n]; double precision, as SGLang fits."""
+    grid = TEMPERATURE_GRID.astype(np.float64)
+    errors = [expected_calibration_error(prefix * _sigmoid(values / temperature), stood) for temperature in grid]
+    # Of equal errors the lowest temperature wins, as in SGLang.
+    return float(grid[int(np.argmin(errors))])
+
+
+class OnlineCalibration:
+    """Temperatures in use, what drafts came to under them, and refits that must prove themselves first.
+
+    A refit is fitted on every other recorded round and compared on the rounds between: only what makes survival truer
+    on rounds it has not seen is taken, so a refit never makes the error worse by more than noise.
+    """
+
+    _MIN_OUTCOMES = 64
+    """Fewer say nothing about a position."""
+    _ROUNDS_BETWEEN_ERRORS = 256
+    """Measuring the error costs a few steps' worth of scheduling, and it moves slowly."""
+    _MARGIN = 0.25
+    """Over the root of the rounds compared: how much better the mean error of a refit must be (0.008 of 1024 rounds).
+    In simulated rounds of a calibrated drafter this refuses all of 600 refits, half as much lets 1 % through."""
+    _TOLERANCE = 0.001
+    """How much worse the error of one position may become."""
+
+    def __init__(self, temperatures: Temperatures, gamma: int, capacity: int = 2048, refit: bool = True) -> None:
+        """`capacity` rounds of one request each are remembered, and as many new ones call for a refit."""
+        self.temperatures = np.array(temperatures.for_gamma(gamma).temperatures, dtype=np.float64)
+        """[G]"""
+        self.num_refits = 0
+        self.num_refused = 0
+        self._refits = refit
+        self._capacity = capacity
+        self._confidences = np.zeros((capacity, gamma))
+        self._admitted = np.zeros(capacity, dtype=np.int64)
+        self._accepted = np.zeros(capacity, dtype=np.int64)
+        self._num_observed = 0
+        self._refitted_at = 0
+        self._errors = (math.nan,) * gamma
+        self._errors_at: int | None = None
+
+    def calibrate(self, confidences: np.ndarray) -> np.ndarray:
+        """Confidences [R, G] at the temperatures in use."""
+        return calibrated(confidences, self.temperatures)
+
+    def observe(self, confidences: np.ndarray, admitted: np.ndarray, accepted: np.ndarray) -> None:
+        """Remember what came of a step: confidences [R, G] as drafted, of which admitted [R] were verified."""
+        telling = np.flatnonzero(admitted > 0)[-self._capacity :]
+        if not len(telling):
+            return
+        places = (self._num_observed + np.arange(len(telling))) % self._capacity
+        self._confidences[places] = confidences[telling]
+        self._admitted[places] = admitted[telling]
+        self._accepted[places] = accepted[telling]
+        self._num_observed += len(telling)
+        if self._refits and self._num_observed - self._refitted_at >= self._capacity:
+            self._refitted_at = self._num_observed
+            self._refit()
+
+    def ece(self) -> tuple[float, ...]:
+        """Calibration error of survival by position over the remembered rounds; nan where they are too few."""
+        at = self._errors_at
+        if at is None or self._num_observed - at >= self._ROUNDS_BETWEEN_ERRORS:
+            self._errors_at = self._num_observed
+            self._errors = self._measure(slice(0, self._num_observed), self.temperatures)
+        return self._errors
+
+    def _measure(self, rounds: slice, temperatures: np.ndarray) -> tuple[float, ...]:
+        return survival_errors(
+            self._confidences[rounds],
+            self._admitted[rounds],
+            self._accepted[rounds],
+            temperatures,
+            self._MIN_OUTCOMES,
+        )
+
+    def _refit(self) -> None:
+        fitted_on, compared_on = slice(0, None, 2), slice(1, None, 2)
+        fitted = fit_temperatures(
+            logits(self._confidences[fitted_on]),
+            self._accepted[fitted_on],
+            self._admitted[fitted_on],
+            fallback=self.temperatures.tolist(),
+            min_outcomes=self._MIN_OUTCOMES,
+        )
+        candidate = np.array(fitted.temperatures)
+        changes = np.subtract(self._measure(compared_on, candidate), self._measure(compared_on, self.temperatures))
+        changes = changes[~np.isnan(changes)]
+        margin = self._MARGIN / math.sqrt(self._capacity // 2)
+        if not len(changes) or changes.mean() > -margin or changes.max() > self._TOLERANCE:
+            self.num_refused += 1
+            return
+        self.temperatures = candidate
+        self.num_refits += 1
+        self._errors_at = None

@@ -1,0 +1,266 @@
+"""What the step loop asks about speculation: who is drafted, how much is verified, and was that right.
+
+Cost table, calibration, schedule and selection meet here, so that the loop has one line for each question.
+Everything is an array over slots or over the requests of a round. Letters: R drafted requests, G gamma.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_ray.config import EngineConfig
+from dspark_ray.speculative.calibration import OnlineCalibration, Temperatures
+from dspark_ray.speculative.cost import CostModel, CostTable
+from dspark_ray.speculative.prefix_schedule import (
+    FixedSchedule,
+    RoundView,
+    VerifyPlan,
+    build_schedule,
+    cut_at_threshold,
+    survival,
+)
+from dspark_ray.speculative.selection import DraftSelector
+from dspark_ray.types import BypassReason, StepRecord, VerificationPolicy
+
+RoundListener = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+"""(confidences [R, G] as drafted, admitted [R], accepted [R]) of the rounds of one step."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step, besides its drafts."""
+
+    num_decoding: int
+    num_prefill_rows: int
+    certain_tokens: int
+    """Requests that sample: each brings a token however little is verified."""
+    context: float
+    """Mean tokens before a row."""
+
+    @property
+    def base_rows(self) -> int:
+        """Rows of the forward that are no drafts: an anchor per decoding request, and prompt chunks."""
+        return self.num_decoding + self.num_prefill_rows
+
+
+@dataclass(frozen=True)
+class DraftedRows:
+    """The requests of a proposal that still decode, in the proposal's order."""
+
+    slots: np.ndarray
+    """[R]"""
+    confidences: np.ndarray
+    """[R, G] as drafted"""
+    limits: np.ndarray
+    """[R] most drafts each can use"""
+    thresholds: np.ndarray
+    """[R] lowest survival each request wants verified"""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step came to; all times are seconds."""
+
+    num_tokens_accepted: np.ndarray
+    """[R] drafts that stood, also those behind the end of a text"""
+    num_committed: np.ndarray
+    """[R] drafts that stood and belong to the text"""
+    num_drafted: int
+    """Requests that were drafted, also those that have left since."""
+    draft_seconds: float
+    target_seconds: float
+    """Everything but the draft."""
+    schedule_seconds: float
+    ended_at: float
+    """Unix time."""
+
+
+@dataclass(frozen=True)
+class _Round:
+    """A planned round, until its outcome is known."""
+
+    rows: DraftedRows
+    lengths: np.ndarray
+    expected: float
+
+
+class Planner:
+    """Owns everything that learns. Without a cost table nothing is known about seconds: all drafts are verified."""
+
+    def __init__(
+        self, config: EngineConfig, cost_table: CostTable | None = None, temperatures: Temperatures | None = None
+    ) -> None:
+        """`config` must have been through EngineConfig.for_model."""
+        assert config.gamma is not None, "EngineConfig.for_model comes first"
+        self.config, self.gamma = config, config.gamma
+        self.policy = self._own_policy = VerificationPolicy(confidence_threshold=config.confidence_threshold)
+        self.listener: RoundListener | None = None
+        self.calibration = OnlineCalibration(
+            temperatures or Temperatures.identity(self.gamma), self.gamma, refit=config.calibrate_online
+        )
+        self.cost = self._cost_model(cost_table)
+        self.follows_costs = self.cost is not None and config.schedule_kind != "fixed"
+        """Whether costs decide; otherwise everything that can be drafted is drafted and verified."""
+        self._schedule = build_schedule(config.schedule_kind) if self.follows_costs else FixedSchedule()
+        self._selector = DraftSelector(config.max_num_seqs, self.gamma)
+        self._past = _Past(config.max_num_seqs, self.gamma, config.schedule_lag)
+        self._policy_ends_at = math.inf
+        self._tokens_per_second: float | None = None
+        self._round: _Round | None = None
+        self._bypass: BypassReason | None = None
+        self._step_seconds = 0.0
+        self._num_steps = 0
+
+    def _cost_model(self, cost_table: CostTable | None) -> CostModel | None:
+        if cost_table is None:
+            return None
+        return CostModel(cost_table, self.config.max_num_batched_tokens, self.config.max_num_seqs)
+
+    # Policies come and go.
+
+    def apply(self, policy: VerificationPolicy, now: float) -> None:
+        """Follow `policy` until it expires; `now` is the caller's clock, in seconds."""
+        self.policy = policy
+        self._policy_ends_at = now + policy.valid_seconds if policy.valid_seconds is not None else math.inf
+
+    def expire_policy(self, now: float) -> None:
+        """Return to the engine's own policy when the other one has had its time."""
+        if now >= self._policy_ends_at:
+            self.policy, self._policy_ends_at = self._own_policy, math.inf
+
+    # Before the draft.
+
+    def admit(self, slot: int) -> None:
+        """A sequence starts to decode in `slot`."""
+        self._selector.admit(slot)
+        self._past.admit(slot)
+
+    def select(self, slots: np.ndarray, batch: Batch) -> np.ndarray:
+        """Which of the requests in `slots` [R] to draft for the step `batch`: a mask [R]."""
+        chosen, self._bypass = self._select(slots, batch)
+        return chosen
+
+    def _select(self, slots: np.ndarray, batch: Batch) -> tuple[np.ndarray, BypassReason | None]:
+        everybody = np.ones(len(slots), dtype=bool)
+        if self.policy.bypass or self.policy.max_draft_tokens == 0:
+            return ~everybody, "policy"
+        if not len(slots):
+            return everybody, "no_room"
+        if self.cost is None or not self.follows_costs:
+            return everybody, None
+        selection = self._selector.select(
+            slots,
+            batch.certain_tokens,
+            batch.base_rows,
+            self.cost.target_seconds(batch.context),
+            self.cost.draft_seconds(),
+            self._step_seconds,
+        )
+        self._tokens_per_second = selection.tokens_per_second
+        if not self.config.bypass or selection.chosen.any():
+            return selection.chosen if self.config.bypass else everybody, None
+        return selection.chosen, "predicted_loss"
+
+    # Between draft and target.
+
+    def plan(self, rows: DraftedRows, batch: Batch) -> VerifyPlan:
+        """How many drafts of each request to verify: the schedule's lengths, then the thresholds."""
+        limits, thresholds = self._allowed(rows)
+        current = survival(self.calibration.calibrate(rows.confidences))
+        view = RoundView(
+            survival=current,
+            lagged_survival=self._past.push(rows.slots, current),
+            limits=limits,
+            certain_tokens=batch.certain_tokens,
+            base_rows=batch.base_rows,
+            target_seconds=self._target_seconds(batch),
+            draft_seconds=self._draft_seconds(len(rows.slots)),
+            tokens_per_second=self._tokens_per_second,
+        )
+        plan = cut_at_threshold(self._schedule.plan(view), current, thresholds)
+        places, lengths = np.arange(self.gamma), np.array(plan.lengths, dtype=np.int64)
+        usable = (places < limits[:, None]) & (current >= thresholds[:, None])
+        self._selector.observe(rows.slots, np.where(usable, current, 0.0))
+        self._round = _Round(rows, lengths, float(current[places < lengths[:, None]].sum()))
+        return plan
+
+    def _allowed(self, rows: DraftedRows) -> tuple[np.ndarray, np.ndarray]:
+        """Limits and thresholds [R] of requests and policy together."""
+        most = self.policy.max_draft_tokens
+        limits = rows.limits if most is None else np.minimum(rows.limits, most)
+        return limits, np.maximum(rows.thresholds, self.policy.confidence_threshold)
+
+    def _target_seconds(self, batch: Batch) -> np.ndarray:
+        """[rows + 1]; without a cost table every size costs the same, so that nothing is ever cut."""
+        if self.cost is None:
+            return np.ones(self.config.max_num_batched_tokens + 1)
+        return self.cost.target_seconds(batch.context)
+
+    def _draft_seconds(self, num_requests: int) -> float:
+        return 0.0 if self.cost is None else float(self.cost.draft_seconds()[num_requests])
+
+    # After the target.
+
+    def learn(self, batch: Batch, outcome: StepOutcome) -> StepRecord:
+        """Compare the step with what was expected of it."""
+        planned, self._round = self._round, None
+        budget = int(planned.lengths.sum()) if planned else 0
+        record = StepRecord(
+            step=self._num_steps,
+            ended_at=outcome.ended_at,
+            num_decoding=batch.num_decoding,
+            num_prefill_rows=batch.num_prefill_rows,
+            bypass=self._bypass if planned is None else None,
+            gamma=self.gamma,
+            lengths=tuple(planned.lengths.tolist()) if planned else (),
+            accepted=tuple(outcome.num_committed.tolist()),
+            expected=planned.expected if planned else 0.0,
+            predicted_draft_seconds=self._draft_seconds(outcome.num_drafted),
+            measured_draft_seconds=outcome.draft_seconds,
+            predicted_target_seconds=float(self._target_seconds(batch)[batch.base_rows + budget]) if self.cost else 0.0,
+            measured_target_seconds=outcome.target_seconds,
+            schedule_seconds=outcome.schedule_seconds,
+            confidence_threshold=self.policy.confidence_threshold,
+            policy_version=self.policy.version,
+            cost_drift=self.cost.drift if self.cost else 1.0,
+            calibration_error=tuple(None if math.isnan(error) else error for error in self.calibration.ece()),
+        )
+        if planned is not None:
+            self._learn_round(planned, outcome.num_tokens_accepted)
+        if self.cost is not None and not batch.num_prefill_rows:
+            # Rows of a prompt cost otherwise than verified ones, and nobody chooses their number.
+            rows = batch.base_rows + budget
+            target, draft = outcome.target_seconds, outcome.draft_seconds
+            self.cost.observe(rows, batch.context, target, outcome.num_drafted, draft)
+        self._step_seconds = outcome.target_seconds + outcome.draft_seconds
+        self._num_steps += 1
+        return record
+
+    def _learn_round(self, planned: _Round, accepted: np.ndarray) -> None:
+        self.calibration.observe(planned.rows.confidences, planned.lengths, accepted)
+        if self.listener is not None:
+            self.listener(planned.rows.confidences, planned.lengths, accepted)
+
+
+class _Past:
+    """Survivals of the latest rounds of every slot."""
+
+    def __init__(self, num_slots: int, gamma: int, lag: int) -> None:
+        self._lag = lag
+        self._ring = np.ones((lag + 1, num_slots, gamma))
+        self._num_rounds = np.zeros(num_slots, dtype=np.int64)
+
+    def admit(self, slot: int) -> None:
+        """A new request has no past: it counts as certain."""
+        self._ring[:, slot] = 1.0
+
+    def push(self, slots: np.ndarray, current: np.ndarray) -> np.ndarray:
+        """Remember survival [R, G] of a round; what it was `lag` rounds before."""
+        length = self._lag + 1
+        self._ring[self._num_rounds[slots] % length, slots] = current
+        self._num_rounds[slots] += 1
+        return self._ring[self._num_rounds[slots] % length, slots]

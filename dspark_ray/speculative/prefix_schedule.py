@@ -1,0 +1,179 @@
+"""How much of each draft the target will see (paper 3.2.2 and 5.2).
+
+    survival[r, j] = confidence[r, 1] * ... * confidence[r, j]
+    tau(lengths)   = tokens that come for certain + summed survival of the verified drafts
+    Theta          = tau / seconds of the whole round
+
+Survival never rises along a request, so the best k drafts of all requests are a prefix of each.
+Letters: R drafted requests, G gamma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from dspark_ray.config import ScheduleKind
+
+
+@dataclass(frozen=True)
+class VerifyPlan:
+    """Drafted tokens to verify, one length in 0..gamma per drafted request."""
+
+    lengths: tuple[int, ...]
+
+    @property
+    def budget(self) -> int:
+        """Drafted tokens verified in the step, all requests."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """What a schedule may look at."""
+
+    survival: np.ndarray
+    """[R, G] of the current drafts, calibrated"""
+    lagged_survival: np.ndarray
+    """[R, G] of the drafts of earlier rounds, 1 where a request is too young to have any"""
+    limits: np.ndarray
+    """[R] most drafts each request may have verified"""
+    certain_tokens: int
+    """Tokens that come however little is verified: one per request that samples."""
+    base_rows: int
+    """Rows of the forward besides drafts: anchors and prompt chunks."""
+    target_seconds: np.ndarray
+    """By rows, at least base_rows + R * G of them"""
+    draft_seconds: float = 0.0
+    """Spent on these drafts already, and part of the round all the same."""
+    tokens_per_second: float | None = None
+    """What the engine has been achieving lately; None where it has no past."""
+
+
+class PrefixSchedule(Protocol):
+    """Decides on lengths; chosen once, when the engine is built."""
+
+    def plan(self, view: RoundView) -> VerifyPlan: ...
+
+
+def survival(confidences: np.ndarray) -> np.ndarray:
+    """P(the whole prefix is accepted) [R, G] from confidences [R, G] (paper 3.2.1)."""
+    return np.cumprod(confidences, axis=-1)
+
+
+class CausalSchedule:
+    """Algorithm 1: admit drafts in order of survival, stop at the first that does not raise Theta."""
+
+    def plan(self, view: RoundView) -> VerifyPlan:
+        allowed = _allowed(view.survival, view.limits)
+        ranked = _ranked(allowed)
+        theta = _theta(view, ranked)
+        falls = np.flatnonzero(theta[1:] <= theta[:-1])
+        return _admitted(allowed, ranked, int(falls[0]) if len(falls) else len(ranked))
+
+
+class LaggedSchedule:
+    """Section 5.2: old confidences set the budget by a search over every size, current ones say who gets it.
+
+    What is decided about a token never depends on that token: the budget is older than it, and its rank depends on
+    the tokens before it.
+    """
+
+    def plan(self, view: RoundView) -> VerifyPlan:
+        lagged = _ranked(_allowed(view.lagged_survival, view.limits))
+        allowed = _allowed(view.survival, view.limits)
+        return _admitted(allowed, _ranked(allowed), int(_theta(view, lagged).argmax()))
+
+
+class FullSchedule:
+    """A search over every size with current confidences. It anticipates, so only coupled verification may use it.
+
+    Maximising tokens over seconds round by round is not maximising them over a whole run: a round that goes badly
+    should be cut shorter than its own ratio says, because better ones will follow. A draft is therefore worth
+    verifying while it brings more than the engine makes in the same time otherwise (the ratio of sums is largest
+    where tokens - rate * seconds is, for the rate that is then achieved).
+    """
+
+    def plan(self, view: RoundView) -> VerifyPlan:
+        allowed = _allowed(view.survival, view.limits)
+        ranked = _ranked(allowed)
+        if view.tokens_per_second is None:
+            worth = _theta(view, ranked)
+        else:
+            worth = _tokens(view, ranked) - view.tokens_per_second * _seconds(view, len(ranked))
+        return _admitted(allowed, ranked, int(worth.argmax()))
+
+
+class FixedSchedule:
+    """Every drafted token, up to the limit."""
+
+    def plan(self, view: RoundView) -> VerifyPlan:
+        return VerifyPlan(tuple(view.limits.tolist()))
+
+
+_SCHEDULES: dict[ScheduleKind, Callable[[], PrefixSchedule]] = {
+    "causal": CausalSchedule,
+    "lagged": LaggedSchedule,
+    "full": FullSchedule,
+    "fixed": FixedSchedule,
+}
+
+
+def build_schedule(kind: ScheduleKind) -> PrefixSchedule:
+    """The schedule that `EngineConfig.schedule_kind` names."""
+    return _SCHEDULES[kind]()
+
+
+def cut_at_threshold(plan: VerifyPlan, current: np.ndarray, thresholds: np.ndarray) -> VerifyPlan:
+    """Drop positions whose survival [R, G] is below the request's threshold [R]; it never rises along a request."""
+    if not thresholds.any():
+        return plan
+    survivors = (current >= thresholds[:, None]).sum(-1)
+    return VerifyPlan(tuple(np.minimum(plan.lengths, survivors).tolist()))
+
+
+def _allowed(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Survival [R, G] with -1 where a limit forbids to verify."""
+    return np.where(np.arange(values.shape[1]) < limits[:, None], values, -1.0)
+
+
+def _ranked(allowed: np.ndarray) -> np.ndarray:
+    """The survivals that may be verified, highest first."""
+    ranked = np.sort(allowed, axis=None)[::-1]
+    return ranked[: np.count_nonzero(ranked >= 0)]
+
+
+def _tokens(view: RoundView, ranked: np.ndarray) -> np.ndarray:
+    """[k + 1] expected tokens of the round when the first 0..k ranked drafts are verified."""
+    tokens = np.empty(len(ranked) + 1)
+    tokens[0] = view.certain_tokens
+    np.cumsum(ranked, out=tokens[1:])
+    tokens[1:] += view.certain_tokens
+    return tokens
+
+
+def _seconds(view: RoundView, num_drafts: int) -> np.ndarray:
+    """[k + 1] seconds of the round when 0..k drafts are verified."""
+    return view.draft_seconds + view.target_seconds[view.base_rows : view.base_rows + num_drafts + 1]
+
+
+def _theta(view: RoundView, ranked: np.ndarray) -> np.ndarray:
+    """[k + 1] expected tokens per second."""
+    return _tokens(view, ranked) / _seconds(view, len(ranked))
+
+
+def _admitted(allowed: np.ndarray, ranked: np.ndarray, budget: int) -> VerifyPlan:
+    """The best `budget` drafts of `allowed` [R, G].
+
+    Of equal ones the earlier request, and within a request the earlier position, comes first: prefixes stay whole.
+    """
+    if budget == 0:
+        return VerifyPlan((0,) * len(allowed))
+    last = ranked[budget - 1]
+    lengths = (allowed > last).sum(-1)
+    equal = np.flatnonzero(allowed == last)[: budget - int(lengths.sum())]
+    lengths += np.bincount(equal // allowed.shape[1], minlength=len(allowed))
+    return VerifyPlan(tuple(lengths.tolist()))

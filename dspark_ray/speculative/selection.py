@@ -1,0 +1,172 @@
+"""Who is drafted in the next round, decided before drafting from what earlier rounds of each request looked like.
+
+The draft pass is paid whether or not anything of it is worth verifying (the paper's stated limitation). So a request
+has a forecast: how many drafts of which survival its rounds bring. The requests are ranked by what their forecast is
+worth, and for every number of them the best expected tokens per second is computed from the cost curves; drafting for
+nobody is one of the candidates.
+
+Letters: S slots of the engine, R requests that could be drafted, G gamma, B bins of survival.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+NUM_BINS = 10
+_MAX_CANDIDATES = 32
+
+
+@dataclass(frozen=True)
+class DraftSelection:
+    """Which of R requests to draft for, and what the round is expected to bring."""
+
+    chosen: np.ndarray
+    """[R] bool"""
+    tokens_per_second: float
+    """The best that the forecasts promise."""
+
+
+class DraftSelector:
+    """Forecasts by slot, and the choice that they lead to.
+
+    What is left out is never seen, so it could be left out for ever. A purse fills with a small share of the time of
+    every step, and is spent on drafts for those who have been left out for longest.
+    """
+
+    _GAIN = 0.2
+    """Weight of the newest round in a request's forecast."""
+    _TRAFFIC_GAIN = 0.02
+    """Weight of the newest round of one request in the forecast of all traffic."""
+    _TRAFFIC_ROUNDS = 2.0
+    """Rounds of its own after which a request counts as much as the traffic does."""
+    _HYSTERESIS = 0.01
+    """Drafting for nobody begins and ends only for a gain of this share."""
+    _EXPLORATION = 0.01
+    """Share of the time that may go into drafts whose forecast is against them."""
+    _PROBED_SHARE = 0.25
+    """Of the requests, at least, when everybody is left out: the first draft is dear, the others are cheap."""
+
+    def __init__(self, num_slots: int, gamma: int) -> None:
+        self._gamma = gamma
+        self._forecasts = np.zeros((num_slots, 2, NUM_BINS))
+        """Drafts per round in each bin of survival, and their summed survival."""
+        self._rounds = np.zeros(num_slots)
+        self._seen_at = np.zeros(num_slots)
+        self._clock = 0
+        self._purse = 0.0
+        self._is_bypassing = False
+        # Nothing is known of the first requests: they count as certain.
+        self._traffic = np.zeros((2, NUM_BINS))
+        self._traffic[:, -1] = gamma
+
+    def admit(self, slot: int) -> None:
+        """Forget whoever had the slot before."""
+        self._rounds[slot] = 0
+        self._seen_at[slot] = self._clock
+
+    def observe(self, slots: np.ndarray, survival: np.ndarray) -> None:
+        """Learn from the drafts of a round: survival [R, G], 0 where a draft could not have been verified."""
+        seen = _histograms(survival)
+        rounds = self._rounds[slots]
+        gain = np.maximum(1 / (rounds + 1), self._GAIN)[:, None, None]
+        self._forecasts[slots] += gain * (seen - self._forecasts[slots])
+        self._rounds[slots] = rounds + 1
+        self._seen_at[slots] = self._clock
+        keep = (1 - self._TRAFFIC_GAIN) ** len(slots)
+        self._traffic = keep * self._traffic + (1 - keep) * seen.mean(0)
+
+    def select(
+        self,
+        slots: np.ndarray,
+        certain_tokens: int,
+        base_rows: int,
+        target_seconds: np.ndarray,
+        draft_seconds: np.ndarray,
+        step_seconds: float,
+    ) -> DraftSelection:
+        """Choose among the requests in `slots` [R]; `step_seconds` is what the step before took."""
+        self._clock += 1
+        forecasts = self._forecast(slots)
+        plain = certain_tokens / target_seconds[base_rows]
+        order = np.argsort(-_worth(forecasts, plain * _row_seconds(target_seconds, base_rows)), kind="stable")
+        numbers = _numbers(len(slots))
+        rates = _best_rates(forecasts[order], numbers, certain_tokens, base_rows, target_seconds, draft_seconds)
+        best = int(rates.argmax())
+        tolerance = 1 + self._HYSTERESIS if self._is_bypassing else 1 - self._HYSTERESIS
+        self._is_bypassing = bool(rates[best] < plain * tolerance)
+        chosen = np.zeros(len(slots), dtype=bool)
+        if not self._is_bypassing:
+            chosen[order[: numbers[best]]] = True
+        self._explore(slots, chosen, draft_seconds, step_seconds)
+        return DraftSelection(chosen, float(max(plain, rates[best])))
+
+    def _forecast(self, slots: np.ndarray) -> np.ndarray:
+        """[R, 2, B] of each request, and the less of its own it has, the more of the traffic."""
+        own = (self._rounds[slots] / (self._rounds[slots] + self._TRAFFIC_ROUNDS))[:, None, None]
+        return own * self._forecasts[slots] + (1 - own) * self._traffic
+
+    def _explore(self, slots: np.ndarray, chosen: np.ndarray, draft_seconds: np.ndarray, step_seconds: float) -> None:
+        """Add those left out for longest, as far as the purse goes."""
+        num_chosen, num_requests = int(chosen.sum()), len(slots)
+        left_out = num_requests - num_chosen
+        if left_out == 0:
+            return
+        everybody = draft_seconds[num_requests] - draft_seconds[num_chosen]
+        self._purse = min(self._purse + self._EXPLORATION * step_seconds, everybody)
+        prices = draft_seconds[num_chosen : num_requests + 1] - draft_seconds[num_chosen]
+        affordable = int(np.searchsorted(prices, self._purse * (1 + 1e-9), side="right")) - 1
+        if affordable < (1 if num_chosen else np.ceil(self._PROBED_SHARE * num_requests)):
+            return
+        age = np.where(chosen, -1, self._clock - self._seen_at[slots])
+        chosen[np.argsort(-age, kind="stable")[:affordable]] = True
+        self._purse -= prices[affordable]
+
+
+def _histograms(survival: np.ndarray) -> np.ndarray:
+    """[R, 2, B] counts and sums of survival [R, G] by bin."""
+    num_requests = len(survival)
+    bins = np.minimum((survival * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+    places = (bins + np.arange(num_requests)[:, None] * NUM_BINS).ravel()
+    size = num_requests * NUM_BINS
+    counts = np.bincount(places, minlength=size)
+    sums = np.bincount(places, weights=survival.ravel(), minlength=size)
+    return np.stack((counts, sums)).reshape(2, num_requests, NUM_BINS).transpose(1, 0, 2)
+
+
+@lru_cache
+def _numbers(num_requests: int) -> np.ndarray:
+    """How many requests to consider drafting: every number of a few, steps of some of many."""
+    return np.unique(np.linspace(1, num_requests, min(num_requests, _MAX_CANDIDATES)).round().astype(np.int64))
+
+
+def _row_seconds(target_seconds: np.ndarray, base_rows: int) -> float:
+    """What one more row costs, on average over as many more as there are."""
+    last = min(2 * base_rows, len(target_seconds) - 1)
+    return float(target_seconds[last] - target_seconds[base_rows]) / max(1, last - base_rows)
+
+
+def _worth(forecasts: np.ndarray, price: float) -> np.ndarray:
+    """[R] expected tokens of each request above what their rows cost."""
+    counts, sums = forecasts[:, 0], forecasts[:, 1]
+    return np.maximum(sums - price * counts, 0).sum(-1)
+
+
+def _best_rates(
+    forecasts: np.ndarray,
+    numbers: np.ndarray,
+    certain_tokens: int,
+    base_rows: int,
+    target_seconds: np.ndarray,
+    draft_seconds: np.ndarray,
+) -> np.ndarray:
+    """Expected tokens per second when the first `numbers` are drafted and the best bins of theirs are verified."""
+    totals = forecasts.cumsum(0)[numbers - 1, :, ::-1].cumsum(-1)
+    rows, tokens = base_rows + totals[:, 0], certain_tokens + totals[:, 1]
+    rows = np.minimum(rows, len(target_seconds) - 1)
+    low = rows.astype(np.int64)
+    high = np.minimum(low + 1, len(target_seconds) - 1)
+    seconds = target_seconds[low] + (rows - low) * (target_seconds[high] - target_seconds[low])
+    return (tokens / (seconds + draft_seconds[numbers, None])).max(-1)
