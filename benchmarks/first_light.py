@@ -10,7 +10,6 @@ it stopped. Results go to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -24,6 +23,7 @@ import yaml
 from benchmarks import report
 from benchmarks.application import Answer, all_together, one_after_the_other, running
 from benchmarks.gang import Gang, Job, Outcome, free_port
+from benchmarks.notebook import Notebook, fingerprint_of
 from deployments.args import AppArgs
 from dspark_ray.runtime import GangSpec
 from dspark_ray.tokenizer import Tokenizer
@@ -57,14 +57,7 @@ class Settings:
     @property
     def fingerprint(self) -> str:
         """Changes with the code, the checkpoint and the settings."""
-        digest = hashlib.sha256(repr(self).encode())
-        folders = (ROOT / "dspark_ray", ROOT / "kernels", ROOT / "deployments", self.args.checkpoint)
-        for path in sorted(path for folder in folders for path in folder.rglob("*") if path.is_file()):
-            if path.suffix in (".py", ".json", ".yaml"):
-                digest.update(path.read_bytes())
-            elif path.suffix == ".safetensors":
-                digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
-        return digest.hexdigest()[:16]
+        return fingerprint_of(repr(self), ROOT, self.args.checkpoint)
 
 
 class Prompts:
@@ -91,24 +84,6 @@ class Prompts:
         """NUM_STREAMS prompts of mixed kinds."""
         mixed = [ids for same_place in zip(*self.of_repeat(repeat).values(), strict=True) for ids in same_place]
         return mixed[:NUM_STREAMS]
-
-
-class Notebook:
-    """Finished repeats, one JSON line each; lines of another fingerprint do not count."""
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self._path, self._fingerprint = path, fingerprint
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def entries(self, part: str) -> list[dict[str, Any]]:
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        entries = [json.loads(line) for line in lines]
-        return [e for e in entries if e["part"] == part and e["fingerprint"] == self._fingerprint]
-
-    def add(self, part: str, figures: dict[str, Any]) -> None:
-        entry = {"part": part, "fingerprint": self._fingerprint, **figures}
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
 
 
 # Speed: the application over HTTP, the same gang without Ray, and the same gang with the drafter inline.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -75,8 +77,10 @@ def small_config(**changes: object) -> EngineConfig:
     return EngineConfig(**{**defaults, **changes}).for_model(SMALL)  # type: ignore[arg-type]
 
 
-def build_small_engine(drafter: Drafter | None = None, **changes: object) -> Engine:
-    """An engine in this process with an inline drafter, or with the one given."""
+def build_small_engine(
+    drafter: Drafter | None = None, clock: Callable[[], float] = time.perf_counter, **changes: object
+) -> Engine:
+    """An engine in this process with an inline drafter, or with the one given; it knows no costs."""
     config = small_config(**changes)
     model, module = small_modules()
     assert config.gamma is not None
@@ -86,7 +90,7 @@ def build_small_engine(drafter: Drafter | None = None, **changes: object) -> Eng
     projector = FeatureProjector(SMALL)
     projector.load_state_dict({name: module.state_dict()[name] for name in projector.state_dict()})
     target = LocalTarget(TargetRank(model, cache_tensors, projector.requires_grad_(False)))
-    return Engine(config, SMALL, target, drafter or InlineDrafter(DraftWorker(module, config)))
+    return Engine(config, SMALL, target, drafter or InlineDrafter(DraftWorker(module, config)), clock=clock)
 
 
 def request(prompt: tuple[int, ...], request_id: str = "r", speculate: bool = True, **sampling: object) -> Request:
