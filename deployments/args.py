@@ -5,6 +5,7 @@ Serve's own settings (num_replicas, autoscaling_config, ray_actor_options of the
 No `from __future__ import annotations` here: with it Serve would not validate the builder's arguments.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from dspark_ray.config import ConfigError, DType, EngineConfig, ModelConfig, VerificationMode
+from dspark_ray.config import ConfigError, DType, EngineConfig, ModelConfig, ScheduleKind, VerificationMode
 
 _ENGINE = EngineConfig()
 Resources = dict[str, Annotated[float, Field(gt=0)]]
@@ -46,11 +47,50 @@ class SpeculativeArgs(_Block):
     method: Literal["dspark"] = "dspark"
     num_speculative_tokens: PositiveInt | None = None
     """None takes the checkpoint's dspark_block_size."""
+    enable_adaptive_verification: bool | None = None
+    """false verifies every draft whole, as dspark.schedule.kind `fixed` does; true and None leave it to `schedule`."""
 
 
 class DrafterArgs(_Block):
     placement: Literal["inline", "actor"] = "actor"
     """Inside verifier rank 0, or in an actor of its own."""
+
+
+class ScheduleArgs(_Block):
+    """How much of each draft is verified, decided anew every step."""
+
+    kind: ScheduleKind | None = _ENGINE.schedule
+    """None takes `full` with coupled and `lagged` with rejection verification."""
+    lag: PositiveInt = _ENGINE.schedule_lag
+    """Rounds by which the confidences that set the budget of `lagged` are old."""
+    bypass: bool = _ENGINE.bypass
+    """Leave requests, or all of them, without a draft while drafting for them costs more than it brings."""
+
+
+class ConfidenceArgs(_Block):
+    """How far the drafter's own confidences are trusted."""
+
+    threshold: float = Field(default=_ENGINE.confidence_threshold, ge=0, le=1)
+    """Drafted positions whose survival is below this are not verified, whatever the schedule says."""
+    sts_path: str | None = None
+    """Temperatures in SGLang's STS JSON; a relative path starts where `model` does. None takes the checkpoint's
+    sts.json, if it is there."""
+    calibrate_online: bool = _ENGINE.calibrate_online
+    """Refit the temperatures from what drafts come to."""
+
+
+class CostTableArgs(_Block):
+    """What a step costs, which schedules weigh against what it brings."""
+
+    path: str | None = None
+    """A table to use instead of profiling, ours or SGLang's; a relative path starts where `model` does."""
+    directory: str | None = "default"
+    """Where profiled tables are kept for the next start, on rank 0's node; `default` is $XDG_CACHE_HOME/dspark-ray or
+    ~/.cache/dspark-ray. None profiles at every start, which takes seconds to minutes."""
+
+    def in_use(self) -> str | None:
+        """The folder on the node that this is called on."""
+        return _cost_directory() if self.directory == "default" else _path_or_none(self.directory)
 
 
 class DSparkArgs(_Block):
@@ -59,6 +99,9 @@ class DSparkArgs(_Block):
     drafter: DrafterArgs = DrafterArgs()
     verification: VerificationMode = _ENGINE.verification
     rejection_top_k: PositiveInt = _ENGINE.rejection_top_k
+    schedule: ScheduleArgs = ScheduleArgs()
+    confidence: ConfidenceArgs = ConfidenceArgs()
+    cost_table: CostTableArgs = CostTableArgs()
 
 
 class WorkerPlacement(_Block):
@@ -136,6 +179,7 @@ class AppArgs(_Block):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "AppArgs":
+        self._check_adaptive_verification()
         self.engine_config()
         verifier = self.placement.verifier
         if isinstance(verifier, list) and len(verifier) != self.tensor_parallel_size:
@@ -148,7 +192,7 @@ class AppArgs(_Block):
     @property
     def checkpoint(self) -> Path:
         """The checkpoint folder; that it exists is checked where it is read."""
-        return Path(__file__).parent / self.model
+        return _from_package(self.model)
 
     @property
     def model_name(self) -> str:
@@ -167,15 +211,42 @@ class AppArgs(_Block):
         return self.placement.num_threads or (1 if self.placement.device == "cpu" else None)
 
     def engine_config(self) -> EngineConfig:
-        """Raises ConfigError."""
-        speculative = self.speculative_config
+        """Call it on the node that the engine is for: its cache folder is that node's. Raises ConfigError."""
+        speculative, dspark = self.speculative_config, self.dspark
+        schedule, confidence, cost_table = dspark.schedule, dspark.confidence, dspark.cost_table
         return EngineConfig(
             **self.engine.model_dump(),
             gamma=speculative.num_speculative_tokens if speculative else None,
             speculation=speculative is not None,
-            verification=self.dspark.verification,
-            rejection_top_k=self.dspark.rejection_top_k,
+            verification=dspark.verification,
+            rejection_top_k=dspark.rejection_top_k,
             device=self.placement.device,
+            schedule="fixed" if self._verifies_all else schedule.kind,
+            schedule_lag=schedule.lag,
+            bypass=schedule.bypass and not self._verifies_all,
+            confidence_threshold=confidence.threshold,
+            sts_path=_path_or_none(confidence.sts_path),
+            calibrate_online=confidence.calibrate_online,
+            cost_table=_path_or_none(cost_table.path),
+            cost_directory=cost_table.in_use(),
+        )
+
+    @property
+    def _verifies_all(self) -> bool:
+        """Whether adaptive verification was switched off by vLLM's name for it."""
+        return self.speculative_config is not None and self.speculative_config.enable_adaptive_verification is False
+
+    def _check_adaptive_verification(self) -> None:
+        """Raises ValueError where vLLM's switch and our schedule say different things."""
+        adaptive = self.speculative_config and self.speculative_config.enable_adaptive_verification
+        kind = self.dspark.schedule.kind
+        if adaptive is None or kind is None or adaptive == (kind != "fixed"):
+            return
+        expected = "causal, lagged, full or null" if adaptive else "fixed or null"
+        raise ValueError(
+            f"dspark.schedule.kind={kind!r} with"
+            f" speculative_config.enable_adaptive_verification={str(adaptive).lower()}:"
+            f" expected {expected}, or no enable_adaptive_verification"
         )
 
     def resolve(self) -> tuple[ModelConfig, EngineConfig]:
@@ -223,6 +294,24 @@ class AppArgs(_Block):
 
     def _default_resources(self) -> Resources:
         return {"CPU": 1.0} if self.placement.device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+
+
+def _from_package(path: str) -> Path:
+    """Relative paths start at the `deployments` package."""
+    return Path(__file__).parent / path
+
+
+def _path_or_none(path: str | None) -> str | None:
+    return None if path is None else str(_from_package(path))
+
+
+def _cost_directory() -> str | None:
+    """The user's cache folder on this node; None for a user without a home."""
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return str(Path(cache) / "dspark-ray")
 
 
 def _add(bundle: Resources, resources: Resources) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import zmq.asyncio
 from pydantic import ValidationError
 
 from deployments.messages import (
+    MAX_STEPS,
     Abort,
     Close,
     Failed,
@@ -20,11 +22,12 @@ from deployments.messages import (
     Outputs,
     Ready,
     Refusal,
+    SetPolicy,
     Submit,
     decode,
     encode,
 )
-from dspark_ray.types import Request, SequenceOutput, StepOutput
+from dspark_ray.types import Request, SequenceOutput, StepOutput, StepRecord, VerificationPolicy
 
 logger = logging.getLogger("ray.serve")
 
@@ -57,6 +60,7 @@ class EngineChannel:
         self.outputs_address = _bind(self._from_rank_0)
         self.requests_address = _bind(self._to_rank_0)
         self._queues: dict[str, asyncio.Queue[SequenceOutput | Refusal]] = {}
+        self._records: deque[StepRecord] = deque(maxlen=MAX_STEPS)
         self._heard_at = time.monotonic()
         self.ready = asyncio.Event()
         self.failure: str | None = None
@@ -97,6 +101,14 @@ class EngineChannel:
             if not has_ended:
                 self._send(Abort(request_id=request.request_id))
 
+    def steps(self, last: int) -> list[StepRecord]:
+        """Records of the latest steps, at most `last` of the MAX_STEPS that are kept, oldest first."""
+        return list(self._records)[-last:]
+
+    def set_policy(self, policy: VerificationPolicy) -> None:
+        """Let `policy` bound what is verified from the next step on; its time runs from when rank 0 gets it."""
+        self._send(SetPolicy(policy=policy))
+
     def fail_all(self, error: str) -> None:
         """End every request in flight."""
         for request_id, queue in self._queues.items():
@@ -115,6 +127,8 @@ class EngineChannel:
 
     def _hand_out(self, message: Message) -> None:
         if isinstance(message, Outputs):
+            if message.step.record is not None:
+                self._records.append(message.step.record)
             self._observer.on_step(message.step)
             for output in message.step.sequences:
                 self._put(output)

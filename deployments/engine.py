@@ -13,9 +13,9 @@ from ray import serve
 from deployments.args import AppArgs
 from deployments.channel import EngineChannel
 from deployments.gang import start_gang
-from deployments.messages import Refusal
+from deployments.messages import Refusal, StepLog
 from deployments.metrics import EngineMetrics
-from dspark_ray.types import Request, SequenceOutput
+from dspark_ray.types import Request, SequenceOutput, VerificationPolicy
 
 logger = logging.getLogger("ray.serve")
 
@@ -36,6 +36,7 @@ class EngineReplica:
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         self._args = args
+        self._id = serve.get_replica_context().replica_tag
         self._tasks: list[asyncio.Task[None]] = []
         self._channel = EngineChannel(EngineMetrics(args.model_name))
         args.resolve()
@@ -48,6 +49,15 @@ class EngineReplica:
         """Stream a request's outputs; when the caller leaves, the sequence is freed within a round."""
         async for output in self._channel.generate(request):
             yield output
+
+    async def steps(self, last: int) -> StepLog:
+        """What this replica's engine decided in its latest steps, at most `last` of them."""
+        return StepLog(self._id, self._channel.steps(last))
+
+    async def set_policy(self, policy: VerificationPolicy) -> str:
+        """Let `policy` bound what this replica's engine verifies; returns the replica's id."""
+        self._channel.set_policy(policy)
+        return self._id
 
     def check_health(self) -> None:
         """The second net behind `_watch`."""

@@ -8,10 +8,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
-from deployments.messages import Refusal
+from deployments.messages import Refusal, StepLog
 from dspark_ray.text import TextStream
 from dspark_ray.tokenizer import Tokenizer
-from dspark_ray.types import Request, SequenceOutput, SpeculationStats, TokenLogprobs
+from dspark_ray.types import Request, SequenceOutput, SpeculationStats, TokenLogprobs, VerificationPolicy
 
 T = TypeVar("T")
 _BACKOFF_SECONDS = 0.1
@@ -48,6 +48,14 @@ class EngineClient(Protocol):
         ...
 
     async def is_healthy(self) -> bool: ...
+
+    async def steps(self, last: int) -> StepLog:
+        """The latest steps of an engine that Serve chooses, at most `last` of them. Raises as `generate`."""
+        ...
+
+    async def set_policy(self, policy: VerificationPolicy) -> str:
+        """Bound what an engine that Serve chooses verifies; returns its replica's id. Raises as `generate`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

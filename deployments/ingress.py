@@ -8,11 +8,11 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -35,7 +35,7 @@ from deployments.generation import (
     generate_text,
     merge,
 )
-from deployments.messages import Refusal
+from deployments.messages import Refusal, StepLog
 from deployments.protocol import (
     MAX_CHOICES,
     Answer,
@@ -46,15 +46,18 @@ from deployments.protocol import (
     CompletionRequest,
     GenerationRequest,
     Message,
+    PolicyRequest,
+    StepsQuery,
     TokenizeRequest,
     Totals,
     choice_seed,
     invalid,
     join_stats,
     overloaded,
+    steps_answer,
 )
 from dspark_ray.tokenizer import Tokenizer
-from dspark_ray.types import Request, RequestError, SamplingParams, SequenceOutput
+from dspark_ray.types import Request, RequestError, SamplingParams, SequenceOutput, VerificationPolicy
 
 logger = logging.getLogger("ray.serve")
 
@@ -134,7 +137,23 @@ def build_http(service: Service) -> FastAPI:
     async def server_version() -> dict[str, str]:
         return {"version": version("dspark-ray")}
 
+    _add_admin_routes(http, service)
     return http
+
+
+def _add_admin_routes(http: FastAPI, service: Service) -> None:
+    """Looking into one Engine replica and bounding it. With several, Serve chooses which; the answer names it."""
+
+    @http.get("/admin/steps")
+    async def steps(query: Annotated[StepsQuery, Query()]) -> dict[str, Any]:
+        with _as_api_errors(service):
+            return steps_answer(await service.client.steps(query.last))
+
+    @http.post("/admin/policy")
+    async def set_policy(body: PolicyRequest) -> dict[str, Any]:
+        policy = body.policy()
+        with _as_api_errors(service):
+            return {"replica": await service.client.set_policy(policy), "policy": asdict(policy)}
 
 
 def _model_card(service: Service) -> dict[str, Any]:
@@ -413,7 +432,12 @@ def _first_problem(error: RequestValidationError) -> ApiError:
 
 
 def _param(location: Sequence[Any], body: Any) -> str:
-    """messages[0].content from pydantic's location, whose first part is the body and whose last may name a type."""
+    """messages[0].content from pydantic's location, whose first part is the body and whose last may name a type.
+
+    Locations in the query are (query, name).
+    """
+    if location[0] == "query":
+        return str(location[1])
     names, value = [], body
     for part in location[1:]:
         if not isinstance(value, dict if isinstance(part, str) else list):
@@ -430,15 +454,14 @@ class HandleClient:
     """An EngineClient over Serve: any replica of the Engine deployment."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle.options(stream=True)
+        self._handle, self._stream_handle = handle, handle.options(stream=True)
 
     async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput | Refusal]:
-        stream = self._handle.generate.remote(request)
+        stream = self._stream_handle.generate.remote(request)
         try:
-            async for output in stream:  # type: ignore[union-attr]
-                yield output
-        except (RayError, RayServeException) as error:
-            raise _translated(error) from error
+            with _translating():
+                async for output in stream:  # type: ignore[union-attr]
+                    yield output
         finally:
             # Cancelling reaches the generator in the replica, which then aborts the sequence.
             stream.cancel()
@@ -449,6 +472,23 @@ class HandleClient:
         status = await asyncio.to_thread(serve.status)
         states = status.applications[application].deployments["Engine"].replica_states
         return states.get("RUNNING", 0) > 0  # type: ignore[call-overload]  # a str enum
+
+    async def steps(self, last: int) -> StepLog:
+        with _translating():
+            return await self._handle.steps.remote(last)
+
+    async def set_policy(self, policy: VerificationPolicy) -> str:
+        with _translating():
+            return await self._handle.set_policy.remote(policy)
+
+
+@contextmanager
+def _translating() -> Iterator[None]:
+    """Ray's exceptions in the words of an EngineClient."""
+    try:
+        yield
+    except (RayError, RayServeException) as error:
+        raise _translated(error) from error
 
 
 def _translated(error: Exception) -> Exception:

@@ -10,7 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from dspark_ray.types import Request, StepOutput
+from dspark_ray.types import Request, StepOutput, StepRecord, VerificationPolicy
+
+MAX_STEPS = 1000
+"""Steps whose records a replica keeps."""
 
 RefusalReason = Literal["invalid", "queue_full"]
 
@@ -29,6 +32,14 @@ class Abort:
 
     request_id: str
     kind: Literal["abort"] = "abort"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetPolicy:
+    """Replica to rank 0: let this bound what is verified, from the next step on."""
+
+    policy: VerificationPolicy
+    kind: Literal["set_policy"] = "set_policy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +92,16 @@ class Failed:
     kind: Literal["failed"] = "failed"
 
 
-ToRank0 = Submit | Abort | Close
+@dataclass(frozen=True)
+class StepLog:
+    """Replica to ingress, not over ZeroMQ but through Serve: the latest steps of one engine, oldest first."""
+
+    replica: str
+    """Its id; several replicas have a log each."""
+    records: list[StepRecord]
+
+
+ToRank0 = Submit | Abort | SetPolicy | Close
 FromRank0 = Ready | Heartbeat | Outputs | Refusal | Failed
 Message = ToRank0 | FromRank0
 

@@ -1,4 +1,4 @@
-"""What one engine says to Prometheus; vLLM's names behind a `dspark_` prefix."""
+"""What one engine says to Prometheus; vLLM's names behind a `dspark_` prefix, and ours for what it decides."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ from typing import TypeVar
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from dspark_ray.types import SequenceOutput, StepOutput
+from dspark_ray.types import SequenceOutput, StepOutput, StepRecord
 
 MetricT = TypeVar("MetricT", Gauge, Counter, Histogram)
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 _LENGTHS = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0]
+_MODES = ("speculating", "bypass", "idle")
 
 
 class EngineMetrics:
     """Updated once per step of the engine; lives in the Engine replica, so Serve adds its tags."""
 
     def __init__(self, model_name: str) -> None:
-        self._tags = {"model_name": model_name}
-        self._running = self._gauge("num_requests_running", "Requests that hold cache.")
-        self._waiting = self._gauge("num_requests_waiting", "Requests accepted but not running.")
-        self._cache_usage = self._gauge("kv_cache_usage_perc", "Share of cache pages in use, 0 to 1.")
-        self._preemptions = self._counter("num_preemptions", "Sequences that lost their cache to older ones.")
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
-        self._generated = self._counter("generation_tokens", "Tokens committed.")
-        self._rounds = self._counter("spec_decode_num_drafts", "Rounds of sequences that ended.")
-        self._drafted = self._counter("draft_tokens_drafted", "Tokens the drafter proposed.")
-        self._admitted = self._counter("draft_tokens_admitted", "Drafted tokens the target saw.")
-        self._accepted = self._counter("draft_tokens_accepted", "Drafted tokens that stood.")
-        self._finished = self._counter("request_success", "Requests ended, by reason.", "finished_reason")
-        self._first_token = self._histogram("time_to_first_token_seconds", "From arrival here.", _SECONDS)
-        self._length = self._histogram("accepted_length", "Mean tokens per round of a request.", _LENGTHS)
+        make = _Maker(model_name)
+        self._steps = StepMetrics(make)
+        self._running = make.gauge("num_requests_running", "Requests that hold cache.")
+        self._waiting = make.gauge("num_requests_waiting", "Requests accepted but not running.")
+        self._cache_usage = make.gauge("kv_cache_usage_perc", "Share of cache pages in use, 0 to 1.")
+        self._preemptions = make.counter("num_preemptions", "Sequences that lost their cache to older ones.")
+        self._prompt_tokens = make.counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self._generated = make.counter("generation_tokens", "Tokens committed.")
+        self._rounds = make.counter("spec_decode_num_drafts", "Rounds of sequences that ended.")
+        self._finished = make.counter("request_success", "Requests ended, by reason.", "finished_reason")
+        self._first_token = make.histogram("time_to_first_token_seconds", "From arrival here.", _SECONDS)
+        self._length = make.histogram("accepted_length", "Mean tokens per round of a request.", _LENGTHS)
         self._num_preemptions = 0
 
     def on_request(self, num_prompt_tokens: int) -> None:
@@ -49,25 +48,104 @@ class EngineMetrics:
         for output in step.sequences:
             if output.finish_reason is not None:
                 self._on_end(output)
+        self._steps.on_step(step)
 
     def _on_end(self, output: SequenceOutput) -> None:
-        self._finished.inc(tags={**self._tags, "finished_reason": str(output.finish_reason)})
+        self._finished.inc(tags={"finished_reason": str(output.finish_reason)})
         stats = output.stats
         if stats is None or stats.num_rounds == 0:
             return
         _increase(self._rounds, stats.num_rounds)
-        _increase(self._drafted, stats.num_drafted)
-        _increase(self._admitted, stats.num_admitted)
-        _increase(self._accepted, stats.num_accepted)
         self._length.observe(stats.mean_accepted_length)
 
-    def _gauge(self, name: str, description: str) -> Gauge:
-        return self._tagged(Gauge(f"dspark_{name}", description, tag_keys=("model_name",)))
 
-    def _counter(self, name: str, description: str, *tag_keys: str) -> Counter:
+class StepMetrics:
+    """What the steps decided and what came of it: every number of a StepRecord that adds up or can be watched.
+
+    Measured over predicted seconds is rate(..._step_seconds_measured_total) / rate(..._step_seconds_predicted_total),
+    seconds per step is rate(..._step_seconds_measured_total) / rate(..._steps_total).
+    """
+
+    def __init__(self, make: _Maker) -> None:
+        self._steps = make.counter("steps", "Steps of the engine.")
+        self._budget = make.gauge("verify_budget_tokens", "Drafted tokens verified in the last step.")
+        self._drafted = make.counter("draft_tokens_drafted", "Tokens the drafter proposed.", "position")
+        self._admitted = make.counter("draft_tokens_admitted", "Drafted tokens the target saw.", "position")
+        self._accepted = make.counter("draft_tokens_accepted", "Drafted tokens that stood.", "position")
+        self._survival = make.counter("survival_sum", "Drafted tokens that were expected to stand.")
+        self._predicted = make.counter("step_seconds_predicted", "By the cost table, before the step.", "part")
+        self._measured = make.counter("step_seconds_measured", "Of draft and of everything else.", "part")
+        self._schedule = make.counter("schedule_seconds", "Deciding what to verify; a part of the target's seconds.")
+        self._drift = make.gauge("cost_drift", "Measured over profiled seconds of the target, smoothed.")
+        self._ece = make.gauge("confidence_ece", "Running calibration error of the survival, 0 to 1.", "position")
+        self._threshold = make.gauge("confidence_threshold", "Lowest survival that the policy lets be verified.")
+        self._version = make.gauge("policy_version", "Of the policy in force.")
+        self._bypasses = make.counter("bypass", "Steps without a draft although requests ask for one.", "reason")
+        self._mode = make.gauge("mode", "1 for the current one; idle: there is nobody to draft for.", "mode")
+
+    def on_step(self, step: StepOutput) -> None:
+        if step.record is not None:
+            self._count_tokens(step.record)
+            self._count_seconds(step.record)
+            self._show_policy(step.record)
+        self._show_mode(step)
+
+    def _count_tokens(self, record: StepRecord) -> None:
+        self._budget.set(record.budget)
+        _increase(self._survival, record.expected)
+        for position in range(1, record.gamma + 1):
+            tags = {"position": str(position)}
+            _increase(self._drafted, record.num_drafted, tags)
+            _increase(self._admitted, sum(length >= position for length in record.lengths), tags)
+            _increase(self._accepted, sum(accepted >= position for accepted in record.accepted), tags)
+
+    def _count_seconds(self, record: StepRecord) -> None:
+        self._steps.inc()
+        _increase(self._predicted, record.predicted_draft_seconds, {"part": "draft"})
+        _increase(self._predicted, record.predicted_target_seconds, {"part": "target"})
+        _increase(self._measured, record.measured_draft_seconds, {"part": "draft"})
+        _increase(self._measured, record.measured_target_seconds, {"part": "target"})
+        _increase(self._schedule, record.schedule_seconds)
+        self._drift.set(record.cost_drift)
+
+    def _show_policy(self, record: StepRecord) -> None:
+        self._threshold.set(record.confidence_threshold)
+        self._version.set(record.policy_version)
+        for position, error in enumerate(record.calibration_error, start=1):
+            if error is not None:
+                self._ece.set(error, {"position": str(position)})
+        if record.bypass is not None:
+            self._bypasses.inc(tags={"reason": record.bypass})
+
+    def _show_mode(self, step: StepOutput) -> None:
+        current = _mode(step)
+        for mode in _MODES:
+            self._mode.set(float(mode == current), {"mode": mode})
+
+
+def _mode(step: StepOutput) -> str:
+    """What drafts are made for once this step is over."""
+    record = step.record
+    if record is None or step.num_running + step.num_waiting == 0:
+        return "idle"
+    if record.num_drafted > 0:
+        return "speculating"
+    return "bypass" if record.bypass is not None else "idle"
+
+
+class _Maker:
+    """Makes metrics of one model."""
+
+    def __init__(self, model_name: str) -> None:
+        self._tags = {"model_name": model_name}
+
+    def gauge(self, name: str, description: str, *tag_keys: str) -> Gauge:
+        return self._tagged(Gauge(f"dspark_{name}", description, tag_keys=("model_name", *tag_keys)))  # type: ignore[arg-type]
+
+    def counter(self, name: str, description: str, *tag_keys: str) -> Counter:
         return self._tagged(Counter(f"dspark_{name}", description, tag_keys=("model_name", *tag_keys)))  # type: ignore[arg-type]
 
-    def _histogram(self, name: str, description: str, boundaries: list[float]) -> Histogram:
+    def histogram(self, name: str, description: str, boundaries: list[float]) -> Histogram:
         return self._tagged(Histogram(f"dspark_{name}", description, boundaries, tag_keys=("model_name",)))
 
     def _tagged(self, metric: MetricT) -> MetricT:
@@ -75,6 +153,6 @@ class EngineMetrics:
         return metric
 
 
-def _increase(counter: Counter, amount: int) -> None:
+def _increase(counter: Counter, amount: float, tags: dict[str, str] | None = None) -> None:
     if amount > 0:  # Ray's counters refuse zero.
-        counter.inc(amount)
+        counter.inc(amount, tags or {})

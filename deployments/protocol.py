@@ -19,12 +19,15 @@ from openai.types.completion_choice import Logprobs
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from deployments.generation import Piece
+from deployments.messages import MAX_STEPS, StepLog
+from dspark_ray.records import to_json
 from dspark_ray.types import (
     RequestError,
     SamplingParams,
     SpeculationStats,
     SpeculativeParams,
     TokenLogprobs,
+    VerificationPolicy,
 )
 
 MAX_CHOICES = 128
@@ -312,6 +315,35 @@ class TokenizeRequest(_Model):
     model: str | None = None
     prompt: Text | None = None
     messages: list[Message] | None = None
+
+
+# Administration.
+
+
+class StepsQuery(BaseModel):
+    """What to see of an engine's latest steps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    last: int = Field(default=50, ge=1, le=MAX_STEPS)
+
+
+def steps_answer(log: StepLog) -> dict[str, Any]:
+    return {"replica": log.replica, "steps": [to_json(record) for record in log.records]}
+
+
+class PolicyRequest(_Model):
+    """The fields of a VerificationPolicy; absent ones bound nothing."""
+
+    confidence_threshold: float | None = None
+    max_draft_tokens: int | None = None
+    bypass: bool | None = None
+    version: int | None = None
+    valid_seconds: float | None = None
+
+    def policy(self) -> VerificationPolicy:
+        """Raises RequestError."""
+        return VerificationPolicy(**self.model_dump(exclude_none=True))
 
 
 # Answers.

@@ -21,11 +21,12 @@ from deployments.messages import (
     Ready,
     Refusal,
     RefusalReason,
+    SetPolicy,
     Submit,
     decode,
     encode,
 )
-from dspark_ray.types import QueueFullError, Request, RequestError, StepOutput
+from dspark_ray.types import QueueFullError, Request, RequestError, StepOutput, VerificationPolicy
 
 logger = logging.getLogger("ray.serve")
 
@@ -39,6 +40,8 @@ class SteppingEngine(Protocol):
     def add_request(self, request: Request) -> None: ...
 
     def abort(self, request_id: str) -> None: ...
+
+    def apply_policy(self, policy: VerificationPolicy) -> None: ...
 
     def has_unfinished(self) -> bool: ...
 
@@ -89,6 +92,8 @@ class StepLoop:
             self._submit(message.request)
         elif isinstance(message, Abort):
             self._engine.abort(message.request_id)
+        elif isinstance(message, SetPolicy):
+            self._engine.apply_policy(message.policy)
         elif isinstance(message, Close):
             self._closed = True
 
@@ -106,6 +111,12 @@ class StepLoop:
     def _send(self, message: FromRank0) -> None:
         self._outbox.send(encode(message))
         self._spoke_at = time.monotonic()
+
+
+def _log_profiling(num_done: int, num_sizes: int) -> None:
+    """Say how far the profiling of costs is, at its start and after each quarter."""
+    if num_done == 0 or 4 * num_done // num_sizes > 4 * (num_done - 1) // num_sizes:
+        logger.info("profiling what steps cost: %d of %d sizes", num_done, num_sizes)
 
 
 def _set_num_threads(num_threads: int | None) -> None:
@@ -147,7 +158,7 @@ class VerifierWorker(_Worker):
         """Be rank 0 until the replica says Close; the addresses are where the replica listens."""
         from dspark_ray.runtime import GangSpec, join_as_leader, leave_gang
 
-        engine = join_as_leader(GangSpec(**spec))
+        engine = join_as_leader(GangSpec(**spec), _log_profiling)
         context = zmq.Context()
         inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
         outbox.set_hwm(0)

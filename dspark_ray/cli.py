@@ -1,4 +1,4 @@
-"""`dspark-ray`: generate text without Ray, or look into a checkpoint."""
+"""`dspark-ray`: generate text without Ray, look into a checkpoint or a running server, or calibrate confidences."""
 
 from __future__ import annotations
 
@@ -6,20 +6,39 @@ import argparse
 import json
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from dspark_ray.checkpoint.inspect import describe
 from dspark_ray.checkpoint.reader import CheckpointError
-from dspark_ray.config import ConfigError, EngineConfig
+from dspark_ray.config import ConfigError, EngineConfig, ScheduleKind
 from dspark_ray.engine import Engine
+from dspark_ray.evaluation import calibrate
+from dspark_ray.records import explain, from_json
 from dspark_ray.runtime import build_engine
 from dspark_ray.text import TextStream
 from dspark_ray.tokenizer import Tokenizer
-from dspark_ray.types import Request, RequestError, SamplingParams, SpeculationStats, SpeculativeParams
+from dspark_ray.types import (
+    Request,
+    RequestError,
+    SamplingParams,
+    SpeculationStats,
+    SpeculativeParams,
+    StepRecord,
+)
+
+_ANSWER_SECONDS = 30
+
+
+class ServerError(RuntimeError):
+    """A server that does not answer, or answers with an error."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,7 @@ class Generated:
     num_tokens: int
     seconds: float
     stats: SpeculationStats
+    records: list[StepRecord]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (ConfigError, CheckpointError, RequestError) as error:
+    except (ConfigError, CheckpointError, RequestError, ServerError) as error:
         print(f"dspark-ray: {error}", file=sys.stderr)
         return 2
 
@@ -59,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
         "--gamma", type=int, default=None, help="drafted tokens per round (default: the checkpoint's)"
     )
     generate.add_argument("--verification", choices=("coupled", "rejection"), default="coupled")
+    generate.add_argument("--schedule", choices=get_args(ScheduleKind), help="how many drafts are verified")
+    generate.add_argument(
+        "--confidence-threshold", type=float, default=0.0, help="verify no drafts whose survival is below this"
+    )
+    generate.add_argument(
+        "--no-cost-cache", action="store_true", help="profile what steps cost again, and keep it nowhere"
+    )
+    generate.add_argument("--explain", action="store_true", help="show what each step decided, behind the text")
     generate.add_argument("--no-speculation", action="store_true", help="decode one token per forward, for comparison")
     generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     generate.add_argument("--device", default="cpu")
@@ -67,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("model", help="checkpoint folder")
     inspect.add_argument("--json", action="store_true")
+    calibration = commands.add_parser("calibrate", help="fit the temperatures of the confidences, and report on them")
+    calibration.set_defaults(run=calibrate.run)
+    calibrate.add_arguments(calibration)
+    explained = commands.add_parser("explain", help="show what a running server decided in its latest steps")
+    explained.set_defaults(run=_explain)
+    explained.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
+    explained.add_argument("--last", type=int, default=50, help="steps to show (default: %(default)s)")
+    explained.add_argument("--json", action="store_true", help="what the server says, as it says it")
     return parser
 
 
@@ -85,9 +121,11 @@ def _generate(arguments: argparse.Namespace) -> int:
         speculation=not arguments.no_speculation,
         dtype=arguments.dtype,
         device=arguments.device,
+        schedule=arguments.schedule,
+        confidence_threshold=arguments.confidence_threshold,
+        cost_directory=None if arguments.no_cost_cache else str(Path.home() / ".cache" / "dspark-ray"),
     )
     tokenizer = Tokenizer.from_directory(Path(arguments.model))
-    engine = build_engine(arguments.model, config)
     request = Request(
         request_id="cli",
         prompt_token_ids=tuple(_prompt_ids(tokenizer, arguments)),
@@ -101,11 +139,20 @@ def _generate(arguments: argparse.Namespace) -> int:
         ),
         speculative=SpeculativeParams(enabled=not arguments.no_speculation),
     )
+    engine = build_engine(arguments.model, config, _show_profiling)
     generated = generate_text(engine, tokenizer, request, lambda text: print(text, end="", flush=True))
     engine.close()
     print()
     print(_summary(generated), file=sys.stderr)
+    if arguments.explain:
+        print(explain(generated.records), file=sys.stderr)
     return 0
+
+
+def _show_profiling(num_done: int, num_sizes: int) -> None:
+    """A line that rewrites itself until it is complete."""
+    end = "\n" if num_done == num_sizes else ""
+    print(f"\rprofiling what steps cost: {num_done}/{num_sizes}", end=end, file=sys.stderr, flush=True)
 
 
 def _prompt_ids(tokenizer: Tokenizer, arguments: argparse.Namespace) -> list[int]:
@@ -119,8 +166,12 @@ def generate_text(engine: Engine, tokenizer: Tokenizer, request: Request, emit: 
     text = TextStream(tokenizer, request.sampling.stop)
     engine.add_request(request)
     num_tokens, stats, stopped, started = 0, SpeculationStats(), False, time.perf_counter()
+    records: list[StepRecord] = []
     while engine.has_unfinished():
-        for output in engine.step().sequences:
+        step = engine.step()
+        if step.record is not None:
+            records.append(step.record)
+        for output in step.sequences:
             delta = text.push(output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids)
             emit(delta.text)
             stats = output.stats or stats
@@ -131,7 +182,7 @@ def generate_text(engine: Engine, tokenizer: Tokenizer, request: Request, emit: 
             if stopped:
                 engine.abort(request.request_id)
     emit(text.flush())
-    return Generated(num_tokens, time.perf_counter() - started, stats)
+    return Generated(num_tokens, time.perf_counter() - started, stats, records)
 
 
 def _summary(generated: Generated) -> str:
@@ -141,6 +192,38 @@ def _summary(generated: Generated) -> str:
         f"accepted length {stats.mean_accepted_length:.2f} "
         f"(drafted {stats.num_drafted}, admitted {stats.num_admitted}, accepted {stats.num_accepted})"
     )
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    answer = _get_json(f"{arguments.url.rstrip('/')}/admin/steps?last={arguments.last}")
+    if arguments.json:
+        print(json.dumps(answer, indent=2))
+        return 0
+    try:
+        table = explain([from_json(step) for step in answer["steps"]])
+        print(f"replica {answer['replica']}\n{table}")
+    except (AttributeError, KeyError, TypeError):
+        raise ServerError(f"{arguments.url}: not the answer of a dspark-ray of this version") from None
+    return 0
+
+
+def _get_json(url: str) -> Any:
+    """Raises ServerError."""
+    try:
+        with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise ServerError(f"{url}: {error.code} {_reason(error)}") from None
+    except (OSError, HTTPException, ValueError) as error:
+        raise ServerError(f"{url}: {getattr(error, 'reason', error)}") from None
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """The message in our error schema, or HTTP's own words where the answer has none."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (OSError, HTTPException, ValueError, KeyError, TypeError):
+        return error.reason
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from dspark_ray.sequence import Sequence
 from dspark_ray.speculative.acceptance import Acceptance, DraftSource, build_verification
 from dspark_ray.speculative.planner import Batch, DraftedRows, Planner, StepOutcome
 from dspark_ray.types import (
+    BypassReason,
     FinishReason,
     Request,
     RequestError,
@@ -143,6 +144,8 @@ class Engine:
         """Positions whose main_x the drafter has, by slot."""
         self._drafting: list[Sequence] | None = None
         """Sequences of the request that is open at the drafter."""
+        self._bypass: BypassReason | None = None
+        """Why none is open, where one could be."""
         self._schedule_seconds = 0.0
         self._aborted: list[SequenceOutput] = []
 
@@ -203,9 +206,10 @@ class Engine:
         result = self._target.run(command)
         forward_ended = self._clock()
         outputs, judged = self._commit(works, drafted, result)
+        bypass = self._bypass
         self._submit_drafts()
         timing = StepTiming(self._clock() - started, proposed - started, forward_ended - forward_started)
-        record = self._timed(lambda: self._learn(batch, drafted, judged, timing))
+        record = self._timed(lambda: self._learn(batch, drafted, judged, timing, bypass))
         self.last_step_timing = replace(timing, total=self._clock() - started, schedule=self._schedule_seconds)
         return self._output(outputs, record)
 
@@ -312,7 +316,12 @@ class Engine:
         return outputs, judged
 
     def _learn(
-        self, batch: Batch, drafted: _Drafted | None, judged: dict[Sequence, _Judged], timing: StepTiming
+        self,
+        batch: Batch,
+        drafted: _Drafted | None,
+        judged: dict[Sequence, _Judged],
+        timing: StepTiming,
+        bypass: BypassReason | None,
     ) -> StepRecord:
         """Tell the planner what became of the step."""
         live = list(drafted.lengths) if drafted else []
@@ -322,6 +331,7 @@ class Engine:
                 num_tokens_accepted=np.array([judged[sequence].num_accepted for sequence in live], dtype=np.int64),
                 num_committed=np.array([judged[sequence].num_committed for sequence in live], dtype=np.int64),
                 num_drafted=len(drafted.sequences) if drafted else 0,
+                bypass=bypass,
                 draft_seconds=timing.draft,
                 target_seconds=timing.total - timing.draft,
                 schedule_seconds=self._schedule_seconds,
@@ -443,11 +453,12 @@ class Engine:
 
     def _select(self, decoding: list[Sequence], speculating: list[Sequence]) -> list[Sequence]:
         """Those of the speculating sequences for which a draft pays."""
+        self._bypass = None
         if not speculating:
             return []
         candidates = [s for s in speculating if self._max_length(s) > 0]
         batch = Batch(len(decoding), 0, len(decoding), _mean_length(decoding))
-        chosen = self._timed(lambda: self.planner.select(_slots(candidates), batch))
+        chosen, self._bypass = self._timed(lambda: self.planner.select(_slots(candidates), batch))
         return [sequence for sequence, is_chosen in zip(candidates, chosen.tolist(), strict=True) if is_chosen]
 
     def _draft_request(self, context: ContextUpdate, sequences: list[Sequence]) -> DraftRequest:

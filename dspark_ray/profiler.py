@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import random
 import statistics
@@ -26,10 +27,13 @@ from dspark_ray.sequence import Sequence
 from dspark_ray.speculative.cost import CostTable, Curve
 from dspark_ray.types import Request, SamplingParams, SpeculativeParams
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 """(steps sizes done, sizes in all)"""
 
-_PASSES = 3
+_MIN_PASSES, _MIN_MEASUREMENTS = 3, 60
+"""Engines with few sizes are measured more often: it costs little, and single steps are noisy."""
 _STEPS_PER_PASS = 2
 _SHORT_CONTEXT = 16
 _KEY_PACKAGES = ("torch", "triton", "transformers", "numpy")
@@ -45,7 +49,7 @@ class _Size:
     context: int
 
 
-def profile(engine: Engine, progress: Progress | None = None, passes: int = _PASSES) -> CostTable:
+def profile(engine: Engine, progress: Progress | None = None) -> CostTable:
     """Median seconds by rows and by drafted requests, at a short and at a long context; the engine must be idle.
 
     Every pass goes through all sizes, so that a disturbance of the machine does not meet one size only. Rows that
@@ -54,7 +58,8 @@ def profile(engine: Engine, progress: Progress | None = None, passes: int = _PAS
     assert not engine.has_unfinished(), "profiling needs the engine for itself"
     targets: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     drafts: dict[int, list[float]] = defaultdict(list)
-    sizes = list(_sizes(engine)) * passes
+    sizes = list(_sizes(engine))
+    sizes *= max(_MIN_PASSES, -(-_MIN_MEASUREMENTS // len(sizes)))
     for done, size in enumerate(sizes):
         if progress is not None:
             progress(done, len(sizes))
@@ -72,7 +77,20 @@ def profile(engine: Engine, progress: Progress | None = None, passes: int = _PAS
 
 def _curve(seconds: dict[int, list[float]]) -> Curve:
     sizes = sorted(seconds)
-    return Curve(tuple(sizes), tuple(statistics.median(seconds[size]) for size in sizes))
+    return Curve(tuple(sizes), tuple(_rising([statistics.median(seconds[size]) for size in sizes])))
+
+
+def _rising(values: list[float]) -> list[float]:
+    """The nearest values that never fall: where measurements do, neighbours share their mean.
+
+    A running maximum would let one disturbed size lift everything behind it.
+    """
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and statistics.fmean(groups[-2]) > statistics.fmean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [statistics.fmean(group) for group in groups for _ in group]
 
 
 def _sizes(engine: Engine) -> Iterator[_Size]:
@@ -116,9 +134,7 @@ def _sequence(engine: Engine, number: int, size: _Size, generator: random.Random
         request_id=f"profile-{number}",
         prompt_token_ids=tuple(generator.choices(vocabulary, k=size.context)),
         output_token_ids=tuple(generator.choices(vocabulary, k=1)),
-        sampling=SamplingParams(
-            temperature=1.0, seed=number, max_tokens=engine.config.max_model_len, ignore_eos=True
-        ),
+        sampling=SamplingParams(temperature=1.0, seed=number, max_tokens=engine.config.max_model_len, ignore_eos=True),
         speculative=SpeculativeParams(enabled=size.num_drafts is not None, max_draft_tokens=size.num_drafts),
     )
     return Sequence(request)
@@ -145,13 +161,14 @@ def load_or_profile(
     if kept is not None and kept.key == key:
         return kept
     table = replace(profile(engine, progress), key=key)
-    table.save(path)
+    try:
+        table.save(path)
+    except OSError as error:
+        logger.warning("the cost table is not kept for the next start: %s", error)
     return table
 
 
-def deployment_key(
-    model: ModelConfig, config: EngineConfig, checkpoint: Path, gang: dict[str, Any]
-) -> dict[str, Any]:
+def deployment_key(model: ModelConfig, config: EngineConfig, checkpoint: Path, gang: dict[str, Any]) -> dict[str, Any]:
     """Everything that changes what a step costs."""
     engine = {
         name: getattr(config, name)

@@ -187,9 +187,7 @@ class DSparkModule(nn.Module):
         flat = torch.arange(shown.numel(), device=visible.device).view_as(shown)
         return torch.where(shown, flat, -1)
 
-    def run_heads(
-        self, block: BlockOutput, anchors: Tensor, choose: Choose, num_positions: int | None = None
-    ) -> Draft:
+    def run_heads(self, block: BlockOutput, anchors: Tensor, choose: Choose, num_positions: int | None = None) -> Draft:
         """Left to right: bias by the token before, choose, and say how sure; None goes to the end of the block."""
         last = self.stages[-1]
         markov, previous = last.markov_head, anchors

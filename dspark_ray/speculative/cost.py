@@ -214,7 +214,6 @@ class CostModel:
     """
 
     _SCALE_GAIN = 0.05
-    _SHAPE_GAIN = 0.01
     _CLIP = (0.5, 2.0)
     """A single step says no more than this about its size: pauses of the process are not costs."""
     _STEPS_PER_TABLE = 8
@@ -245,13 +244,13 @@ class CostModel:
     def observe(self, rows: int, context: float, target: float, num_drafted: int, draft: float) -> None:
         """Learn from a step: `rows` took `target` seconds, and the draft of `num_drafted` requests `draft` seconds."""
         rows, num_drafted = min(rows, self._targets.shape[1] - 1), min(num_drafted, len(self._draft) - 1)
-        expected_target = float(self.target_seconds(context)[rows])
-        expected_draft = float(self._draft[num_drafted])
+        expected_target = float(_at_context(self._learned_targets, self._contexts, context)[rows])
+        expected_draft = float(self._learned_draft[num_drafted])
         if expected_draft > 0:
-            self._draft_factors.learn(num_drafted, _clipped(draft / expected_draft, self._CLIP) ** self._SHAPE_GAIN)
+            self._draft_factors.learn(num_drafted, _clipped(draft / expected_draft, self._CLIP))
         if expected_target > 0:
             ratio = _clipped(target / expected_target, self._CLIP)
-            self._target_factors.learn(rows, ratio**self._SHAPE_GAIN)
+            self._target_factors.learn(rows, ratio)
             self._scale *= ratio**self._SCALE_GAIN
             profiled = float(_at_context(self._profiled_targets, self._contexts, context)[rows])
             self.drift *= _clipped(target / (profiled * self.drift), self._CLIP) ** self._SCALE_GAIN
@@ -260,9 +259,11 @@ class CostModel:
             self._make_tables()
 
     def _make_tables(self) -> None:
-        targets = self._scale * self._profiled_targets * self._target_factors.by_size()
-        self._targets = np.maximum.accumulate(targets, axis=-1)
-        self._draft = np.maximum.accumulate(self._scale * self._profiled_draft * self._draft_factors.by_size())
+        # Steps are compared with what their own size has taught: a maximum over smaller ones could not be learned.
+        self._learned_targets = self._scale * self._profiled_targets * self._target_factors.by_size()
+        self._learned_draft = self._scale * self._profiled_draft * self._draft_factors.by_size()
+        self._targets = np.maximum.accumulate(self._learned_targets, axis=-1)
+        self._draft = np.maximum.accumulate(self._learned_draft)
 
 
 def _at_context(seconds: np.ndarray, contexts: np.ndarray, context: float) -> np.ndarray:
@@ -277,23 +278,30 @@ def _at_context(seconds: np.ndarray, contexts: np.ndarray, context: float) -> np
 class _Factors:
     """What measured sizes have turned out to be, over what was profiled; between them a straight line."""
 
+    _GAIN = 0.01
+    """Weight of a step. The first ones at a size weigh more, in case it was disturbed when it was profiled."""
+    _STEPS_TO_SETTLE = 20
+
     def __init__(self, sizes: Sequence[int], max_size: int) -> None:
         self._sizes = list(sizes)
         self._factors = np.ones(len(sizes))
+        self._num_learned = np.zeros(len(sizes))
         self._wanted = np.arange(max_size + 1)
 
     def by_size(self) -> np.ndarray:
         """[max_size + 1]"""
         return np.interp(self._wanted, self._sizes, self._factors)
 
-    def learn(self, size: int, change: float) -> None:
-        """Multiply the factors of the neighbouring measured sizes, the nearer one by more."""
+    def learn(self, size: int, ratio: float) -> None:
+        """A step took `ratio` of what was expected: so do the neighbouring measured sizes, the nearer one more so."""
         right = min(bisect_left(self._sizes, size), len(self._sizes) - 1)
         left = max(0, right - 1)
         gap = self._sizes[right] - self._sizes[left]
         share = 1.0 if gap == 0 else min(1.0, max(0.0, (size - self._sizes[left]) / gap))
-        self._factors[right] *= change**share
-        self._factors[left] *= change ** (1 - share)
+        for place, weight in ((right, share), (left, 1 - share)):
+            gain = max(self._GAIN, 1 / (self._num_learned[place] + self._STEPS_TO_SETTLE))
+            self._factors[place] *= ratio ** (weight * gain)
+            self._num_learned[place] += weight
 
 
 def _clipped(ratio: float, limits: tuple[float, float]) -> float:

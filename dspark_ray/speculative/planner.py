@@ -71,6 +71,8 @@ class StepOutcome:
     """[R] drafts that stood and belong to the text"""
     num_drafted: int
     """Requests that were drafted, also those that have left since."""
+    bypass: BypassReason | None
+    """Why nobody was, where somebody could have been."""
     draft_seconds: float
     target_seconds: float
     """Everything but the draft."""
@@ -111,7 +113,6 @@ class Planner:
         self._policy_ends_at = math.inf
         self._tokens_per_second: float | None = None
         self._round: _Round | None = None
-        self._bypass: BypassReason | None = None
         self._step_seconds = 0.0
         self._num_steps = 0
 
@@ -139,12 +140,8 @@ class Planner:
         self._selector.admit(slot)
         self._past.admit(slot)
 
-    def select(self, slots: np.ndarray, batch: Batch) -> np.ndarray:
-        """Which of the requests in `slots` [R] to draft for the step `batch`: a mask [R]."""
-        chosen, self._bypass = self._select(slots, batch)
-        return chosen
-
-    def _select(self, slots: np.ndarray, batch: Batch) -> tuple[np.ndarray, BypassReason | None]:
+    def select(self, slots: np.ndarray, batch: Batch) -> tuple[np.ndarray, BypassReason | None]:
+        """Which of the requests in `slots` [R] to draft for the step `batch`: a mask [R], and why it is empty."""
         everybody = np.ones(len(slots), dtype=bool)
         if self.policy.bypass or self.policy.max_draft_tokens == 0:
             return ~everybody, "policy"
@@ -214,7 +211,7 @@ class Planner:
             ended_at=outcome.ended_at,
             num_decoding=batch.num_decoding,
             num_prefill_rows=batch.num_prefill_rows,
-            bypass=self._bypass if planned is None else None,
+            bypass=outcome.bypass if batch.num_decoding else None,
             gamma=self.gamma,
             lengths=tuple(planned.lengths.tolist()) if planned else (),
             accepted=tuple(outcome.num_committed.tolist()),

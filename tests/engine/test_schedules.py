@@ -103,9 +103,8 @@ class ArbitraryPlanner(Planner):
         self._generator = generator
         self._schedule = self
 
-    def select(self, slots: np.ndarray, batch: Batch) -> np.ndarray:
-        super().select(slots, batch)
-        return self._generator.random(len(slots)) < 0.6
+    def select(self, slots: np.ndarray, batch: Batch) -> tuple[np.ndarray, None]:
+        return self._generator.random(len(slots)) < 0.6, None
 
     def plan(self, rows, batch=None):
         if batch is None:  # called as a schedule, with a view
@@ -161,6 +160,15 @@ def test_a_policy_bounds_lengths_and_says_so():
     _, records = records_of(engine, *mixed())
     assert max(length for record in records for length in record.lengths) == 2
     assert {(record.policy_version, record.confidence_threshold) for record in records} == {(7, 0.1)}
+
+
+def test_a_step_without_a_draft_says_why_and_a_step_with_one_does_not():
+    engine = scheduled(CHEAP)
+    engine.apply_policy(VerificationPolicy(bypass=True, valid_seconds=0.8))
+    _, records = records_of(engine, *mixed())
+    for record in records[1:]:
+        assert (record.bypass is None) == (record.num_drafted > 0)
+    assert records[0].bypass is None  # nobody decoded in it
 
 
 def test_a_policy_can_stop_all_drafting(texts):
@@ -254,9 +262,9 @@ class Intermittent(Planner):
         super().__init__(config)
         self._period, self._count = num_left_out + 1, 0
 
-    def select(self, slots: np.ndarray, batch: Batch) -> np.ndarray:
+    def select(self, slots: np.ndarray, batch: Batch) -> tuple[np.ndarray, None]:
         self._count += 1
-        return np.full(len(slots), self._count % self._period == 0)
+        return np.full(len(slots), self._count % self._period == 0), None
 
 
 # Profiling

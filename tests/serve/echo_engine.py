@@ -14,7 +14,9 @@ from dspark_ray.types import (
     SequenceOutput,
     SpeculationStats,
     StepOutput,
+    StepRecord,
     TokenLogprobs,
+    VerificationPolicy,
 )
 
 TOKENS_PER_STEP = 3
@@ -30,8 +32,10 @@ class EchoEngine:
     max_requests: int = 64
     seen: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    policies: list[VerificationPolicy] = field(default_factory=list)
     step_gate: threading.Event = field(default_factory=threading.Event)
     breaks: bool = False
+    num_steps: int = 0
     _running: dict[str, tuple[Request, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,6 +46,7 @@ class EchoEngine:
         self.max_requests, self.breaks = 64, False
         self.seen.clear()
         self.aborted.clear()
+        self.policies.clear()
         self.step_gate.set()
 
     def add_request(self, request: Request) -> None:
@@ -57,6 +62,9 @@ class EchoEngine:
         if self._running.pop(request_id, None) is not None:
             self.aborted.append(request_id)
 
+    def apply_policy(self, policy: VerificationPolicy) -> None:
+        self.policies.append(policy)
+
     def has_unfinished(self) -> bool:
         return bool(self._running)
 
@@ -65,14 +73,35 @@ class EchoEngine:
         time.sleep(STEP_SECONDS)
         if self.breaks:
             raise RuntimeError("the engine broke on purpose")
+        record = self._record()
         outputs = tuple(self._advance(*self._running[request_id]) for request_id in list(self._running))
-        return StepOutput(sequences=outputs, num_running=len(self._running))
+        return StepOutput(sequences=outputs, record=record, num_running=len(self._running))
 
     def keep_alive(self) -> None:
         pass
 
     def close(self) -> None:
         pass
+
+    def _record(self) -> StepRecord:
+        """Three of five drafts verified for everybody, two of which stand, unless a policy forbids drafts."""
+        policy = self.policies[-1] if self.policies else VerificationPolicy()
+        num_drafted = 0 if policy.bypass else len(self._running)
+        self.num_steps += 1
+        return StepRecord(
+            step=self.num_steps - 1,
+            ended_at=time.time(),
+            num_decoding=len(self._running),
+            num_prefill_rows=0,
+            bypass="policy" if policy.bypass else None,
+            lengths=(TOKENS_PER_STEP,) * num_drafted,
+            accepted=(TOKENS_PER_STEP - 1,) * num_drafted,
+            expected=2.5 * num_drafted,
+            gamma=5,
+            confidence_threshold=policy.confidence_threshold,
+            policy_version=policy.version,
+            calibration_error=(0.25, None, None, None, None),
+        )
 
     def _advance(self, request: Request, num_done: int) -> SequenceOutput:
         tokens = list(self._next_tokens(request, num_done))

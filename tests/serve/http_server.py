@@ -17,10 +17,10 @@ from echo_engine import EchoEngine
 from deployments.channel import EngineChannel
 from deployments.generation import EngineBusy, EngineLost
 from deployments.ingress import Service, build_http
-from deployments.messages import Refusal
+from deployments.messages import Refusal, StepLog
 from deployments.workers import StepLoop
 from dspark_ray.tokenizer import Tokenizer
-from dspark_ray.types import Request, SequenceOutput, StepOutput
+from dspark_ray.types import Request, SequenceOutput, StepOutput, VerificationPolicy
 
 MAX_MODEL_LEN = 256
 
@@ -82,6 +82,15 @@ class ChannelClient:
 
     async def is_healthy(self) -> bool:
         return self.healthy
+
+    async def steps(self, last: int) -> StepLog:
+        return StepLog("only", self._channel.steps(last))
+
+    async def set_policy(self, policy: VerificationPolicy) -> str:
+        if self.is_busy:
+            raise EngineBusy("too many queued requests")
+        self._channel.set_policy(policy)
+        return "only"
 
 
 @dataclass

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -37,6 +38,8 @@ def gang_args(checkpoint: Path, **fields: object) -> dict[str, object]:
         "model": str(checkpoint),
         "tensor_parallel_size": 2,
         "engine": ENGINE,
+        # Not in the home of whoever runs the tests.
+        "dspark": {"cost_table": {"directory": str(checkpoint.parent / "costs")}},
         "placement": {"verifier": {"resources": {"CPU": 0.5}}, "drafter": {"resources": {"CPU": 0.5}}},
         "health": {"check_period_s": 1, "check_timeout_s": 5, "graceful_shutdown_timeout_s": 2},
         **fields,
@@ -87,6 +90,35 @@ def test_speculation_took_place(app):
     assert metrics["num_spec_tokens"] == 5
     assert metrics["num_draft_tokens"] > 0
     assert sum(metrics["acceptance_histogram"]) == metrics["num_spec_steps"]
+
+
+def latest_steps(app: Application, last: int) -> list[dict[str, Any]]:
+    answer = httpx.get(f"{app.client.base_url}../admin/steps", params={"last": last}, timeout=30)
+    return answer.raise_for_status().json()["steps"]
+
+
+def set_policy(app: Application, **policy: object) -> None:
+    httpx.post(f"{app.client.base_url}../admin/policy", json=policy, timeout=30).raise_for_status()
+
+
+def test_the_steps_add_up_to_what_the_request_says(app):
+    before = latest_steps(app, 1)[0]["step"]
+    metrics = sampled(app).metrics["speculative_decoding"]
+    steps = [step for step in latest_steps(app, 1000) if step["step"] > before]
+    assert sum(step["budget"] for step in steps) == metrics["num_admitted_draft_tokens"]
+    assert sum(step["num_accepted"] for step in steps) == metrics["num_accepted_draft_tokens"]
+    assert sum(step["num_decoding"] for step in steps) == metrics["num_spec_steps"]
+    assert all(step["predicted_target_seconds"] > 0 for step in steps)
+
+
+def test_a_policy_without_drafts_changes_the_steps_and_not_the_text(app, reference):
+    set_policy(app, bypass=True, version=3)
+    try:
+        assert sampled(app).choices[0].text == reference
+        *_, last = latest_steps(app, 10)
+        assert (last["bypass"], last["num_drafted"], last["policy_version"]) == ("policy", 0, 3)
+    finally:
+        set_policy(app)
 
 
 def test_a_chat_is_answered(app):

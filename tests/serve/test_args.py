@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 import deployments
 from deployments.args import AppArgs
 from deployments.gang import actor_options, bundle_order
+from dspark_ray.config import EngineConfig
 
 PACKAGE = Path(deployments.__file__).parent
 YAML_FILES = sorted(PACKAGE.glob("*.yaml"))
@@ -46,6 +48,30 @@ def test_an_absolute_model_stays(tmp_path):
         ({"placement": {"strategy": "NEAR"}}, "placement.strategy\n  Input should be 'PACK'"),
         ({"placement": {"verifier": [{}]}, "tensor_parallel_size": 2}, "has 1 entries: expected one per rank"),
         ({"placement": {"replica": {"CPU": -1}}}, "placement.replica.CPU\n  Input should be greater than 0"),
+        ({"dspark": {"schedule": {"kind": "best"}}}, "Input should be 'causal', 'lagged', 'full' or 'fixed'"),
+        ({"dspark": {"schedule": {"lag": 0}}}, "dspark.schedule.lag\n  Input should be greater than 0"),
+        ({"dspark": {"schedule": {"lags": 1}}}, "dspark.schedule.lags\n  Extra inputs"),
+        ({"dspark": {"confidence": {"threshold": 1.5}}}, "dspark.confidence.threshold\n  Input should be less than or"),
+        ({"dspark": {"confidence": {"sts": "x"}}}, "dspark.confidence.sts\n  Extra inputs"),
+        ({"dspark": {"cost_table": {"folder": "x"}}}, "dspark.cost_table.folder\n  Extra inputs"),
+        (
+            {"dspark": {"verification": "rejection", "schedule": {"kind": "full"}}},
+            "schedule='full' with verification='rejection': a search over current confidences sees drafted tokens",
+        ),
+        (
+            {
+                "speculative_config": {"enable_adaptive_verification": False},
+                "dspark": {"schedule": {"kind": "causal"}},
+            },
+            "dspark.schedule.kind='causal' with speculative_config.enable_adaptive_verification=false: expected fixed",
+        ),
+        (
+            {
+                "speculative_config": {"enable_adaptive_verification": True},
+                "dspark": {"schedule": {"kind": "fixed"}},
+            },
+            "dspark.schedule.kind='fixed' with speculative_config.enable_adaptive_verification=true: expected causal",
+        ),
         ({"model": ""}, "model\n  String should have at least 1 character"),
     ],
 )
@@ -58,6 +84,59 @@ def test_a_bad_key_or_value_is_named(fields, expected):
 def test_engine_sizes_keep_the_engines_own_defaults():
     config = args(engine={"max_num_seqs": 3}, speculative_config={"num_speculative_tokens": 2}).engine_config()
     assert (config.max_num_seqs, config.gamma, config.speculation, config.page_size) == (3, 2, True, 128)
+
+
+def test_without_a_word_about_schedules_the_engines_defaults_hold():
+    config, default = args().engine_config(), EngineConfig()
+    assert config == dataclasses.replace(default, cost_directory=config.cost_directory)
+    assert config.schedule_kind == "full"
+
+
+def test_every_field_of_the_schedule_reaches_the_engine():
+    config = args(
+        dspark={
+            "schedule": {"kind": "lagged", "lag": 3, "bypass": False},
+            "confidence": {"threshold": 0.25, "sts_path": "tiny/sts.json", "calibrate_online": False},
+            "cost_table": {"path": "costs.json", "directory": None},
+        }
+    ).engine_config()
+    assert (config.schedule, config.schedule_lag, config.bypass) == ("lagged", 3, False)
+    assert (config.confidence_threshold, config.calibrate_online) == (0.25, False)
+    assert (config.sts_path, config.cost_table) == (str(PACKAGE / "tiny" / "sts.json"), str(PACKAGE / "costs.json"))
+    assert config.cost_directory is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"), [(None, "~/.cache/dspark-ray"), ("", "~/.cache/dspark-ray"), ("/c", "/c/dspark-ray")]
+)
+def test_profiled_costs_are_kept_in_the_users_cache_folder(monkeypatch, tmp_path, variable, expected):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", variable)
+    assert args().engine_config().cost_directory == expected.replace("~", str(tmp_path))
+
+
+def test_a_folder_for_costs_is_taken_as_it_is(tmp_path):
+    config = args(dspark={"cost_table": {"directory": str(tmp_path)}}).engine_config()
+    assert config.cost_directory == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("adaptive", "kind", "expected"),
+    [
+        (None, None, ("full", True)),
+        (True, None, ("full", True)),
+        (True, "causal", ("causal", True)),
+        (False, None, ("fixed", False)),
+        (False, "fixed", ("fixed", False)),
+    ],
+)
+def test_vllms_switch_chooses_between_a_schedule_and_whole_drafts(adaptive, kind, expected):
+    config = args(
+        speculative_config={"enable_adaptive_verification": adaptive}, dspark={"schedule": {"kind": kind}}
+    ).engine_config()
+    assert (config.schedule_kind, config.bypass) == expected
 
 
 def test_no_speculative_config_is_no_speculation_and_no_drafter():

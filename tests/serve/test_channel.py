@@ -12,14 +12,16 @@ from echo_engine import EchoEngine
 from http_server import NoObserver, running_loop
 
 from deployments.channel import EngineChannel
-from deployments.messages import Failed, Outputs, Refusal, Submit, decode, encode
+from deployments.messages import MAX_STEPS, Failed, Outputs, Refusal, SetPolicy, Submit, decode, encode
 from dspark_ray.types import (
     Request,
     SamplingParams,
     SequenceOutput,
     SpeculationStats,
     StepOutput,
+    StepRecord,
     TokenLogprobs,
+    VerificationPolicy,
 )
 
 
@@ -38,6 +40,21 @@ def request(request_id: str, max_tokens: int = 9) -> Request:
 
 async def tokens_of(channel: EngineChannel, request: Request) -> list[int]:
     return [token async for output in channel.generate(request) for token in output.token_ids]
+
+
+def record(step: int) -> StepRecord:
+    return StepRecord(
+        step=step,
+        ended_at=1.7e9,
+        num_decoding=3,
+        num_prefill_rows=4,
+        bypass=None,
+        lengths=(5, 0, 2),
+        accepted=(3, 0, 2),
+        expected=5.5,
+        gamma=5,
+        calibration_error=(0.125, None),
+    )
 
 
 async def until(condition) -> None:
@@ -100,6 +117,45 @@ async def test_an_idle_loop_is_heard(channel):
     await until(lambda: channel.seconds_of_silence < silence)
 
 
+async def test_a_policy_reaches_an_idle_engine(channel, engine):
+    channel.set_policy(VerificationPolicy(confidence_threshold=0.5, bypass=True, version=7, valid_seconds=3.5))
+    await until(lambda: engine.policies)
+    assert engine.policies == [VerificationPolicy(confidence_threshold=0.5, bypass=True, version=7, valid_seconds=3.5)]
+
+
+async def test_a_policy_reaches_a_running_engine_before_its_requests_end(channel, engine):
+    async with aclosing(channel.generate(request("long", 10_000))) as outputs:
+        await anext(outputs)
+        channel.set_policy(VerificationPolicy(bypass=True))
+        await until(lambda: channel.steps(1)[0].bypass == "policy")
+
+
+async def test_records_of_the_latest_steps_are_kept_in_order(channel):
+    assert channel.steps(3) == []
+    await tokens_of(channel, request("whole", 12))
+    assert [step.step for step in channel.steps(100)] == [0, 1, 2, 3]
+    assert [step.step for step in channel.steps(2)] == [2, 3]
+
+
+async def test_no_more_records_are_kept_than_allowed(channel):
+    with zmq.Context() as context, context.socket(zmq.PUSH) as rank_0:
+        rank_0.set_hwm(0)
+        rank_0.connect(channel.outputs_address)
+        for step in range(MAX_STEPS + 10):
+            rank_0.send(encode(Outputs(step=StepOutput(record=record(step)))))
+        await until(lambda: channel.steps(1) == [record(MAX_STEPS + 9)])
+    assert [step.step for step in channel.steps(2 * MAX_STEPS)] == list(range(10, MAX_STEPS + 10))
+
+
+async def test_a_step_in_which_nothing_ran_leaves_no_record(channel):
+    with zmq.Context() as context, context.socket(zmq.PUSH) as rank_0:
+        rank_0.connect(channel.outputs_address)
+        rank_0.send(encode(Outputs(step=StepOutput())))
+        rank_0.send(encode(Outputs(step=StepOutput(record=record(0)))))
+        await until(lambda: channel.steps(5))
+    assert channel.steps(5) == [record(0)]
+
+
 async def test_garbage_on_the_port_is_ignored(channel):
     with zmq.Context() as context, context.socket(zmq.PUSH) as stranger:
         stranger.connect(channel.outputs_address)
@@ -131,10 +187,12 @@ async def test_garbage_on_the_port_is_ignored(channel):
                         stats=SpeculationStats(1, 2, 3, 4, (5, 6)),
                     ),
                 ),
+                record=record(9),
                 num_running=2,
                 cache_usage=0.5,
             )
         ),
+        SetPolicy(policy=VerificationPolicy(confidence_threshold=0.25, max_draft_tokens=2, version=3)),
     ],
 )
 def test_a_message_survives_the_wire(message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -12,6 +13,9 @@ import openai
 import pytest
 from byte_tokenizer import EOS
 from http_server import MAX_MODEL_LEN, Server
+
+from dspark_ray.cli import main
+from dspark_ray.types import StepRecord, VerificationPolicy
 
 
 def complete(client: openai.OpenAI, prompt: object = "abc", **options: object) -> openai.types.Completion:
@@ -440,3 +444,144 @@ def test_health_follows_the_engine(server):
 
 def test_version_is_the_packages(server):
     assert httpx.get(f"{server.url}/version").json()["version"]
+
+
+# Administration.
+
+
+def steps(server: Server, last: object = 50) -> httpx.Response:
+    return httpx.get(f"{server.url}/admin/steps", params={"last": last})
+
+
+def test_the_latest_steps_are_shown_oldest_first(server, client):
+    complete(client, "abc", max_tokens=12)
+    answer = steps(server, 3).json()
+    assert answer["replica"] == "only"
+    first, second, last = answer["steps"]
+    assert (second["step"], last["step"]) == (first["step"] + 1, first["step"] + 2)
+
+
+def test_a_step_has_the_fields_of_its_record_and_their_sums(server, client):
+    complete(client, "abc", n=2, max_tokens=3)
+    step = steps(server, 1).json()["steps"][0]
+    assert step.keys() == {
+        *(field.name for field in dataclasses.fields(StepRecord)),
+        *("num_drafted", "budget", "num_accepted"),
+    }
+    assert (step["num_drafted"], step["budget"], step["num_accepted"]) == (
+        len(step["lengths"]),
+        sum(step["lengths"]),
+        sum(step["accepted"]),
+    )
+    assert step["calibration_error"] == [0.25, None, None, None, None]
+
+
+def test_fifty_steps_are_shown_where_no_number_is_asked_for(server, client):
+    complete(client, "abc", max_tokens=180)
+    assert len(httpx.get(f"{server.url}/admin/steps").json()["steps"]) == 50
+
+
+@pytest.mark.parametrize("last", [0, -1, 1001, "many", "", 2.5])
+def test_a_bad_number_of_steps_is_named(server, last):
+    answer = steps(server, last)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["type"]) == ("last", "invalid_request_error")
+    assert error["message"].startswith("last=")
+
+
+def test_an_unknown_word_in_the_query_is_named(server):
+    answer = httpx.get(f"{server.url}/admin/steps", params={"lats": 5})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "lats"
+
+
+def test_a_policy_reaches_the_engine_and_is_said_back(server, echo):
+    policy = {"confidence_threshold": 0.25, "max_draft_tokens": 2, "bypass": True, "version": 7, "valid_seconds": 30}
+    answer = post(server, "/admin/policy", policy)
+    assert answer.json() == {"replica": "only", "policy": policy}
+    wait_until(lambda: echo.policies == [VerificationPolicy(**policy)])
+
+
+def test_an_empty_policy_bounds_nothing(server, echo):
+    assert post(server, "/admin/policy", {"bypass": None}).status_code == 200
+    wait_until(lambda: echo.policies == [VerificationPolicy()])
+
+
+def test_a_policy_shows_in_the_steps_behind_it(server, client, echo):
+    text = complete(client, "abc", max_tokens=12).choices[0].text
+    post(server, "/admin/policy", {"bypass": True, "version": 7})
+    wait_until(lambda: echo.policies)
+    assert complete(client, "abc", max_tokens=12).choices[0].text == text
+    step = steps(server, 1).json()["steps"][0]
+    assert (step["bypass"], step["budget"], step["policy_version"]) == ("policy", 0, 7)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"confidence_threshold": 1.5}, "confidence_threshold"),
+        ({"confidence_threshold": "high"}, "confidence_threshold"),
+        ({"confidence_threshold": float("nan")}, "confidence_threshold"),
+        ({"max_draft_tokens": -1}, "max_draft_tokens"),
+        ({"max_draft_tokens": 1.5}, "max_draft_tokens"),
+        ({"bypass": "yes"}, "bypass"),
+        ({"version": "x"}, "version"),
+        ({"valid_seconds": 0}, "valid_seconds"),
+        ({"threshold": 0.5}, "threshold"),
+        ([], "body"),
+    ],
+)
+def test_a_bad_policy_is_named_and_changes_nothing(server, echo, body, param):
+    answer = post(server, "/admin/policy", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert echo.policies == []
+
+
+def test_a_busy_engine_is_503_for_a_policy_too(server):
+    server.client.is_busy = True
+    answer = post(server, "/admin/policy", {})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+# `dspark-ray explain`, against this server.
+
+
+def test_explain_prints_a_line_per_step(server, client, capsys):
+    complete(client, "abc", max_tokens=12)
+    assert main(["explain", "--url", f"{server.url}/", "--last", "4"]) == 0
+    replica, headings, *rows = capsys.readouterr().out.splitlines()
+    assert replica == "replica only"
+    assert headings.split()[:3] == ["step", "decoding", "drafted"]
+    assert rows[4:6] == [
+        "",
+        "tokens:  20 drafted, 12 verified, 10.0 expected to be accepted, 8 accepted (0.80 of that)",
+    ]
+
+
+def test_explain_can_print_what_the_server_said(server, client, capsys):
+    complete(client, "abc", max_tokens=12)
+    assert main(["explain", "--url", server.url, "--last", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == steps(server, 2).json()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--last", "5000"], "400 last='5000': Input should be less than or equal to 1000"),
+        (["--url", "http://127.0.0.1:9"], "Connection refused"),
+        (["--url", "nonsense"], "unknown url type"),
+    ],
+)
+def test_explain_says_in_one_line_what_went_wrong(server, capsys, arguments, expected):
+    assert main(["explain", "--url", server.url, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert expected in said
+    assert said.count("\n") == 1
+
+
+def test_explain_knows_another_servers_answer_when_it_sees_one(server, capsys, monkeypatch):
+    monkeypatch.setattr("dspark_ray.cli._get_json", lambda url: {"steps": [{"step": 1}]})
+    assert main(["explain", "--url", server.url]) == 2
+    assert "not the answer of a dspark-ray" in capsys.readouterr().err

@@ -37,6 +37,7 @@ ROOMS: dict[str, set[str]] = {
 EXTRA: dict[str, set[str]] = {
     "autoscale/nvml.py": {"pynvml"},
     "autoscale/policies.py": {"ray"},
+    "dspark_ray/evaluation/pictures.py": {"matplotlib"},
 }
 REASONS = {
     "dspark_ray": "the engine runs on machines that have only torch, transformers and numpy",
@@ -45,13 +46,21 @@ REASONS = {
 }
 
 # Whoever decides what runs in a step is imported by nobody below.
-DECIDING = ("dspark_ray.engine", "dspark_ray.scheduler", "dspark_ray.runtime", "dspark_ray.cli")
+DECIDING = (
+    "dspark_ray.engine",
+    "dspark_ray.scheduler",
+    "dspark_ray.profiler",
+    "dspark_ray.runtime",
+    "dspark_ray.cli",
+)
 MAY_DECIDE = (
     "dspark_ray/engine.py",
     "dspark_ray/scheduler.py",
+    "dspark_ray/profiler.py",
     "dspark_ray/runtime.py",
     "dspark_ray/cli.py",
     "dspark_ray/evaluation/accepted_length.py",
+    "dspark_ray/evaluation/calibrate.py",
     "dspark_ray/training/regenerate.py",
 )
 

@@ -1,0 +1,386 @@
+"""Fit the temperatures of the confidences on one part of the prompts, and report on the other what they are worth.
+
+    dspark-ray calibrate --model deployments/tiny --picture reliability.png
+
+Every drafted token is verified, so that which outcomes are known does not depend on what is to be calibrated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dspark_ray.config import ConfigError, EngineConfig, ModelConfig
+from dspark_ray.engine import Engine
+from dspark_ray.evaluation.accepted_length import held_out_token_ids
+from dspark_ray.evaluation.pictures import ReliabilityPanel, draw_reliability
+from dspark_ray.runtime import STS_FILE, build_engine
+from dspark_ray.speculative.calibration import (
+    Reliability,
+    Temperatures,
+    area_under_curve,
+    calibrated,
+    expected_calibration_error,
+    fit_temperatures,
+    logits,
+    reliability,
+)
+from dspark_ray.speculative.prefix_schedule import survival
+from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.types import Request, RequestError, SamplingParams
+
+TokenIds = tuple[int, ...]
+Progress = Callable[[int, int], None]
+"""(requests finished, requests in all)"""
+
+_MAX_NUM_SEQS = 16
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What became of drafts: confidences [N, G] as drafted, drafts verified and drafts that stood [N]."""
+
+    confidences: np.ndarray
+    admitted: np.ndarray
+    accepted: np.ndarray
+
+
+class RoundRecorder:
+    """Listens to a planner and keeps every round."""
+
+    def __init__(self, gamma: int) -> None:
+        self._rounds = [Rounds(np.empty((0, gamma)), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))]
+
+    def __call__(self, confidences: np.ndarray, admitted: np.ndarray, accepted: np.ndarray) -> None:
+        self._rounds.append(Rounds(confidences.copy(), admitted.copy(), accepted.copy()))
+
+    def rounds(self) -> Rounds:
+        """All that was heard so far."""
+        return Rounds(
+            np.concatenate([part.confidences for part in self._rounds]),
+            np.concatenate([part.admitted for part in self._rounds]),
+            np.concatenate([part.accepted for part in self._rounds]),
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Prompts to fit on and prompts to report on; none is in both."""
+
+    fitted_on: list[TokenIds]
+    reported_on: list[TokenIds]
+
+
+@dataclass(frozen=True)
+class PositionReport:
+    """What one temperature is worth on rounds it was not fitted on."""
+
+    temperature: float
+    ece_before: float
+    ece_after: float
+    area_under_curve: float
+    """Of the calibrated survival."""
+    count: int
+    """Rounds that verified the position."""
+    before: Reliability
+    after: Reliability
+
+
+# Prompts.
+
+
+def split_prompts(groups: Iterable[Sequence[TokenIds]], held_out_share: float, seed: int) -> Split:
+    """Shuffle each group and keep a share of it for the report, at least one prompt; raises ConfigError for none."""
+    if not 0 < held_out_share < 1:
+        raise ConfigError(f"held_out_share={held_out_share}: expected a number between 0 and 1")
+    fitted_on: list[TokenIds] = []
+    reported_on: list[TokenIds] = []
+    for group in groups:
+        prompts = list(dict.fromkeys(group))
+        if len(prompts) < 2:
+            raise ConfigError(f"{len(prompts)} different prompts: expected at least 2, to fit on and to report on")
+        random.Random(seed).shuffle(prompts)
+        num_reported = min(max(1, round(len(prompts) * held_out_share)), len(prompts) - 1)
+        reported_on += prompts[:num_reported]
+        fitted_on += prompts[num_reported:]
+    return Split(fitted_on, reported_on)
+
+
+def prompts_from_file(path: Path, tokenizer: Tokenizer) -> list[TokenIds]:
+    """One JSON object per line, {"prompt": text} or {"messages": [...]}; raises ConfigError naming file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; expected a file of JSON lines") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                prompts.append(_prompt_of(json.loads(line), tokenizer))
+        except (ValueError, RequestError) as error:  # ConfigError and what json raises are ValueErrors
+            raise ConfigError(f"{path} line {number}: {error}") from None
+    return prompts
+
+
+def _prompt_of(raw: Any, tokenizer: Tokenizer) -> TokenIds:
+    expected = 'expected {"prompt": text} or {"messages": [{"role": ..., "content": ...}, ...]}'
+    if not isinstance(raw, dict) or ("prompt" in raw) == ("messages" in raw):
+        raise ConfigError(f"{json.dumps(raw)[:80]}: {expected}")
+    if "prompt" in raw:
+        if not isinstance(raw["prompt"], str):
+            raise ConfigError(f"prompt={json.dumps(raw['prompt'])[:80]}: {expected}")
+        return (tokenizer.bos_token_id, *tokenizer.encode(raw["prompt"]))
+    messages = raw["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ConfigError(f"messages={json.dumps(messages)[:80]}: {expected}")
+    return tuple(tokenizer.encode(tokenizer.apply_chat(messages)))
+
+
+def _held_out_groups(tokenizer: Tokenizer, count: int) -> list[list[TokenIds]]:
+    if count < 2:
+        raise ConfigError(f"count={count}: expected at least 2 prompts of each kind, to fit on and to report on")
+    try:
+        by_kind = held_out_token_ids(tokenizer, count)
+    except ValueError as error:  # the corpus has only so many
+        raise ConfigError(f"count={count}: {error}") from None
+    return [[tuple(prompt) for prompt in prompts] for prompts in by_kind.values()]
+
+
+# Measuring.
+
+
+def collect(
+    engine: Engine, prompts: Sequence[TokenIds], samplings: Sequence[SamplingParams], progress: Progress | None = None
+) -> Rounds:
+    """Every round of every prompt with every sampling, each request with a seed of its own."""
+    recorder = RoundRecorder(engine.gamma)
+    engine.planner.listener = recorder
+    total, done = len(samplings) * len(prompts), 0
+    for number in range(total):
+        sampling = samplings[number // len(prompts)]
+        engine.add_request(
+            Request(
+                request_id=f"prompt-{number}",
+                prompt_token_ids=prompts[number % len(prompts)],
+                sampling=replace(sampling, seed=sampling.seed + number),
+            )
+        )
+    while engine.has_unfinished():
+        finished = sum(output.finish_reason is not None for output in engine.step().sequences)
+        done += finished
+        if finished and progress is not None:
+            progress(done, total)
+    engine.planner.listener = None
+    return recorder.rounds()
+
+
+def report(temperatures: Temperatures, rounds: Rounds) -> list[PositionReport]:
+    """What the temperatures are worth on `rounds`, by position."""
+    in_use = np.array(temperatures.temperatures)
+    before = survival(rounds.confidences.astype(np.float64))
+    after = survival(calibrated(rounds.confidences.astype(np.float64), in_use))
+    reports = []
+    for position, temperature in enumerate(temperatures.temperatures):
+        rows = rounds.admitted > position
+        stood = rounds.accepted[rows] > position
+        old, new = before[rows, position], after[rows, position]
+        reports.append(
+            PositionReport(
+                temperature=temperature,
+                ece_before=expected_calibration_error(old, stood),
+                ece_after=expected_calibration_error(new, stood),
+                area_under_curve=area_under_curve(new, stood),
+                count=len(stood),
+                before=reliability(old, stood),
+                after=reliability(new, stood),
+            )
+        )
+    return reports
+
+
+def table(reports: Sequence[PositionReport]) -> str:
+    """The reports as lines of text, with the means last."""
+    lines = ["position  temperature  ECE before  ECE after    AUC   count"]
+    for number, found in enumerate(reports, start=1):
+        lines.append(
+            f"{number:8d}  {found.temperature:11.3f}  {found.ece_before:10.2%}  {found.ece_after:9.2%}"
+            f"  {found.area_under_curve:5.3f}  {found.count:6d}"
+        )
+    before, after, area = (
+        _mean([getattr(found, name) for found in reports]) for name in ("ece_before", "ece_after", "area_under_curve")
+    )
+    lines.append(f"{'mean':>8}  {'':11}  {before:10.2%}  {after:9.2%}  {area:5.3f}")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are known."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _panels(reports: Sequence[PositionReport]) -> list[ReliabilityPanel]:
+    return [
+        ReliabilityPanel(
+            f"position {number}: ECE {found.ece_before:.1%} → {found.ece_after:.1%}, AUC {found.area_under_curve:.3f}",
+            found.before,
+            found.after,
+        )
+        for number, found in enumerate(reports, start=1)
+    ]
+
+
+# The command.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `dspark-ray calibrate` takes."""
+    parser.add_argument("--model", default="deployments/tiny", help="checkpoint folder (default: %(default)s)")
+    parser.add_argument(
+        "--prompts", type=Path, help='your own traffic: JSON lines, {"prompt": ...} or {"messages": ...}'
+    )
+    parser.add_argument("--count", type=int, default=64, help="held-out prompts of each kind (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=96, help="of each text (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, action="append", help="may be repeated (default: 0 and 1)")
+    parser.add_argument("--verification", choices=("coupled", "rejection"), default="coupled")
+    parser.add_argument(
+        "--held-out-share", type=float, default=0.5, help="of the prompts, for the report (default: 0.5)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=Path, help=f"where the temperatures go (default: {STS_FILE} of the checkpoint)"
+    )
+    parser.add_argument("--picture", type=Path, help="where a reliability picture goes, as PNG")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Fit, report, write. The errors in the file are those of the report: of prompts that were not fitted on."""
+    torch.set_num_threads(arguments.threads)
+    config = _engine_config(arguments)
+    output = arguments.output or Path(arguments.model) / STS_FILE
+    for path in (output, arguments.picture):
+        _check_writable(path)
+    prompts = _prompts(arguments, config.max_model_len)
+    fitted_on, reported_on = _measure(arguments, config, prompts)
+    fitted = fit_temperatures(
+        logits(fitted_on.confidences.astype(np.float64)),
+        fitted_on.accepted,
+        fitted_on.admitted,
+        dataset=_dataset(arguments),
+    )
+    reports = report(fitted, reported_on)
+    errors = (tuple(found.ece_before for found in reports), tuple(found.ece_after for found in reports))
+    replace(fitted, ece_before=errors[0], ece_after=errors[1]).save(output)
+    print(table(reports))
+    print(
+        f"fitted on {len(fitted_on.admitted)} rounds of {len(prompts.fitted_on)} prompts, "
+        f"reported on {len(reported_on.admitted)} rounds of {len(prompts.reported_on)} others; wrote {output}"
+    )
+    if arguments.picture is not None:
+        _draw(reports, arguments.picture)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, config: EngineConfig, prompts: Split) -> tuple[Rounds, Rounds]:
+    """Rounds to fit on and rounds to report on; raises ConfigError where either had no draft."""
+    samplings = [
+        SamplingParams(temperature=temperature, max_tokens=arguments.max_tokens, seed=arguments.seed)
+        for temperature in _temperatures(arguments)
+    ]
+    most_requests = len(samplings) * max(len(prompts.fitted_on), len(prompts.reported_on))
+    engine = build_engine(arguments.model, replace(config, max_waiting=most_requests))
+    rounds = (
+        collect(engine, prompts.fitted_on, samplings, _progress("fit")),
+        collect(engine, prompts.reported_on, samplings, _progress("report")),
+    )
+    engine.close()
+    if not all((part.admitted > 0).any() for part in rounds):
+        raise ConfigError(f"max_tokens={arguments.max_tokens}: no draft was verified: expected more tokens, or prompts")
+    return rounds
+
+
+def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    """Verifies every draft, whatever its confidence, and learns nothing on the way. Raises ConfigError."""
+    model = ModelConfig.from_file(Path(arguments.model))
+    if model.dspark is None:
+        raise ConfigError(f"{arguments.model}: the checkpoint has no DSpark module, so there is nothing to calibrate")
+    return EngineConfig(
+        max_num_seqs=_MAX_NUM_SEQS,
+        max_model_len=min(EngineConfig.max_model_len, model.max_position_embeddings),
+        verification=arguments.verification,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        schedule="fixed",
+        bypass=False,
+        calibrate_online=False,
+    )
+
+
+def _prompts(arguments: argparse.Namespace, max_model_len: int) -> Split:
+    tokenizer = Tokenizer.from_directory(arguments.model)
+    if arguments.prompts is None:
+        groups = _held_out_groups(tokenizer, arguments.count)
+        return split_prompts(groups, arguments.held_out_share, arguments.seed)
+    prompts = prompts_from_file(arguments.prompts, tokenizer)
+    fitting = [prompt for prompt in prompts if len(prompt) < max_model_len]
+    if len(fitting) < len(prompts):
+        left_out = len(prompts) - len(fitting)
+        print(f"dspark-ray: left out {left_out} prompts of {max_model_len} tokens or more", file=sys.stderr)
+    try:
+        return split_prompts([fitting], arguments.held_out_share, arguments.seed)
+    except ConfigError as error:
+        raise ConfigError(f"{arguments.prompts}: {error}") from None
+
+
+def _check_writable(path: Path | None) -> None:
+    """Before the measuring rather than after it. Raises ConfigError."""
+    if path is None:
+        return
+    if not path.parent.is_dir() or path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path}: cannot be written: expected a file in a folder that exists and can be written to")
+
+
+def _temperatures(arguments: argparse.Namespace) -> tuple[float, ...]:
+    return tuple(arguments.temperature or (0.0, 1.0))
+
+
+def _dataset(arguments: argparse.Namespace) -> str:
+    """What the file says it was fitted on."""
+    source = arguments.prompts.name if arguments.prompts else f"{arguments.count} held-out prompts of each kind"
+    sampled = ", ".join(f"{temperature:g}" for temperature in _temperatures(arguments))
+    return f"{source}; temperature {sampled}; {arguments.verification} verification; seed {arguments.seed}"
+
+
+def _progress(part: str) -> Progress:
+    """Tells stderr about every tenth of the requests."""
+
+    def tell(done: int, total: int) -> None:
+        if done == total or done * 10 // total > (done - 1) * 10 // total:
+            print(f"calibrate: {part}: {done} of {total} texts", file=sys.stderr)
+
+    return tell
+
+
+def _draw(reports: Sequence[PositionReport], path: Path) -> None:
+    try:
+        draw_reliability(_panels(reports), path)
+    except ImportError:
+        print("dspark-ray: no picture without matplotlib: pip install 'dspark-ray[plot]'", file=sys.stderr)
+        return
+    print(f"wrote {path}")

@@ -1,0 +1,197 @@
+"""Who is drafted, on machines whose seconds are known, for texts whose survivals are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from dspark_ray.speculative.selection import DraftSelection, DraftSelector
+
+NUM_SLOTS, GAMMA, MAX_ROWS = 8, 4, 80
+EVERYBODY = np.arange(NUM_SLOTS)
+
+EASY, HOPELESS = [0.95, 0.9, 0.85, 0.8], [0.05, 0.0, 0.0, 0.0]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Seconds of a step: 1 for the target and more by row, `first_draft` for a draft and more by request."""
+
+    row: float = 0.01
+    first_draft: float = 0.1
+    further_draft: float = 0.02
+
+    @property
+    def target_seconds(self) -> np.ndarray:
+        return 1.0 + self.row * np.arange(MAX_ROWS + 1)
+
+    @property
+    def draft_seconds(self) -> np.ndarray:
+        seconds = self.first_draft + self.further_draft * np.arange(NUM_SLOTS + 1)
+        seconds[0] = 0.0
+        return seconds
+
+
+FAST, DEAR_DRAFTS = Machine(), Machine(first_draft=2.0, further_draft=0.3)
+
+
+def select(
+    selector: DraftSelector, machine: Machine, slots: np.ndarray = EVERYBODY, step_seconds: float = 0.0
+) -> DraftSelection:
+    """A step that decodes `slots`; without `step_seconds` there is no time to explore in."""
+    num = len(slots)
+    return selector.select(slots, num, num, machine.target_seconds, machine.draft_seconds, step_seconds)
+
+
+def run(
+    selector: DraftSelector, machine: Machine, survivals: np.ndarray, num_steps: int, explore: bool = False
+) -> np.ndarray:
+    """[T, R] who was drafted, when slot r always drafts survivals[r]."""
+    chosen, seconds = [], 0.0
+    slots = np.arange(len(survivals))
+    for _ in range(num_steps):
+        mask = select(selector, machine, slots, seconds if explore else 0.0).chosen
+        if mask.any():
+            selector.observe(slots[mask], survivals[mask])
+        seconds = machine.target_seconds[len(slots)] + machine.draft_seconds[mask.sum()]
+        chosen.append(mask)
+    return np.array(chosen)
+
+
+def texts(*survivals: list[float]) -> np.ndarray:
+    return np.array(survivals)
+
+
+# Who is worth a draft
+
+
+def test_of_requests_of_which_nothing_is_known_everybody_is_drafted() -> None:
+    assert select(DraftSelector(NUM_SLOTS, GAMMA), FAST).chosen.all()
+
+
+def test_when_all_drafts_are_certain_everybody_is_drafted() -> None:
+    assert run(DraftSelector(NUM_SLOTS, GAMMA), FAST, np.ones((NUM_SLOTS, GAMMA)), 50).all()
+
+
+def test_when_drafts_are_dear_and_seldom_stand_nobody_is_drafted() -> None:
+    chosen = run(DraftSelector(NUM_SLOTS, GAMMA), DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 50)
+    assert not chosen[10:].any()
+
+
+def test_when_drafts_are_dear_but_certain_everybody_is_drafted() -> None:
+    assert run(DraftSelector(NUM_SLOTS, GAMMA), Machine(first_draft=0.9), np.ones((NUM_SLOTS, GAMMA)), 50).all()
+
+
+def test_only_the_hopeless_request_of_a_mixed_batch_is_left_out() -> None:
+    chosen = run(DraftSelector(NUM_SLOTS, GAMMA), FAST, texts(EASY, EASY, HOPELESS, EASY), 200)
+    assert chosen[100:].all(0).tolist() == [True, True, False, True]
+    assert not chosen[100:, 2].any()
+
+
+def test_a_draft_that_costs_no_more_for_one_more_request_is_made_for_everybody() -> None:
+    free = Machine(row=0.0, further_draft=0.0)
+    assert run(DraftSelector(NUM_SLOTS, GAMMA), free, texts(EASY, EASY, HOPELESS, EASY), 100).all()
+
+
+def test_what_a_round_promises_is_tokens_over_seconds() -> None:
+    selector, machine = DraftSelector(NUM_SLOTS, GAMMA), Machine(row=0.0, first_draft=0.5, further_draft=0.0)
+    run(selector, machine, np.ones((2, GAMMA)), 5)
+    # 2 tokens and 2 * 4 drafts in 1.5 s
+    assert select(selector, machine, np.arange(2)).tokens_per_second == pytest.approx(10 / 1.5)
+
+
+def test_where_nobody_is_drafted_the_promise_is_that_of_the_target_alone() -> None:
+    selector, machine = DraftSelector(NUM_SLOTS, GAMMA), Machine(row=0.0, first_draft=20.0)
+    assert select(selector, machine, np.arange(2)).tokens_per_second == pytest.approx(2.0)
+
+
+# Requests come and go
+
+
+def test_a_new_request_is_expected_to_be_like_the_traffic() -> None:
+    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    run(selector, FAST, texts(*[HOPELESS] * 4), 50)
+    selector.admit(7)
+    assert not select(selector, DEAR_DRAFTS, np.array([7])).chosen.any()
+
+
+def test_a_slot_forgets_who_had_it_before() -> None:
+    selector, survivals = DraftSelector(NUM_SLOTS, GAMMA), texts(HOPELESS, *[EASY] * 7)
+    run(selector, FAST, survivals, 200)
+    assert not select(selector, FAST).chosen[0]
+    selector.admit(0)
+    assert select(selector, FAST).chosen[0]
+
+
+def test_what_could_not_have_been_verified_counts_as_worth_nothing() -> None:
+    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    chosen = run(selector, FAST, texts(EASY, EASY, [0.0] * GAMMA), 100)
+    assert chosen[50:].all(0).tolist() == [True, True, False]
+
+
+# Nobody at all: begins and ends only for a gain
+
+
+def even_odds(draft_seconds: float) -> Machine:
+    """One request whose draft stands half of the time brings (1 + 0.5) / (1 + draft_seconds) of the plain rate."""
+    return Machine(row=0.0, first_draft=draft_seconds, further_draft=0.0)
+
+
+def test_a_draft_that_loses_less_than_the_hysteresis_goes_on_and_one_that_gains_less_does_not_begin() -> None:
+    selector, slot = DraftSelector(1, 1), np.array([0])
+    run(selector, even_odds(0.3), texts([0.5]), 200)
+    decisions = [select(selector, even_odds(seconds), slot).chosen[0] for seconds in (0.503, 0.6, 0.497, 0.4, 0.503)]
+    assert decisions == [True, False, False, True, True]
+
+
+# Those who are left out are seen again
+
+
+def time_share(machine: Machine, chosen: np.ndarray) -> float:
+    """Of the whole time, what went into drafts."""
+    drafts = machine.draft_seconds[chosen.sum(-1)]
+    return float(drafts.sum() / (drafts + machine.target_seconds[chosen.shape[1]]).sum())
+
+
+def test_drafts_for_nobodys_good_take_a_hundredth_of_the_time() -> None:
+    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    chosen = run(selector, DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 5000, explore=True)[100:]
+    assert 0.005 < time_share(DEAR_DRAFTS, chosen) < 0.0105
+
+
+def test_drafts_for_those_left_out_take_a_hundredth_of_the_time_in_a_mixed_batch_too() -> None:
+    survivals = texts(*[EASY] * 5, *[HOPELESS] * 3)
+    chosen = run(DraftSelector(NUM_SLOTS, GAMMA), FAST, survivals, 2000, explore=True)[200:]
+    without = chosen.copy()
+    without[:, 5:] = False
+    assert chosen[:, :5].all()
+    assert 0.003 < time_share(FAST, chosen) - time_share(FAST, without) < 0.0105
+
+
+def test_everybody_who_is_left_out_is_seen_again_in_turn() -> None:
+    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    chosen = run(selector, DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 5000, explore=True)[100:]
+    times_seen = chosen.sum(0)
+    assert times_seen.min() >= 3
+    assert times_seen.max() <= times_seen.min() + 1
+
+
+def test_a_request_whose_text_becomes_easy_is_drafted_again() -> None:
+    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    run(selector, FAST, texts(EASY, EASY, HOPELESS, EASY), 300, explore=True)
+    assert run(selector, FAST, texts(*[EASY] * 4), 300, explore=True)[-50:].all()
+
+
+def test_traffic_that_becomes_easy_is_drafted_again() -> None:
+    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    machine = Machine(first_draft=0.4, further_draft=0.02)
+    run(selector, machine, texts(*[HOPELESS] * NUM_SLOTS), 500, explore=True)
+    assert not select(selector, machine).chosen.any()
+    assert run(selector, machine, texts(*[EASY] * NUM_SLOTS), 600, explore=True)[-50:].all()
+
+
+def test_without_time_nothing_is_explored() -> None:
+    chosen = run(DraftSelector(NUM_SLOTS, GAMMA), DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 500)
+    assert not chosen[50:].any()
