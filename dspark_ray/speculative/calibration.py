@@ -267,27 +267,40 @@ class OnlineCalibration:
 
     _MIN_OUTCOMES = 64
     """Fewer say nothing about a position."""
-    _ROUNDS_BETWEEN_ERRORS = 256
-    """Measuring the error costs a few steps' worth of scheduling, and it moves slowly."""
     _MARGIN = 0.25
     """Over the root of the rounds compared: how much better the mean error of a refit must be (0.008 of 1024 rounds).
     In simulated rounds of a calibrated drafter this refuses all of 600 refits, half as much lets 1 % through."""
     _TOLERANCE = 0.001
     """How much worse the error of one position may become."""
 
-    def __init__(self, temperatures: Temperatures, gamma: int, capacity: int = 2048, refit: bool = True) -> None:
-        """`capacity` rounds of one request each are remembered, and as many new ones call for a refit."""
+    def __init__(
+        self,
+        temperatures: Temperatures,
+        gamma: int,
+        capacity: int = 2048,
+        refit: bool = True,
+        steps_between_errors: int = 64,
+        steps_between_refits: int = 512,
+    ) -> None:
+        """`capacity` rounds of one request each are remembered, and as many new ones call for a refit.
+
+        Measuring the error costs as much as deciding on a step or two, and a refit as much as fifty or so: with
+        many requests in a step, steps and not rounds say when they are due.
+        """
         self.temperatures = np.array(temperatures.for_gamma(gamma).temperatures, dtype=np.float64)
         """[G]"""
         self.num_refits = 0
         self.num_refused = 0
         self._refits = refit
+        self._steps_between_errors, self._steps_between_refits = steps_between_errors, steps_between_refits
         self._capacity = capacity
         self._confidences = np.zeros((capacity, gamma))
         self._admitted = np.zeros(capacity, dtype=np.int64)
         self._accepted = np.zeros(capacity, dtype=np.int64)
         self._num_observed = 0
+        self._num_steps = 0
         self._refitted_at = 0
+        self._refitted_at_step = 0
         self._errors = (math.nan,) * gamma
         self._errors_at: int | None = None
 
@@ -297,6 +310,7 @@ class OnlineCalibration:
 
     def observe(self, confidences: np.ndarray, admitted: np.ndarray, accepted: np.ndarray) -> None:
         """Remember what came of a step: confidences [R, G] as drafted, of which admitted [R] were verified."""
+        self._num_steps += 1
         telling = np.flatnonzero(admitted > 0)[-self._capacity :]
         if not len(telling):
             return
@@ -305,15 +319,16 @@ class OnlineCalibration:
         self._admitted[places] = admitted[telling]
         self._accepted[places] = accepted[telling]
         self._num_observed += len(telling)
-        if self._refits and self._num_observed - self._refitted_at >= self._capacity:
-            self._refitted_at = self._num_observed
+        has_new_rounds = self._num_observed - self._refitted_at >= self._capacity
+        if self._refits and has_new_rounds and self._num_steps - self._refitted_at_step >= self._steps_between_refits:
+            self._refitted_at, self._refitted_at_step = self._num_observed, self._num_steps
             self._refit()
 
     def ece(self) -> tuple[float, ...]:
         """Calibration error of survival by position over the remembered rounds; nan where they are too few."""
         at = self._errors_at
-        if at is None or self._num_observed - at >= self._ROUNDS_BETWEEN_ERRORS:
-            self._errors_at = self._num_observed
+        if at is None or self._num_steps - at >= self._steps_between_errors:
+            self._errors_at = self._num_steps
             self._errors = self._measure(slice(0, self._num_observed), self.temperatures)
         return self._errors
 

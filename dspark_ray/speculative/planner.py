@@ -109,7 +109,9 @@ class Planner:
         """Whether costs decide; otherwise everything that can be drafted is drafted and verified."""
         self._schedule = build_schedule(config.schedule_kind) if self.follows_costs else FixedSchedule()
         self._selector = DraftSelector(config.max_num_seqs, self.gamma)
-        self._past = _Past(config.max_num_seqs, self.gamma, config.schedule_lag)
+        self._past = None
+        if config.schedule_kind == "lagged":
+            self._past = _Past(config.max_num_seqs, self.gamma, config.schedule_lag)
         self._policy_ends_at = math.inf
         self._tokens_per_second: float | None = None
         self._round: _Round | None = None
@@ -138,7 +140,8 @@ class Planner:
     def admit(self, slot: int) -> None:
         """A sequence starts to decode in `slot`."""
         self._selector.admit(slot)
-        self._past.admit(slot)
+        if self._past is not None:
+            self._past.admit(slot)
 
     def select(self, slots: np.ndarray, batch: Batch) -> tuple[np.ndarray, BypassReason | None]:
         """Which of the requests in `slots` [R] to draft for the step `batch`: a mask [R], and why it is empty."""
@@ -170,7 +173,7 @@ class Planner:
         current = survival(self.calibration.calibrate(rows.confidences))
         view = RoundView(
             survival=current,
-            lagged_survival=self._past.push(rows.slots, current),
+            lagged_survival=self._past.push(rows.slots, current) if self._past is not None else None,
             limits=limits,
             certain_tokens=batch.certain_tokens,
             base_rows=batch.base_rows,

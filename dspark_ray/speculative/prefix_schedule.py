@@ -37,8 +37,8 @@ class RoundView:
 
     survival: np.ndarray
     """[R, G] of the current drafts, calibrated"""
-    lagged_survival: np.ndarray
-    """[R, G] of the drafts of earlier rounds, 1 where a request is too young to have any"""
+    lagged_survival: np.ndarray | None
+    """[R, G] of the drafts of earlier rounds, 1 where a request is too young to have any; for `lagged` alone"""
     limits: np.ndarray
     """[R] most drafts each request may have verified"""
     certain_tokens: int
@@ -83,6 +83,7 @@ class LaggedSchedule:
     """
 
     def plan(self, view: RoundView) -> VerifyPlan:
+        assert view.lagged_survival is not None, "whoever builds a lagged schedule keeps the past for it"
         lagged = _ranked(_allowed(view.lagged_survival, view.limits))
         allowed = _allowed(view.survival, view.limits)
         return _admitted(allowed, _ranked(allowed), int(_theta(view, lagged).argmax()))

@@ -87,7 +87,7 @@ def sglang_view(case: Case) -> RoundView:
         certain_tokens=num_requests,
         base_rows=num_requests,
         target_seconds=table.target.table(num_requests * (1 + gamma)),
-        draft_seconds=table.draft.table(num_requests)[num_requests],
+        draft_seconds=float(table.draft.table(num_requests)[num_requests]),
     )
 
 
@@ -154,7 +154,7 @@ def vllm_view(case: Case) -> RoundView:
         certain_tokens=int(certain.sum()),
         base_rows=rows,
         target_seconds=milliseconds,
-        draft_seconds=vllm_table(case.section, "draft", num_requests)[num_requests],
+        draft_seconds=float(vllm_table(case.section, "draft", num_requests)[num_requests]),
     )
 
 

@@ -180,6 +180,17 @@ def test_a_position_that_was_never_verified_keeps_its_fallback():
 # Online.
 
 
+EAGER = {"steps_between_refits": 1, "steps_between_errors": 16}
+
+
+def test_refits_are_not_due_more_often_than_steps_allow():
+    calibration = OnlineCalibration(Temperatures.identity(GAMMA), GAMMA, steps_between_refits=3 * 2048 // 16)
+    observe(calibration, SyntheticDrafter(3, 3, 3), 3 * 2048 - 16)
+    assert calibration.num_refits + calibration.num_refused == 0
+    observe(calibration, SyntheticDrafter(3, 3, 3), 16)
+    assert calibration.num_refits + calibration.num_refused == 1
+
+
 def observe(calibration: OnlineCalibration, drafter: SyntheticDrafter, count: int, at_a_time: int = 16) -> None:
     confidences, admitted, accepted = drafter.rounds(count)
     for start in range(0, count, at_a_time):
@@ -189,7 +200,7 @@ def observe(calibration: OnlineCalibration, drafter: SyntheticDrafter, count: in
 
 def test_a_refit_follows_a_drafter_that_became_too_sure():
     drafter = SyntheticDrafter(2, 2, 2)
-    calibration = OnlineCalibration(Temperatures.identity(GAMMA), GAMMA)
+    calibration = OnlineCalibration(Temperatures.identity(GAMMA), GAMMA, **EAGER)
     observe(calibration, drafter, 2047)
     assert calibration.num_refits == 0
     before = drafter.error(calibration.temperatures)
@@ -201,7 +212,7 @@ def test_a_refit_follows_a_drafter_that_became_too_sure():
 @pytest.mark.parametrize("seed", range(6))
 def test_a_refit_is_refused_where_only_noise_speaks_for_it(seed):
     drafter = SyntheticDrafter(1.2, 1, 0.9, seed=seed)
-    calibration = OnlineCalibration(Temperatures((1.2, 1, 0.9)), GAMMA)
+    calibration = OnlineCalibration(Temperatures((1.2, 1, 0.9)), GAMMA, **EAGER)
     observe(calibration, drafter, 3 * 2048)
     assert (calibration.num_refits, calibration.num_refused) == (0, 3)
     assert calibration.temperatures.tolist() == [1.2, 1, 0.9]
@@ -210,7 +221,7 @@ def test_a_refit_is_refused_where_only_noise_speaks_for_it(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_refits_never_end_worse_than_they_began(seed):
     drafter = SyntheticDrafter(*np.random.default_rng(seed).uniform(0.6, 1.8, 3), seed=seed)
-    calibration = OnlineCalibration(Temperatures.identity(GAMMA), GAMMA)
+    calibration = OnlineCalibration(Temperatures.identity(GAMMA), GAMMA, **EAGER)
     before = drafter.error(calibration.temperatures)
     observe(calibration, drafter, 4 * 2048)
     assert drafter.error(calibration.temperatures) <= before + 0.003
@@ -234,21 +245,21 @@ def test_the_running_error_is_that_of_the_remembered_rounds():
 
 
 def test_the_running_error_is_unknown_at_first_and_measured_now_and_then():
-    calibration = OnlineCalibration(Temperatures.identity(GAMMA), GAMMA)
+    calibration = OnlineCalibration(Temperatures.identity(GAMMA), GAMMA, **EAGER)
     drafter = SyntheticDrafter(2, 2, 2)
     observe(calibration, drafter, 63)
     assert all(math.isnan(error) for error in calibration.ece())
     observe(calibration, drafter, 256)
     first = calibration.ece()
     assert not any(math.isnan(error) for error in first)
-    observe(calibration, drafter, 255)
+    observe(calibration, drafter, 15 * 16)
     assert calibration.ece() is first
-    observe(calibration, drafter, 1)
+    observe(calibration, drafter, 16)
     assert calibration.ece() is not first
 
 
 def test_the_running_error_falls_with_a_refit():
-    calibration = OnlineCalibration(Temperatures.identity(GAMMA), GAMMA)
+    calibration = OnlineCalibration(Temperatures.identity(GAMMA), GAMMA, **EAGER)
     drafter = SyntheticDrafter(3, 3, 3)
     observe(calibration, drafter, 2047)
     before = calibration.ece()
@@ -257,7 +268,7 @@ def test_the_running_error_falls_with_a_refit():
 
 
 def test_rounds_of_which_nothing_was_verified_are_not_remembered():
-    calibration = OnlineCalibration(Temperatures.identity(GAMMA), GAMMA)
+    calibration = OnlineCalibration(Temperatures.identity(GAMMA), GAMMA, **EAGER)
     confidences, _, accepted = SyntheticDrafter(1, 1, 1).rounds(3000)
     calibration.observe(confidences, np.zeros(3000, dtype=int), np.zeros_like(accepted))
     calibration.observe(confidences[:0], accepted[:0], accepted[:0])

@@ -207,7 +207,7 @@ def test_a_bad_file_is_named_with_what_is_wrong(content: Any, message: str, tmp_
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none.json: No such file"):
+    with pytest.raises(ConfigError, match=r"none\.json: No such file"):
         CostTable.load(tmp_path / "none.json")
 
 
@@ -317,7 +317,9 @@ def test_sizes_beyond_the_largest_teach_the_largest() -> None:
 
 def test_between_profiled_contexts_seconds_lie_on_a_line() -> None:
     costs = CostModel(CostTable({0: Curve((1,), (0.01,)), 100: Curve((1,), (0.03,))}, NO_COST), 4, 1)
-    assert [costs.target_seconds(context)[1] for context in (0, 25, 50, 100)] == pytest.approx([0.01, 0.015, 0.02, 0.03])
+    assert [costs.target_seconds(context)[1] for context in (0, 25, 50, 100)] == pytest.approx(
+        [0.01, 0.015, 0.02, 0.03]
+    )
 
 
 def test_outside_profiled_contexts_seconds_are_level() -> None:

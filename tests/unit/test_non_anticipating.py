@@ -137,7 +137,7 @@ def test_a_schedule_that_peeks_says_a_more_often_than_the_target() -> None:
     assert share_of_a(first_tokens(FullSchedule())) == pytest.approx(PEEKING_SHARE, abs=TOLERANCE)
 
 
-def test_a_peeked_a_always_stands_in_a_round_of_the_engines_own() -> None:
+def test_a_drafted_a_always_stands() -> None:
     tokens, ids, probabilities = drafts(SEEDS[:200], START)
     for row in torch.nonzero(tokens[:, 0] == A).flatten().tolist():
         logits = torch.stack((TARGET, TARGET_BEHIND[A], TARGET_BEHIND[A]))

@@ -83,7 +83,9 @@ def theta(round_view: RoundView, lengths: tuple[int, ...]) -> float:
 
 
 def test_survival_is_the_product_of_the_confidences_so_far() -> None:
-    np.testing.assert_allclose(survival(np.array([[0.5, 0.5, 1.0], [1.0, 0.2, 0.5]])), [[0.5, 0.25, 0.25], [1, 0.2, 0.1]])
+    np.testing.assert_allclose(
+        survival(np.array([[0.5, 0.5, 1.0], [1.0, 0.2, 0.5]])), [[0.5, 0.25, 0.25], [1, 0.2, 0.1]]
+    )
 
 
 # All schedules
