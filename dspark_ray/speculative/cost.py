@@ -206,6 +206,18 @@ def _numbers(raw: Mapping[str, Any], key: str) -> tuple[float, ...]:
     return tuple(values)
 
 
+def lower_hull(seconds: np.ndarray, first: int, last: int) -> np.ndarray:
+    """`seconds` by size, with the largest convex curve below it between the sizes `first` and `last`."""
+    corners = [first]
+    while (corner := corners[-1]) < last:
+        slopes = (seconds[corner + 1 : last + 1] - seconds[corner]) / np.arange(1, last - corner + 1)
+        # The least steep way on, and of equal ones the longest.
+        corners.append(last - int(slopes[::-1].argmin()))
+    hull = seconds.copy()
+    hull[first : last + 1] = np.interp(np.arange(first, last + 1), corners, seconds[corners])
+    return hull
+
+
 class CostModel:
     """The table in use. Measured steps move it: all sizes by a common factor at once, each size by its own slowly.
 

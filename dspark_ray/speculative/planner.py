@@ -14,7 +14,7 @@ import numpy as np
 
 from dspark_ray.config import EngineConfig
 from dspark_ray.speculative.calibration import OnlineCalibration, Temperatures
-from dspark_ray.speculative.cost import CostModel, CostTable
+from dspark_ray.speculative.cost import CostModel, CostTable, lower_hull
 from dspark_ray.speculative.prefix_schedule import (
     FixedSchedule,
     RoundView,
@@ -177,7 +177,7 @@ class Planner:
             limits=limits,
             certain_tokens=batch.certain_tokens,
             base_rows=batch.base_rows,
-            target_seconds=self._target_seconds(batch),
+            target_seconds=self._seconds_for_the_schedule(batch, len(rows.slots)),
             draft_seconds=self._draft_seconds(len(rows.slots)),
             tokens_per_second=self._tokens_per_second,
         )
@@ -199,6 +199,18 @@ class Planner:
         if self.cost is None:
             return np.ones(self.config.max_num_batched_tokens + 1)
         return self.cost.target_seconds(batch.context)
+
+    def _seconds_for_the_schedule(self, batch: Batch, num_requests: int) -> np.ndarray:
+        """[rows + 1] seconds of the sizes that the step can have.
+
+        Algorithm 1 stops at the first stair of a curve, however good what lies behind it. It walks along the lower
+        hull of the curve instead, which has no stairs, and is known before anything is drafted.
+        """
+        seconds = self._target_seconds(batch)
+        if self.config.schedule_kind != "causal" or self.cost is None:
+            return seconds
+        last = min(batch.base_rows + num_requests * self.gamma, len(seconds) - 1)
+        return lower_hull(seconds, batch.base_rows, last)
 
     def _draft_seconds(self, num_requests: int) -> float:
         return 0.0 if self.cost is None else float(self.cost.draft_seconds()[num_requests])

@@ -49,13 +49,18 @@ class DraftSelector:
     _PROBED_SHARE = 0.25
     """Of the requests, at least, when everybody is left out: the first draft is dear, the others are cheap."""
 
-    def __init__(self, num_slots: int, gamma: int) -> None:
-        self._gamma = gamma
+    def __init__(self, num_slots: int, gamma: int, steps_per_decision: int = 4) -> None:
+        """Forecasts move slowly, so a decision holds for some steps, as long as there are as many requests."""
+        self._steps_per_decision = steps_per_decision
         self._forecasts = np.zeros((num_slots, 2, NUM_BINS))
         """Drafts per round in each bin of survival, and their summed survival."""
         self._rounds = np.zeros(num_slots)
         self._seen_at = np.zeros(num_slots)
-        self._clock = 0
+        self._chosen = np.ones(num_slots, dtype=bool)
+        self._tokens_per_second = 0.0
+        self._num_requests = 0
+        """Of the last decision"""
+        self._clock = self._decided_at = 0
         self._purse = 0.0
         self._is_bypassing = False
         # Nothing is known of the first requests: they count as certain.
@@ -66,17 +71,17 @@ class DraftSelector:
         """Forget whoever had the slot before."""
         self._rounds[slot] = 0
         self._seen_at[slot] = self._clock
+        self._chosen[slot] = not self._is_bypassing
 
     def observe(self, slots: np.ndarray, survival: np.ndarray) -> None:
         """Learn from the drafts of a round: survival [R, G], 0 where a draft could not have been verified."""
-        seen = _histograms(survival)
-        rounds = self._rounds[slots]
+        seen, known, rounds = _histograms(survival), self._forecasts[slots], self._rounds[slots]
         gain = np.maximum(1 / (rounds + 1), self._GAIN)[:, None, None]
-        self._forecasts[slots] += gain * (seen - self._forecasts[slots])
+        self._forecasts[slots] = known + gain * (seen - known)
         self._rounds[slots] = rounds + 1
         self._seen_at[slots] = self._clock
         keep = (1 - self._TRAFFIC_GAIN) ** len(slots)
-        self._traffic = keep * self._traffic + (1 - keep) * seen.mean(0)
+        self._traffic = keep * self._traffic + (1 - keep) / len(slots) * seen.sum(0)
 
     def select(
         self,
@@ -89,6 +94,24 @@ class DraftSelector:
     ) -> DraftSelection:
         """Choose among the requests in `slots` [R]; `step_seconds` is what the step before took."""
         self._clock += 1
+        is_due = self._clock - self._decided_at >= self._steps_per_decision
+        if is_due or len(slots) != self._num_requests:
+            self._decide(slots, certain_tokens, base_rows, target_seconds, draft_seconds)
+        chosen = self._chosen[slots]
+        num_chosen = int(np.count_nonzero(chosen))
+        if num_chosen < len(slots):
+            self._explore(slots, chosen, num_chosen, draft_seconds, step_seconds)
+        return DraftSelection(chosen, self._tokens_per_second)
+
+    def _decide(
+        self,
+        slots: np.ndarray,
+        certain_tokens: int,
+        base_rows: int,
+        target_seconds: np.ndarray,
+        draft_seconds: np.ndarray,
+    ) -> None:
+        """Rank the requests, find the number of them with the best rate, and compare it with that of none."""
         forecasts = self._forecast(slots)
         plain = certain_tokens / target_seconds[base_rows]
         order = np.argsort(-_worth(forecasts, plain * _row_seconds(target_seconds, base_rows)), kind="stable")
@@ -97,32 +120,30 @@ class DraftSelector:
         best = int(rates.argmax())
         tolerance = 1 + self._HYSTERESIS if self._is_bypassing else 1 - self._HYSTERESIS
         self._is_bypassing = bool(rates[best] < plain * tolerance)
-        chosen = np.zeros(len(slots), dtype=bool)
+        self._chosen[slots] = False
         if not self._is_bypassing:
-            chosen[order[: numbers[best]]] = True
-        self._explore(slots, chosen, draft_seconds, step_seconds)
-        return DraftSelection(chosen, float(max(plain, rates[best])))
+            self._chosen[slots[order[: numbers[best]]]] = True
+        self._tokens_per_second = float(max(plain, rates[best]))
+        self._num_requests, self._decided_at = len(slots), self._clock
 
     def _forecast(self, slots: np.ndarray) -> np.ndarray:
         """[R, 2, B] of each request, and the less of its own it has, the more of the traffic."""
         own = (self._rounds[slots] / (self._rounds[slots] + self._TRAFFIC_ROUNDS))[:, None, None]
         return own * self._forecasts[slots] + (1 - own) * self._traffic
 
-    def _explore(self, slots: np.ndarray, chosen: np.ndarray, draft_seconds: np.ndarray, step_seconds: float) -> None:
-        """Add those left out for longest, as far as the purse goes."""
-        num_chosen, num_requests = int(chosen.sum()), len(slots)
-        left_out = num_requests - num_chosen
-        if left_out == 0:
-            return
-        everybody = draft_seconds[num_requests] - draft_seconds[num_chosen]
-        self._purse = min(self._purse + self._EXPLORATION * step_seconds, everybody)
+    def _explore(
+        self, slots: np.ndarray, chosen: np.ndarray, num_chosen: int, draft_seconds: np.ndarray, step_seconds: float
+    ) -> None:
+        """Add those left out for longest for this one step, as far as the purse goes."""
+        num_requests = len(slots)
         prices = draft_seconds[num_chosen : num_requests + 1] - draft_seconds[num_chosen]
+        self._purse = min(self._purse + self._EXPLORATION * step_seconds, float(prices[-1]))
         affordable = int(np.searchsorted(prices, self._purse * (1 + 1e-9), side="right")) - 1
-        if affordable < (1 if num_chosen else np.ceil(self._PROBED_SHARE * num_requests)):
+        if affordable < (1 if num_chosen else self._PROBED_SHARE * num_requests):
             return
         age = np.where(chosen, -1, self._clock - self._seen_at[slots])
         chosen[np.argsort(-age, kind="stable")[:affordable]] = True
-        self._purse -= prices[affordable]
+        self._purse -= float(prices[affordable])
 
 
 def _histograms(survival: np.ndarray) -> np.ndarray:
@@ -131,9 +152,10 @@ def _histograms(survival: np.ndarray) -> np.ndarray:
     bins = np.minimum((survival * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     places = (bins + np.arange(num_requests)[:, None] * NUM_BINS).ravel()
     size = num_requests * NUM_BINS
-    counts = np.bincount(places, minlength=size)
-    sums = np.bincount(places, weights=survival.ravel(), minlength=size)
-    return np.stack((counts, sums)).reshape(2, num_requests, NUM_BINS).transpose(1, 0, 2)
+    histograms = np.empty((num_requests, 2, NUM_BINS))
+    histograms[:, 0] = np.bincount(places, minlength=size).reshape(num_requests, NUM_BINS)
+    histograms[:, 1] = np.bincount(places, weights=survival.ravel(), minlength=size).reshape(num_requests, NUM_BINS)
+    return histograms
 
 
 @lru_cache

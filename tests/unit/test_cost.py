@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dspark_ray.config import ConfigError
-from dspark_ray.speculative.cost import NO_COST, CostModel, CostTable, Curve
+from dspark_ray.speculative.cost import NO_COST, CostModel, CostTable, Curve, lower_hull
 
 # Curves
 
@@ -82,6 +82,25 @@ def test_a_curve_that_cannot_be_names_its_values(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Curve(sizes, seconds)
+
+
+def test_the_hull_of_a_stair_touches_its_far_ends() -> None:
+    seconds = np.array([1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 9.0])
+    assert lower_hull(seconds, 2, 6).tolist() == pytest.approx([1, 1, 1, 1.25, 1.5, 1.75, 2, 9])
+
+
+def test_a_hull_is_convex_nowhere_above_its_curve_and_meets_it_at_both_ends() -> None:
+    for seed in range(20):
+        seconds = np.cumsum(np.random.default_rng(seed).exponential(size=60) ** 3)
+        hull = lower_hull(seconds, 7, 50)
+        assert (np.diff(hull[7:51], 2) >= -1e-9).all()
+        assert (hull <= seconds + 1e-9).all()
+        assert (hull[[7, 50]] == seconds[[7, 50]]).all()
+
+
+def test_a_convex_curve_is_its_own_hull() -> None:
+    seconds = np.arange(30.0) ** 2
+    assert lower_hull(seconds, 3, 29) == pytest.approx(seconds)
 
 
 # Tables

@@ -34,7 +34,12 @@ class Machine:
         return seconds
 
 
-FAST, DEAR_DRAFTS = Machine(), Machine(first_draft=2.0, further_draft=0.3)
+def new_selector(num_slots: int = NUM_SLOTS, gamma: int = GAMMA) -> DraftSelector:
+    """One that decides anew in every step."""
+    return DraftSelector(num_slots, gamma, steps_per_decision=1)
+
+
+FAST, DEARER, DEAR_DRAFTS = Machine(), Machine(first_draft=0.9), Machine(first_draft=2.0, further_draft=0.3)
 
 
 def select(
@@ -68,57 +73,87 @@ def texts(*survivals: list[float]) -> np.ndarray:
 
 
 def test_of_requests_of_which_nothing_is_known_everybody_is_drafted() -> None:
-    assert select(DraftSelector(NUM_SLOTS, GAMMA), FAST).chosen.all()
+    assert select(new_selector(), FAST).chosen.all()
 
 
 def test_when_all_drafts_are_certain_everybody_is_drafted() -> None:
-    assert run(DraftSelector(NUM_SLOTS, GAMMA), FAST, np.ones((NUM_SLOTS, GAMMA)), 50).all()
+    assert run(new_selector(), FAST, np.ones((NUM_SLOTS, GAMMA)), 50).all()
 
 
 def test_when_drafts_are_dear_and_seldom_stand_nobody_is_drafted() -> None:
-    chosen = run(DraftSelector(NUM_SLOTS, GAMMA), DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 50)
+    chosen = run(new_selector(), DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 50)
     assert not chosen[10:].any()
 
 
 def test_when_drafts_are_dear_but_certain_everybody_is_drafted() -> None:
-    assert run(DraftSelector(NUM_SLOTS, GAMMA), Machine(first_draft=0.9), np.ones((NUM_SLOTS, GAMMA)), 50).all()
+    assert run(new_selector(), Machine(first_draft=0.9), np.ones((NUM_SLOTS, GAMMA)), 50).all()
 
 
 def test_only_the_hopeless_request_of_a_mixed_batch_is_left_out() -> None:
-    chosen = run(DraftSelector(NUM_SLOTS, GAMMA), FAST, texts(EASY, EASY, HOPELESS, EASY), 200)
+    chosen = run(new_selector(), FAST, texts(EASY, EASY, HOPELESS, EASY), 200)
     assert chosen[100:].all(0).tolist() == [True, True, False, True]
     assert not chosen[100:, 2].any()
 
 
 def test_a_draft_that_costs_no_more_for_one_more_request_is_made_for_everybody() -> None:
     free = Machine(row=0.0, further_draft=0.0)
-    assert run(DraftSelector(NUM_SLOTS, GAMMA), free, texts(EASY, EASY, HOPELESS, EASY), 100).all()
+    assert run(new_selector(), free, texts(EASY, EASY, HOPELESS, EASY), 100).all()
 
 
 def test_what_a_round_promises_is_tokens_over_seconds() -> None:
-    selector, machine = DraftSelector(NUM_SLOTS, GAMMA), Machine(row=0.0, first_draft=0.5, further_draft=0.0)
+    selector, machine = new_selector(), Machine(row=0.0, first_draft=0.5, further_draft=0.0)
     run(selector, machine, np.ones((2, GAMMA)), 5)
     # 2 tokens and 2 * 4 drafts in 1.5 s
     assert select(selector, machine, np.arange(2)).tokens_per_second == pytest.approx(10 / 1.5)
 
 
 def test_where_nobody_is_drafted_the_promise_is_that_of_the_target_alone() -> None:
-    selector, machine = DraftSelector(NUM_SLOTS, GAMMA), Machine(row=0.0, first_draft=20.0)
+    selector, machine = new_selector(), Machine(row=0.0, first_draft=20.0)
     assert select(selector, machine, np.arange(2)).tokens_per_second == pytest.approx(2.0)
+
+
+def test_a_decision_holds_for_some_steps() -> None:
+    selector = DraftSelector(NUM_SLOTS, GAMMA, steps_per_decision=4)
+    decisions = []
+    for _ in range(12):
+        decisions.append(select(selector, DEARER).chosen.all())
+        selector.observe(EVERYBODY, texts(*[HOPELESS] * NUM_SLOTS))
+    assert decisions == [True] * 4 + [False] * 8
+
+
+def test_a_decision_ends_when_there_are_more_or_fewer_requests() -> None:
+    selector = DraftSelector(NUM_SLOTS, GAMMA, steps_per_decision=1000)
+    assert select(selector, DEARER).chosen.all()
+    for _ in range(20):
+        selector.observe(EVERYBODY, texts(*[HOPELESS] * NUM_SLOTS))
+    assert select(selector, DEARER).chosen.all()
+    assert not select(selector, DEARER, EVERYBODY[:5]).chosen.any()
+
+
+def test_a_request_that_is_admitted_between_decisions_is_drafted_unless_nobody_is() -> None:
+    selector = DraftSelector(NUM_SLOTS, GAMMA, steps_per_decision=1000)
+    select(selector, FAST, np.array([0, 1]))
+    selector.admit(2)
+    assert select(selector, FAST, np.array([0, 2])).chosen.all()
+    for _ in range(20):
+        selector.observe(EVERYBODY, texts(*[HOPELESS] * NUM_SLOTS))
+    select(selector, DEARER, EVERYBODY)
+    selector.admit(3)
+    assert not select(selector, DEARER, EVERYBODY).chosen[3]
 
 
 # Requests come and go
 
 
 def test_a_new_request_is_expected_to_be_like_the_traffic() -> None:
-    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    selector = new_selector()
     run(selector, FAST, texts(*[HOPELESS] * 4), 50)
     selector.admit(7)
     assert not select(selector, DEAR_DRAFTS, np.array([7])).chosen.any()
 
 
 def test_a_slot_forgets_who_had_it_before() -> None:
-    selector, survivals = DraftSelector(NUM_SLOTS, GAMMA), texts(HOPELESS, *[EASY] * 7)
+    selector, survivals = new_selector(), texts(HOPELESS, *[EASY] * 7)
     run(selector, FAST, survivals, 200)
     assert not select(selector, FAST).chosen[0]
     selector.admit(0)
@@ -126,7 +161,7 @@ def test_a_slot_forgets_who_had_it_before() -> None:
 
 
 def test_what_could_not_have_been_verified_counts_as_worth_nothing() -> None:
-    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    selector = new_selector()
     chosen = run(selector, FAST, texts(EASY, EASY, [0.0] * GAMMA), 100)
     assert chosen[50:].all(0).tolist() == [True, True, False]
 
@@ -140,7 +175,7 @@ def even_odds(draft_seconds: float) -> Machine:
 
 
 def test_a_draft_that_loses_less_than_the_hysteresis_goes_on_and_one_that_gains_less_does_not_begin() -> None:
-    selector, slot = DraftSelector(1, 1), np.array([0])
+    selector, slot = new_selector(1, 1), np.array([0])
     run(selector, even_odds(0.3), texts([0.5]), 200)
     decisions = [select(selector, even_odds(seconds), slot).chosen[0] for seconds in (0.503, 0.6, 0.497, 0.4, 0.503)]
     assert decisions == [True, False, False, True, True]
@@ -156,14 +191,14 @@ def time_share(machine: Machine, chosen: np.ndarray) -> float:
 
 
 def test_drafts_for_nobodys_good_take_a_hundredth_of_the_time() -> None:
-    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    selector = new_selector()
     chosen = run(selector, DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 5000, explore=True)[100:]
     assert 0.005 < time_share(DEAR_DRAFTS, chosen) < 0.0105
 
 
 def test_drafts_for_those_left_out_take_a_hundredth_of_the_time_in_a_mixed_batch_too() -> None:
     survivals = texts(*[EASY] * 5, *[HOPELESS] * 3)
-    chosen = run(DraftSelector(NUM_SLOTS, GAMMA), FAST, survivals, 2000, explore=True)[200:]
+    chosen = run(new_selector(), FAST, survivals, 2000, explore=True)[200:]
     without = chosen.copy()
     without[:, 5:] = False
     assert chosen[:, :5].all()
@@ -171,7 +206,7 @@ def test_drafts_for_those_left_out_take_a_hundredth_of_the_time_in_a_mixed_batch
 
 
 def test_everybody_who_is_left_out_is_seen_again_in_turn() -> None:
-    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    selector = new_selector()
     chosen = run(selector, DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 5000, explore=True)[100:]
     times_seen = chosen.sum(0)
     assert times_seen.min() >= 3
@@ -179,13 +214,13 @@ def test_everybody_who_is_left_out_is_seen_again_in_turn() -> None:
 
 
 def test_a_request_whose_text_becomes_easy_is_drafted_again() -> None:
-    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    selector = new_selector()
     run(selector, FAST, texts(EASY, EASY, HOPELESS, EASY), 300, explore=True)
     assert run(selector, FAST, texts(*[EASY] * 4), 300, explore=True)[-50:].all()
 
 
 def test_traffic_that_becomes_easy_is_drafted_again() -> None:
-    selector = DraftSelector(NUM_SLOTS, GAMMA)
+    selector = new_selector()
     machine = Machine(first_draft=0.4, further_draft=0.02)
     run(selector, machine, texts(*[HOPELESS] * NUM_SLOTS), 500, explore=True)
     assert not select(selector, machine).chosen.any()
@@ -193,5 +228,5 @@ def test_traffic_that_becomes_easy_is_drafted_again() -> None:
 
 
 def test_without_time_nothing_is_explored() -> None:
-    chosen = run(DraftSelector(NUM_SLOTS, GAMMA), DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 500)
+    chosen = run(new_selector(), DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 500)
     assert not chosen[50:].any()
