@@ -22,10 +22,10 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 # Two ranks and a drafter share the cores of a laptop: one thread each is faster than a crowd.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install serve generate test lint format bench clean
+.PHONY: help install serve generate test lint format bench bench-schedule clean
 
 help: ## Show the targets.
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 install: $(INSTALLED) ## Make .venv and install everything into it.
 
@@ -64,6 +64,9 @@ format: $(INSTALLED) ## Rewrite the code in the project's format.
 
 bench: $(INSTALLED) $(RAY_TOKEN) ## Measure; writes benchmarks/results/ and the README's table.
 	$(BIN)/python -m benchmarks.first_light --readme $(ARGS)
+
+bench-schedule: $(INSTALLED) ## Measure the schedules against fixed lengths; writes benchmarks/results/schedule*.
+	$(BIN)/python -m benchmarks.schedule --readme $(ARGS)
 
 clean: ## Remove the virtual environment and caches; scratch work in .build stays.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -25,6 +25,7 @@ from benchmarks.application import Answer, all_together, one_after_the_other, ru
 from benchmarks.gang import Gang, Job, Outcome, free_port
 from benchmarks.notebook import Notebook, fingerprint_of
 from deployments.args import AppArgs
+from dspark_ray.config import VerificationMode
 from dspark_ray.runtime import GangSpec
 from dspark_ray.tokenizer import Tokenizer
 from dspark_ray.training.corpus import KINDS, held_out_prompts
@@ -236,10 +237,9 @@ def _spec(settings: Settings, drafter: str) -> GangSpec:
 
 
 def _single(settings: Settings, verification: str) -> GangSpec:
-    """One process, one rank."""
-    engine = replace(
-        settings.args.engine_config(), verification="coupled" if verification == "coupled" else "rejection"
-    )
+    """One process, one rank; every draft is verified, so that lengths are the drafter's and not the machine's."""
+    mode: VerificationMode = "coupled" if verification == "coupled" else "rejection"
+    engine = replace(settings.args.engine_config(), verification=mode, schedule="fixed")
     return GangSpec(checkpoint=str(settings.args.checkpoint), engine=engine)
 
 
@@ -320,7 +320,8 @@ def _write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
     print(report.table(results))
     print(f"texts that are the same with and without speculation: {results['same_texts_on_and_off']}")
     if arguments.readme:
-        report.fill(ROOT / "README.md", report.table(results))
+        picture = "![Accepted lengths and ratios](benchmarks/results/first_light.png)"
+        report.fill(ROOT / "README.md", "first_light", f"{report.table(results)}\n\n{picture}")
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

@@ -15,8 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-START, END = "<!-- first_light:start -->", "<!-- first_light:end -->"
-
 
 @dataclass(frozen=True)
 class Row:
@@ -86,14 +84,14 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def fill(readme: Path, text: str) -> None:
-    """Put the table and the picture between the two marks in the README."""
+def fill(readme: Path, name: str, text: str) -> None:
+    """Put `text` between the two marks of `name` in the README."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     old = readme.read_text()
-    pattern = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(old):
-        raise ValueError(f"{readme.name}: the marks {START} and {END} are missing")
-    text += "\n\n![Accepted lengths and ratios](benchmarks/results/first_light.png)"
-    readme.write_text(pattern.sub(lambda _: f"{START}\n{text}\n{END}", old))
+        raise ValueError(f"{readme.name}: the marks {start} and {end} are missing")
+    readme.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", old))
 
 
 def picture(results: dict[str, Any], path: Path) -> None:

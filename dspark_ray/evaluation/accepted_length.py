@@ -2,7 +2,8 @@
 
     python -m dspark_ray.evaluation.accepted_length --model deployments/tiny
 
-Accepted length counts the tokens committed per round, the target's own token included.
+Accepted length counts the tokens committed per round, the target's own token included. Every draft is verified:
+costs, which are the machine's, have no say.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def report(
 ) -> dict[str, dict[str, float]]:
     """Accepted length by temperature ("greedy", "sampled") and kind, with "all" over every kind."""
     tokenizer = Tokenizer.from_directory(model)
-    engine = build_engine(model, EngineConfig(max_num_seqs=16, gamma=gamma, verification=verification))
+    config = EngineConfig(max_num_seqs=16, gamma=gamma, verification=verification, schedule="fixed")
+    engine = build_engine(model, config)
     prompts = held_out_token_ids(tokenizer, count)
     results: dict[str, dict[str, float]] = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):

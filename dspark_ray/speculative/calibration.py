@@ -133,7 +133,18 @@ def calibrated(confidences: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
     """Confidences [..., G] at temperatures [G]; the same array where every temperature is 1."""
     if (temperatures == 1).all():
         return confidences
-    return _sigmoid(logits(confidences) / temperatures.astype(confidences.dtype))
+    return _tempered(confidences, _exponents(temperatures))
+
+
+def _exponents(temperatures: np.ndarray) -> np.ndarray:
+    return -1.0 / temperatures
+
+
+def _tempered(confidences: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+    """sigmoid(logit(c) / T) is 1 / (1 + odds ** (-1 / T)): with that, half as many passes in every step."""
+    bounded = np.minimum(np.maximum(confidences.astype(np.float64), _NEVER_CERTAIN), 1 - _NEVER_CERTAIN)
+    with np.errstate(over="ignore"):  # a power may be infinite, and 1 / inf is the right answer
+        return 1.0 / (1.0 + (bounded / (1.0 - bounded)) ** exponents)
 
 
 def logits(confidences: np.ndarray) -> np.ndarray:
@@ -287,8 +298,12 @@ class OnlineCalibration:
         Measuring the error costs as much as deciding on a step or two, and a refit as much as fifty or so: with
         many requests in a step, steps and not rounds say when they are due.
         """
-        self.temperatures = np.array(temperatures.for_gamma(gamma).temperatures, dtype=np.float64)
-        """[G]"""
+        self.temperatures = np.ones(gamma)
+        """[G] in use"""
+        self._use(np.array(temperatures.for_gamma(gamma).temperatures, dtype=np.float64))
+        self._news: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        """Rounds that have not been looked at yet: many at once cost little more than one."""
+        self._num_news = 0
         self.num_refits = 0
         self.num_refused = 0
         self._refits = refit
@@ -306,31 +321,48 @@ class OnlineCalibration:
 
     def calibrate(self, confidences: np.ndarray) -> np.ndarray:
         """Confidences [R, G] at the temperatures in use."""
-        return calibrated(confidences, self.temperatures)
+        return confidences if self._is_identity else _tempered(confidences, self._in_use)
 
     def observe(self, confidences: np.ndarray, admitted: np.ndarray, accepted: np.ndarray) -> None:
         """Remember what came of a step: confidences [R, G] as drafted, of which admitted [R] were verified."""
+        self._news.append((confidences, admitted, accepted))
+        self._num_news += len(admitted)
         self._num_steps += 1
-        telling = np.flatnonzero(admitted > 0)[-self._capacity :]
-        if not len(telling):
-            return
-        places = (self._num_observed + np.arange(len(telling))) % self._capacity
-        self._confidences[places] = confidences[telling]
-        self._admitted[places] = admitted[telling]
-        self._accepted[places] = accepted[telling]
-        self._num_observed += len(telling)
-        has_new_rounds = self._num_observed - self._refitted_at >= self._capacity
+        if self._num_news >= self._capacity:
+            self._take_in()
+        has_new_rounds = self._num_observed + self._num_news - self._refitted_at >= self._capacity
         if self._refits and has_new_rounds and self._num_steps - self._refitted_at_step >= self._steps_between_refits:
-            self._refitted_at, self._refitted_at_step = self._num_observed, self._num_steps
-            self._refit()
+            self._take_in()
+            if self._num_observed - self._refitted_at >= self._capacity:
+                self._refitted_at, self._refitted_at_step = self._num_observed, self._num_steps
+                self._refit()
 
     def ece(self) -> tuple[float, ...]:
         """Calibration error of survival by position over the remembered rounds; nan where they are too few."""
         at = self._errors_at
         if at is None or self._num_steps - at >= self._steps_between_errors:
+            self._take_in()
             self._errors_at = self._num_steps
             self._errors = self._measure(slice(0, self._num_observed), self.temperatures)
         return self._errors
+
+    def _take_in(self) -> None:
+        """Write what came since the last time into the ring; rounds of which nothing was verified tell nothing."""
+        if not self._news:
+            return
+        confidences, admitted, accepted = (np.concatenate(parts) for parts in zip(*self._news, strict=True))
+        self._news, self._num_news = [], 0
+        telling = np.flatnonzero(admitted > 0)[-self._capacity :]
+        places = (self._num_observed + np.arange(len(telling))) % self._capacity
+        self._confidences[places] = confidences[telling]
+        self._admitted[places] = admitted[telling]
+        self._accepted[places] = accepted[telling]
+        self._num_observed += len(telling)
+
+    def _use(self, temperatures: np.ndarray) -> None:
+        self.temperatures = temperatures
+        self._is_identity = bool((temperatures == 1).all())
+        self._in_use = _exponents(temperatures)
 
     def _measure(self, rounds: slice, temperatures: np.ndarray) -> tuple[float, ...]:
         return survival_errors(
@@ -357,6 +389,6 @@ class OnlineCalibration:
         if not len(changes) or changes.mean() > -margin or changes.max() > self._TOLERANCE:
             self.num_refused += 1
             return
-        self.temperatures = candidate
+        self._use(candidate)
         self.num_refits += 1
         self._errors_at = None

@@ -229,7 +229,8 @@ class CostModel:
     _CLIP = (0.5, 2.0)
     """A single step says no more than this about its size: pauses of the process are not costs."""
     _STEPS_PER_TABLE = 8
-    """Single steps move little, so the tables by size are made anew only now and then."""
+    _CONTEXT_STEP = 32
+    """Tokens; contexts that are nearer than this cost the same."""
 
     def __init__(self, table: CostTable, max_rows: int, max_requests: int) -> None:
         self.table = table
@@ -242,19 +243,34 @@ class CostModel:
         self._profiled_draft[0] = 0.0
         self._target_factors = _Factors(table.target.sizes, max_rows)
         self._draft_factors = _Factors(table.draft.sizes, max_requests)
-        self._num_observed = 0
+        self._news: list[tuple[int, float, float, int, float]] = []
+        self._latest: tuple[int, np.ndarray] | None = None
         self._make_tables()
 
     def target_seconds(self, context: float) -> np.ndarray:
         """[max_rows + 1] seconds of a forward by rows, where rows see `context` tokens on average."""
-        return _at_context(self._targets, self._contexts, context)
+        near = round(context / self._CONTEXT_STEP)
+        if self._latest is None or self._latest[0] != near:
+            self._latest = near, _at_context(self._targets, self._contexts, near * self._CONTEXT_STEP)
+        return self._latest[1]
 
     def draft_seconds(self) -> np.ndarray:
         """[max_requests + 1] seconds of a draft by requests; no request costs nothing."""
         return self._draft
 
     def observe(self, rows: int, context: float, target: float, num_drafted: int, draft: float) -> None:
-        """Learn from a step: `rows` took `target` seconds, and the draft of `num_drafted` requests `draft` seconds."""
+        """Learn from a step: `rows` took `target` seconds, and the draft of `num_drafted` requests `draft` seconds.
+
+        The tables change with every few steps only: single ones move little.
+        """
+        self._news.append((rows, context, target, num_drafted, draft))
+        if len(self._news) >= self._STEPS_PER_TABLE:
+            for step in self._news:
+                self._learn(*step)
+            self._news.clear()
+            self._make_tables()
+
+    def _learn(self, rows: int, context: float, target: float, num_drafted: int, draft: float) -> None:
         rows, num_drafted = min(rows, self._targets.shape[1] - 1), min(num_drafted, len(self._draft) - 1)
         expected_target = float(_at_context(self._learned_targets, self._contexts, context)[rows])
         expected_draft = float(self._learned_draft[num_drafted])
@@ -266,9 +282,6 @@ class CostModel:
             self._scale *= ratio**self._SCALE_GAIN
             profiled = float(_at_context(self._profiled_targets, self._contexts, context)[rows])
             self.drift *= _clipped(target / (profiled * self.drift), self._CLIP) ** self._SCALE_GAIN
-        self._num_observed += 1
-        if self._num_observed % self._STEPS_PER_TABLE == 0:
-            self._make_tables()
 
     def _make_tables(self) -> None:
         # Steps are compared with what their own size has taught: a maximum over smaller ones could not be learned.
@@ -276,6 +289,7 @@ class CostModel:
         self._learned_draft = self._scale * self._profiled_draft * self._draft_factors.by_size()
         self._targets = np.maximum.accumulate(self._learned_targets, axis=-1)
         self._draft = np.maximum.accumulate(self._learned_draft)
+        self._latest = None
 
 
 def _at_context(seconds: np.ndarray, contexts: np.ndarray, context: float) -> np.ndarray:

@@ -16,6 +16,7 @@ from dspark_ray.config import EngineConfig
 from dspark_ray.speculative.calibration import OnlineCalibration, Temperatures
 from dspark_ray.speculative.cost import CostModel, CostTable, lower_hull
 from dspark_ray.speculative.prefix_schedule import (
+    PLACES,
     FixedSchedule,
     RoundView,
     VerifyPlan,
@@ -94,7 +95,11 @@ class Planner:
     """Owns everything that learns. Without a cost table nothing is known about seconds: all drafts are verified."""
 
     def __init__(
-        self, config: EngineConfig, cost_table: CostTable | None = None, temperatures: Temperatures | None = None
+        self,
+        config: EngineConfig,
+        cost_table: CostTable | None = None,
+        temperatures: Temperatures | None = None,
+        selector: DraftSelector | None = None,
     ) -> None:
         """`config` must have been through EngineConfig.for_model."""
         assert config.gamma is not None, "EngineConfig.for_model comes first"
@@ -108,7 +113,7 @@ class Planner:
         self.follows_costs = self.cost is not None and config.schedule_kind != "fixed"
         """Whether costs decide; otherwise everything that can be drafted is drafted and verified."""
         self._schedule = build_schedule(config.schedule_kind) if self.follows_costs else FixedSchedule()
-        self._selector = DraftSelector(config.max_num_seqs, self.gamma)
+        self._selector = selector or DraftSelector(config.max_num_seqs, self.gamma)
         self._past = None
         if config.schedule_kind == "lagged":
             self._past = _Past(config.max_num_seqs, self.gamma, config.schedule_lag)
@@ -182,17 +187,19 @@ class Planner:
             tokens_per_second=self._tokens_per_second,
         )
         plan = cut_at_threshold(self._schedule.plan(view), current, thresholds)
-        places, lengths = np.arange(self.gamma), np.array(plan.lengths, dtype=np.int64)
-        usable = (places < limits[:, None]) & (current >= thresholds[:, None])
-        self._selector.observe(rows.slots, np.where(usable, current, 0.0))
-        self._round = _Round(rows, lengths, float(current[places < lengths[:, None]].sum()))
+        lengths = np.array(plan.lengths, dtype=np.int64)
+        if self.follows_costs:
+            self._selector.observe(rows.slots, _usable(view.allowed, thresholds))
+        expected = current[PLACES[: self.gamma] < lengths[:, None]].sum()
+        self._round = _Round(rows, lengths, float(expected))
         return plan
 
     def _allowed(self, rows: DraftedRows) -> tuple[np.ndarray, np.ndarray]:
         """Limits and thresholds [R] of requests and policy together."""
         most = self.policy.max_draft_tokens
         limits = rows.limits if most is None else np.minimum(rows.limits, most)
-        return limits, np.maximum(rows.thresholds, self.policy.confidence_threshold)
+        lowest = self.policy.confidence_threshold
+        return limits, np.maximum(rows.thresholds, lowest) if lowest else rows.thresholds
 
     def _target_seconds(self, batch: Batch) -> np.ndarray:
         """[rows + 1]; without a cost table every size costs the same, so that nothing is ever cut."""
@@ -256,6 +263,13 @@ class Planner:
         self.calibration.observe(planned.rows.confidences, planned.lengths, accepted)
         if self.listener is not None:
             self.listener(planned.rows.confidences, planned.lengths, accepted)
+
+
+def _usable(allowed: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """[R, G] survival of what could be verified, 0 elsewhere."""
+    if not thresholds.any():
+        return np.maximum(allowed, 0.0)
+    return np.where(allowed >= thresholds[:, None], np.maximum(allowed, 0.0), 0.0)
 
 
 class _Past:

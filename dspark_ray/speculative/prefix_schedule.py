@@ -12,11 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
 from dspark_ray.config import ScheduleKind
+
+PLACES = np.arange(1024)
+"""0, 1, 2, ...: positions of a block are compared with lengths in every step."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,12 @@ class RoundView:
     draft_seconds: float = 0.0
     """Spent on these drafts already, and part of the round all the same."""
     tokens_per_second: float | None = None
-    """What the engine has been achieving lately; None where it has no past."""
+    """What the engine expects to achieve with its requests; None where it does not know."""
+
+    @cached_property
+    def allowed(self) -> np.ndarray:
+        """[R, G] survival, -1 where a limit forbids to verify."""
+        return within(self.survival, self.limits)
 
 
 class PrefixSchedule(Protocol):
@@ -68,11 +77,10 @@ class CausalSchedule:
     """Algorithm 1: admit drafts in order of survival, stop at the first that does not raise Theta."""
 
     def plan(self, view: RoundView) -> VerifyPlan:
-        allowed = _allowed(view.survival, view.limits)
-        ranked = _ranked(allowed)
+        ranked = _ranked(view.allowed, view.limits)
         theta = _theta(view, ranked)
         falls = np.flatnonzero(theta[1:] <= theta[:-1])
-        return _admitted(allowed, ranked, int(falls[0]) if len(falls) else len(ranked))
+        return _admitted(view.allowed, ranked, int(falls[0]) if len(falls) else len(ranked))
 
 
 class LaggedSchedule:
@@ -84,9 +92,8 @@ class LaggedSchedule:
 
     def plan(self, view: RoundView) -> VerifyPlan:
         assert view.lagged_survival is not None, "whoever builds a lagged schedule keeps the past for it"
-        lagged = _ranked(_allowed(view.lagged_survival, view.limits))
-        allowed = _allowed(view.survival, view.limits)
-        return _admitted(allowed, _ranked(allowed), int(_theta(view, lagged).argmax()))
+        lagged = _ranked(within(view.lagged_survival, view.limits), view.limits)
+        return _admitted(view.allowed, _ranked(view.allowed, view.limits), int(_theta(view, lagged).argmax()))
 
 
 class FullSchedule:
@@ -99,13 +106,12 @@ class FullSchedule:
     """
 
     def plan(self, view: RoundView) -> VerifyPlan:
-        allowed = _allowed(view.survival, view.limits)
-        ranked = _ranked(allowed)
+        ranked = _ranked(view.allowed, view.limits)
         if view.tokens_per_second is None:
             worth = _theta(view, ranked)
         else:
-            worth = _tokens(view, ranked) - view.tokens_per_second * _seconds(view, len(ranked))
-        return _admitted(allowed, ranked, int(worth.argmax()))
+            worth = _tokens(view, ranked) - view.tokens_per_second * _target_seconds(view, len(ranked))
+        return _admitted(view.allowed, ranked, int(worth.argmax()))
 
 
 class FixedSchedule:
@@ -136,34 +142,29 @@ def cut_at_threshold(plan: VerifyPlan, current: np.ndarray, thresholds: np.ndarr
     return VerifyPlan(tuple(np.minimum(plan.lengths, survivors).tolist()))
 
 
-def _allowed(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Survival [R, G] with -1 where a limit forbids to verify."""
-    return np.where(np.arange(values.shape[1]) < limits[:, None], values, -1.0)
+def within(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Survival [R, G], -1 from position limits[r] on."""
+    return np.where(PLACES[: values.shape[1]] < limits[:, None], values, -1.0)
 
 
-def _ranked(allowed: np.ndarray) -> np.ndarray:
+def _ranked(allowed: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """The survivals that may be verified, highest first."""
-    ranked = np.sort(allowed, axis=None)[::-1]
-    return ranked[: np.count_nonzero(ranked >= 0)]
+    return np.sort(allowed, axis=None)[::-1][: limits.sum()]
 
 
 def _tokens(view: RoundView, ranked: np.ndarray) -> np.ndarray:
     """[k + 1] expected tokens of the round when the first 0..k ranked drafts are verified."""
-    tokens = np.empty(len(ranked) + 1)
-    tokens[0] = view.certain_tokens
-    np.cumsum(ranked, out=tokens[1:])
-    tokens[1:] += view.certain_tokens
-    return tokens
+    return np.concatenate(([view.certain_tokens], ranked)).cumsum()
 
 
-def _seconds(view: RoundView, num_drafts: int) -> np.ndarray:
-    """[k + 1] seconds of the round when 0..k drafts are verified."""
-    return view.draft_seconds + view.target_seconds[view.base_rows : view.base_rows + num_drafts + 1]
+def _target_seconds(view: RoundView, num_drafts: int) -> np.ndarray:
+    """[k + 1] seconds of the forward when 0..k drafts are verified."""
+    return view.target_seconds[view.base_rows : view.base_rows + num_drafts + 1]
 
 
 def _theta(view: RoundView, ranked: np.ndarray) -> np.ndarray:
     """[k + 1] expected tokens per second."""
-    return _tokens(view, ranked) / _seconds(view, len(ranked))
+    return _tokens(view, ranked) / (view.draft_seconds + _target_seconds(view, len(ranked)))
 
 
 def _admitted(allowed: np.ndarray, ranked: np.ndarray, budget: int) -> VerifyPlan:
@@ -174,7 +175,9 @@ def _admitted(allowed: np.ndarray, ranked: np.ndarray, budget: int) -> VerifyPla
     if budget == 0:
         return VerifyPlan((0,) * len(allowed))
     last = ranked[budget - 1]
-    lengths = (allowed > last).sum(-1)
-    equal = np.flatnonzero(allowed == last)[: budget - int(lengths.sum())]
-    lengths += np.bincount(equal // allowed.shape[1], minlength=len(allowed))
+    lengths = (allowed >= last).sum(-1)
+    surplus = int(lengths.sum()) - budget
+    if surplus:
+        equal = np.flatnonzero(allowed == last)[-surplus:]
+        lengths -= np.bincount(equal // allowed.shape[1], minlength=len(allowed))
     return VerifyPlan(tuple(lengths.tolist()))

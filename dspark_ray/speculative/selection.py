@@ -56,6 +56,8 @@ class DraftSelector:
         """Drafts per round in each bin of survival, and their summed survival."""
         self._rounds = np.zeros(num_slots)
         self._seen_at = np.zeros(num_slots)
+        self._news: list[tuple[np.ndarray, np.ndarray]] = []
+        """Rounds since the last decision, of which nothing has been learned yet."""
         self._chosen = np.ones(num_slots, dtype=bool)
         self._tokens_per_second = 0.0
         self._num_requests = 0
@@ -69,17 +71,22 @@ class DraftSelector:
 
     def admit(self, slot: int) -> None:
         """Forget whoever had the slot before."""
+        # What is still to be learned of the slot was somebody else's.
+        self._news = [(slots, values) for slots, values in self._news if slot not in slots]
         self._rounds[slot] = 0
         self._seen_at[slot] = self._clock
         self._chosen[slot] = not self._is_bypassing
 
     def observe(self, slots: np.ndarray, survival: np.ndarray) -> None:
         """Learn from the drafts of a round: survival [R, G], 0 where a draft could not have been verified."""
+        self._seen_at[slots] = self._clock
+        self._news.append((slots, survival))
+
+    def _learn(self, slots: np.ndarray, survival: np.ndarray) -> None:
         seen, known, rounds = _histograms(survival), self._forecasts[slots], self._rounds[slots]
         gain = np.maximum(1 / (rounds + 1), self._GAIN)[:, None, None]
         self._forecasts[slots] = known + gain * (seen - known)
         self._rounds[slots] = rounds + 1
-        self._seen_at[slots] = self._clock
         keep = (1 - self._TRAFFIC_GAIN) ** len(slots)
         self._traffic = keep * self._traffic + (1 - keep) / len(slots) * seen.sum(0)
 
@@ -112,10 +119,13 @@ class DraftSelector:
         draft_seconds: np.ndarray,
     ) -> None:
         """Rank the requests, find the number of them with the best rate, and compare it with that of none."""
+        for seen_slots, survival in self._news:
+            self._learn(seen_slots, survival)
+        self._news.clear()
         forecasts = self._forecast(slots)
         plain = certain_tokens / target_seconds[base_rows]
         order = np.argsort(-_worth(forecasts, plain * _row_seconds(target_seconds, base_rows)), kind="stable")
-        numbers = _numbers(len(slots))
+        numbers = self._numbers(len(slots))
         rates = _best_rates(forecasts[order], numbers, certain_tokens, base_rows, target_seconds, draft_seconds)
         best = int(rates.argmax())
         tolerance = 1 + self._HYSTERESIS if self._is_bypassing else 1 - self._HYSTERESIS
@@ -125,6 +135,10 @@ class DraftSelector:
             self._chosen[slots[order[: numbers[best]]]] = True
         self._tokens_per_second = float(max(plain, rates[best]))
         self._num_requests, self._decided_at = len(slots), self._clock
+
+    def _numbers(self, num_requests: int) -> np.ndarray:
+        """How many requests to consider drafting: every number of a few, steps of some of many."""
+        return _steps_up_to(num_requests)
 
     def _forecast(self, slots: np.ndarray) -> np.ndarray:
         """[R, 2, B] of each request, and the less of its own it has, the more of the traffic."""
@@ -146,6 +160,11 @@ class DraftSelector:
         self._purse -= float(prices[affordable])
 
 
+@lru_cache
+def _steps_up_to(most: int) -> np.ndarray:
+    return np.unique(np.linspace(1, most, min(most, _MAX_CANDIDATES)).round().astype(np.int64))
+
+
 def _histograms(survival: np.ndarray) -> np.ndarray:
     """[R, 2, B] counts and sums of survival [R, G] by bin."""
     num_requests = len(survival)
@@ -156,12 +175,6 @@ def _histograms(survival: np.ndarray) -> np.ndarray:
     histograms[:, 0] = np.bincount(places, minlength=size).reshape(num_requests, NUM_BINS)
     histograms[:, 1] = np.bincount(places, weights=survival.ravel(), minlength=size).reshape(num_requests, NUM_BINS)
     return histograms
-
-
-@lru_cache
-def _numbers(num_requests: int) -> np.ndarray:
-    """How many requests to consider drafting: every number of a few, steps of some of many."""
-    return np.unique(np.linspace(1, num_requests, min(num_requests, _MAX_CANDIDATES)).round().astype(np.int64))
 
 
 def _row_seconds(target_seconds: np.ndarray, base_rows: int) -> float:

@@ -51,7 +51,7 @@ def main() -> None:
     tokens = np.load(arguments.data / "train.npy", mmap_mode="r")
     output = arguments.data / "regenerated.npy"
     texts: list[list[int]] = np.load(output).reshape(-1, TOTAL_TOKENS).tolist() if output.exists() else []
-    engine = build_engine(arguments.model, EngineConfig(max_num_seqs=_BATCH))
+    engine = build_engine(arguments.model, EngineConfig(max_num_seqs=_BATCH, schedule="fixed"))
     started = time.monotonic()
     while time.monotonic() - started < 60 * arguments.minutes:
         seed = len(texts)

@@ -11,7 +11,9 @@ from dspark_ray.checkpoint.inspect import describe
 from dspark_ray.cli import main
 from dspark_ray.config import EngineConfig, ModelConfig
 from dspark_ray.evaluation.accepted_length import held_out_token_ids, measure
-from dspark_ray.runtime import build_engine
+from dspark_ray.evaluation.calibrate import collect, report
+from dspark_ray.runtime import STS_FILE, build_engine
+from dspark_ray.speculative.calibration import Temperatures
 from dspark_ray.tokenizer import Tokenizer
 from dspark_ray.types import SamplingParams
 
@@ -36,11 +38,23 @@ def test_it_fits_into_24_megabytes():
 @pytest.mark.parametrize(("temperature", "least"), [(0.0, 2.0), (1.0, 1.6)])
 def test_several_drafted_tokens_stand_on_held_out_prompts(temperature, least):
     # A small sample: the figures to quote are the evaluation's, over many prompts.
-    engine = build_engine(TINY, EngineConfig(max_num_seqs=16))
+    engine = build_engine(TINY, EngineConfig(max_num_seqs=16, schedule="fixed"))
     prompts = [p for per_kind in held_out_token_ids(Tokenizer.from_directory(TINY), 3).values() for p in per_kind]
     length = measure(engine, prompts, SamplingParams(temperature=temperature, max_tokens=48))
     assert length.num_rounds > 100
     assert length.mean > least
+
+
+def test_its_temperatures_make_confidences_mean_something():
+    temperatures = Temperatures.load(TINY / STS_FILE)
+    assert len(temperatures.temperatures) == ModelConfig.from_file(TINY).gamma
+    engine = build_engine(TINY, EngineConfig(max_num_seqs=16, schedule="fixed", bypass=False, calibrate_online=False))
+    held_out = held_out_token_ids(Tokenizer.from_directory(TINY), 8)
+    prompts = [tuple(prompt) for per_kind in held_out.values() for prompt in per_kind]
+    rounds = collect(engine, prompts, [SamplingParams(temperature=t, max_tokens=48) for t in (0.0, 1.0)])
+    errors = [found.ece_after for found in report(temperatures, rounds)]
+    # A thousand rounds are off by 3 % by chance alone. Confidences that mean nothing would be off by 20 % and more.
+    assert sum(errors) / len(errors) < 0.08
 
 
 @pytest.mark.parametrize("options", [[], ["--temperature", "0.9", "--seed", "4", "--top-p", "0.95"]])
@@ -48,7 +62,8 @@ def test_the_command_line_says_the_same_with_and_without_speculation(options, ca
     texts = []
     for speculation in ([], ["--no-speculation"]):
         prompt = "def area(width, height):\n"
-        assert main(["generate", prompt, "--model", str(TINY), "--max-tokens", "60", *options, *speculation]) == 0
+        arguments = ["generate", prompt, "--model", str(TINY), "--max-tokens", "60", "--no-cost-cache"]
+        assert main([*arguments, *options, *speculation]) == 0
         captured = capsys.readouterr()
         texts.append(captured.out)
         assert "tokens/s; accepted length" in captured.err
@@ -56,8 +71,20 @@ def test_the_command_line_says_the_same_with_and_without_speculation(options, ca
 
 
 def test_the_command_line_stops_at_a_stop_string(capsys):
-    main(["generate", "1 + 1 = 2\n2 + 2 = ", "--model", str(TINY), "--stop", "\n", "--max-tokens", "40"])
+    options = ["--stop", "\n", "--max-tokens", "40", "--no-cost-cache"]
+    main(["generate", "1 + 1 = 2\n2 + 2 = ", "--model", str(TINY), *options])
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_the_command_line_explains_its_steps(capsys):
+    main(["generate", "1 + 1 = 2\n", "--model", str(TINY), "--max-tokens", "30", "--no-cost-cache", "--explain"])
+    captured = capsys.readouterr()
+    assert "expected to be accepted" not in captured.out
+    table = captured.err[captured.err.index("step  decoding  drafted") :].splitlines()
+    steps = table[1 : table.index("")]
+    assert len(steps) > 3
+    assert [int(line.split()[0]) for line in steps] == list(range(len(steps)))
+    assert "expected to be accepted" in table[-2]
 
 
 @pytest.mark.parametrize(

@@ -335,8 +335,8 @@ def test_sizes_beyond_the_largest_teach_the_largest() -> None:
 
 
 def test_between_profiled_contexts_seconds_lie_on_a_line() -> None:
-    costs = CostModel(CostTable({0: Curve((1,), (0.01,)), 100: Curve((1,), (0.03,))}, NO_COST), 4, 1)
-    assert [costs.target_seconds(context)[1] for context in (0, 25, 50, 100)] == pytest.approx(
+    costs = CostModel(CostTable({0: Curve((1,), (0.01,)), 128: Curve((1,), (0.03,))}, NO_COST), 4, 1)
+    assert [costs.target_seconds(context)[1] for context in (0, 32, 64, 128)] == pytest.approx(
         [0.01, 0.015, 0.02, 0.03]
     )
 
@@ -347,9 +347,9 @@ def test_outside_profiled_contexts_seconds_are_level() -> None:
 
 
 def test_between_three_contexts_the_neighbours_count() -> None:
-    targets = {context: Curve((1,), (seconds,)) for context, seconds in ((0, 0.01), (100, 0.02), (200, 0.06))}
+    targets = {context: Curve((1,), (seconds,)) for context, seconds in ((0, 0.01), (128, 0.02), (256, 0.06))}
     costs = CostModel(CostTable(targets, NO_COST), 4, 1)
-    assert [costs.target_seconds(context)[1] for context in (50, 100, 150)] == pytest.approx([0.015, 0.02, 0.04])
+    assert [costs.target_seconds(context)[1] for context in (64, 128, 192)] == pytest.approx([0.015, 0.02, 0.04])
 
 
 def test_where_nothing_is_profiled_nothing_is_learned() -> None:
