@@ -90,19 +90,27 @@ class GangSpec:
 
 
 def build_engine(
-    checkpoint: str | Path, config: EngineConfig | None = None, progress: Progress | None = None
+    checkpoint: str | Path,
+    config: EngineConfig | None = None,
+    progress: Progress | None = None,
+    temperatures: Temperatures | None = None,
 ) -> Engine:
     """An engine in this process: one rank, the drafter inline, no torch.distributed."""
-    return join_as_leader(GangSpec(checkpoint=str(checkpoint), engine=config or EngineConfig()), progress)
+    spec = GangSpec(checkpoint=str(checkpoint), engine=config or EngineConfig())
+    return join_as_leader(spec, progress, temperatures)
 
 
-def join_as_leader(spec: GangSpec, progress: Progress | None = None) -> Engine:
+def join_as_leader(
+    spec: GangSpec, progress: Progress | None = None, temperatures: Temperatures | None = None
+) -> Engine:
     """Be verifier rank 0, which runs the step loop; `progress` hears how far the profiling of costs is.
 
-    Raises ConfigError before the gang meets, CheckpointError before weights are read.
+    Without `temperatures`, those of the config or of the checkpoint apply. Raises ConfigError before the gang meets,
+    CheckpointError before weights are read.
     """
     model_config, config = spec.resolve()
-    temperatures = _temperatures(spec, config)
+    if temperatures is None:
+        temperatures = _temperatures(spec, config)
     meeting = _join(spec, rank=0)
     checkpoint = Checkpoint.open(spec.checkpoint)
     rank = _load_target_rank(checkpoint, model_config, config, meeting.group, with_projector=config.speculation)
@@ -120,7 +128,11 @@ def _temperatures(spec: GangSpec, config: EngineConfig) -> Temperatures | None:
     path = Path(config.sts_path) if config.sts_path is not None else Path(spec.checkpoint) / STS_FILE
     if not config.speculation or (config.sts_path is None and not path.exists()):
         return None
-    return Temperatures.load(path).for_gamma(config.gamma)
+    temperatures = Temperatures.load(path)
+    try:
+        return temperatures.for_gamma(config.gamma)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _cost_table(spec: GangSpec, engine: Engine, progress: Progress | None) -> CostTable | None:

@@ -168,6 +168,15 @@ def collect(
     """Every round of every prompt with every sampling, each request with a seed of its own."""
     recorder = RoundRecorder(engine.gamma)
     engine.planner.listener = recorder
+    serve(engine, prompts, samplings, progress)
+    engine.planner.listener = None
+    return recorder.rounds()
+
+
+def serve(
+    engine: Engine, prompts: Sequence[TokenIds], samplings: Sequence[SamplingParams], progress: Progress | None = None
+) -> None:
+    """Run every prompt with every sampling to its end, each request with a seed of its own."""
     total, done = len(samplings) * len(prompts), 0
     for number in range(total):
         sampling = samplings[number // len(prompts)]
@@ -183,8 +192,6 @@ def collect(
         done += finished
         if finished and progress is not None:
             progress(done, total)
-    engine.planner.listener = None
-    return recorder.rounds()
 
 
 def report(temperatures: Temperatures, rounds: Rounds) -> list[PositionReport]:
@@ -304,7 +311,10 @@ def _measure(arguments: argparse.Namespace, config: EngineConfig, prompts: Split
         for temperature in _temperatures(arguments)
     ]
     most_requests = len(samplings) * max(len(prompts.fitted_on), len(prompts.reported_on))
-    engine = build_engine(arguments.model, replace(config, max_waiting=most_requests))
+    config = replace(config, max_waiting=most_requests)
+    # What is beside the checkpoint may be what is to be replaced: it is not even read.
+    gamma = ModelConfig.from_file(Path(arguments.model)).gamma
+    engine = build_engine(arguments.model, config, temperatures=Temperatures.identity(gamma))
     rounds = (
         collect(engine, prompts.fitted_on, samplings, _progress("fit")),
         collect(engine, prompts.reported_on, samplings, _progress("report")),

@@ -111,6 +111,19 @@ def held_out_prompts(kind: str, count: int, seed: int = 0, library: Path | None 
     return prompts
 
 
+def training_prompts(kind: str, seed: int = 0, library: Path | None = None) -> Iterator[str]:
+    """Cut a different prompt out of each training document, in shuffled order; a chat's is all of its question."""
+    rng = random.Random(f"prompts:train:{kind}:{seed}")
+    sources = list(documents_of_kind(kind, "train", seed, library))
+    rng.shuffle(sources)
+    seen: set[str] = set()
+    for document in sources:
+        prompt = _cut_prompt(document, rng, from_start=False)
+        if prompt and prompt not in seen:
+            seen.add(prompt)
+            yield prompt
+
+
 def _cut_prompt(document: Document, rng: random.Random, from_start: bool) -> str | None:
     """Return one prompt out of a document, or nothing where the document has no place to cut."""
     if document.kind == "chat":

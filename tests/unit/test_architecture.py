@@ -61,6 +61,7 @@ MAY_DECIDE = (
     "dspark_ray/cli.py",
     "dspark_ray/evaluation/accepted_length.py",
     "dspark_ray/evaluation/calibrate.py",
+    "dspark_ray/training/confidence.py",
     "dspark_ray/training/regenerate.py",
 )
 
