@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dspark_ray.config import EngineConfig, ModelConfig
 from dspark_ray.drafters.protocol import ContextUpdate, Drafter, DraftProposal, DraftRequest
-from dspark_ray.drafters.window import FeatureWindow
+from dspark_ray.drafters.window import Committed, FeatureWindow, Missing
 from dspark_ray.model.executor import ForwardCommand, ForwardResult, Target
 from dspark_ray.model.rows import Segment
 from dspark_ray.sampling.rows import RowContext, build_sampling_rows
@@ -109,15 +109,6 @@ class _Judged:
     num_committed: int
 
 
-@dataclass(frozen=True)
-class _KeptRows:
-    """Rows first_row .. first_row + num_kept - 1 of a forward are now tokens of the sequence."""
-
-    sequence: Sequence
-    num_kept: int
-    first_row: int
-
-
 class Engine:
     """Serves requests with one target and, where there is one, a drafter."""
 
@@ -139,7 +130,7 @@ class Engine:
         self._drafter = drafter if config.speculation and self.gamma > 0 else None
         self.planner = planner or Planner(config)
         self._verification = build_verification(config.verification)
-        self.features = FeatureWindow(config.max_num_seqs, model_config.sliding_window, model_config.hidden_size)
+        self._features = FeatureWindow(config.max_num_seqs, model_config.sliding_window)
         self._num_known = np.zeros(config.max_num_seqs, dtype=np.int64)
         """Positions whose main_x the drafter has, by slot."""
         self._drafting: list[Sequence] | None = None
@@ -295,7 +286,7 @@ class Engine:
         self, works: list[_Work], drafted: _Drafted | None, result: ForwardResult
     ) -> tuple[list[SequenceOutput], dict[Sequence, _Judged]]:
         """Accept, append, finish, and keep the features of what was committed; also what was said of each block."""
-        outputs, judged, kept_rows, first_row, first_sample = [], {}, [], 0, 0
+        outputs, judged, committed, first_row, first_sample = [], {}, [], 0, 0
         for work in works:
             num_kept = work.num_committed
             if work.samples:
@@ -309,10 +300,10 @@ class Engine:
             else:
                 work.sequence.num_computed += num_kept
             if work.sequence.slot is not None and self._speculates(work.sequence):
-                kept_rows.append(_KeptRows(work.sequence, num_kept, first_row))
+                committed.append((work.sequence.slot, work.sequence.num_computed, num_kept, first_row))
             first_row += work.num_rows
-        if result.main_x is not None:
-            self._keep_features(kept_rows, result.main_x)
+        if committed and result.features is not None:
+            self._keep_features(Committed(*np.array(committed).T), result.features)
         return outputs, judged
 
     def _learn(
@@ -419,22 +410,20 @@ class Engine:
         remaining = min(params.max_tokens - sequence.num_outputs, self.config.max_model_len - sequence.length)
         return max(0, min(self.gamma, self.gamma if asked is None else asked, remaining - 1))
 
-    def _keep_features(self, kept: list[_KeptRows], main_x: Tensor) -> None:
-        """Remember main_x of the rows just committed, the last W of each sequence; the drafter gets them when it
-        drafts for the sequence next."""
-        if not kept:
-            return
-        slots, positions, rows = [], [], []
-        for sequence, num_kept, first_row in ((k.sequence, k.num_kept, k.first_row) for k in kept):
-            assert sequence.slot is not None
-            if sequence.num_computed == num_kept:
-                self._num_known[sequence.slot] = 0  # the first rows of whoever has the slot now
-            num_rows = min(num_kept, self.features.window)
-            slots.append(np.full(num_rows, sequence.slot))
-            positions.append(np.arange(sequence.num_computed - num_rows, sequence.num_computed))
-            rows.append(np.arange(first_row + num_kept - num_rows, first_row + num_kept))
-        update = ContextUpdate(np.concatenate(slots), np.concatenate(positions), main_x[np.concatenate(rows)])
-        self.features.store(update)
+    def _keep_features(self, committed: Committed, features: Tensor) -> None:
+        """Remember what the drafter may want to know; it is told when it drafts for the sequence next."""
+        # Of whoever has a slot since this step, the drafter knows nothing.
+        self._num_known[committed.slots[committed.stops == committed.counts]] = 0
+        self._features.store(committed, features)
+
+    def known_context(self) -> ContextUpdate:
+        """All that a new drafter needs to know of the running sequences."""
+        running = [s for s in self.scheduler.running if self._speculates(s)]
+        return self._context(_slots(running), np.zeros(len(running), dtype=np.int64), _computed(running))
+
+    def _context(self, slots: np.ndarray, num_known: np.ndarray, num_computed: np.ndarray) -> ContextUpdate:
+        missing: Missing = self._features.since(slots, num_known, num_computed)
+        return ContextUpdate(missing.slots, missing.positions, self._target.project(missing.features))
 
     def _submit_drafts(self) -> None:
         """Choose who is drafted next and ask for their blocks, so that the drafter works while outputs leave."""
@@ -445,9 +434,9 @@ class Engine:
         if not sequences:
             self._drafter.keep_alive()  # nobody is drafted, which may go on for long
             return
-        known = self._num_known[_slots(sequences)].tolist()
-        context = self.features.since((s.slot or 0, k, s.num_computed) for s, k in zip(sequences, known, strict=True))
-        self._num_known[_slots(sequences)] = [s.num_computed for s in sequences]
+        slots, num_computed = _slots(sequences), _computed(sequences)
+        context = self._context(slots, self._num_known[slots], num_computed)
+        self._num_known[slots] = num_computed
         self._drafter.submit(self._draft_request(context, sequences))
         self._drafting = sequences
 
@@ -520,6 +509,11 @@ def _mean_length(sequences: SequenceOf[Sequence]) -> float:
 def _slots(sequences: SequenceOf[Sequence]) -> np.ndarray:
     """[R] of sequences that hold one."""
     return np.array([sequence.slot for sequence in sequences], dtype=np.int64)
+
+
+def _computed(sequences: SequenceOf[Sequence]) -> np.ndarray:
+    """[R]"""
+    return np.array([sequence.num_computed for sequence in sequences], dtype=np.int64)
 
 
 def _final_output(

@@ -1,43 +1,77 @@
-"""The last main_x rows of every sequence, kept by the verifier.
+"""The target's features of the last tokens of every sequence, kept by the verifier.
 
 So a drafter is disposable, and a sequence may go on for a while without it: it is told what it missed when it is
-needed again.
+needed again. Features are projected to main_x only then: rejected rows, and rows that nobody drafts from, never are.
+
+Letters: k sequences, W window, T tapped layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dspark_ray.drafters.protocol import ContextUpdate
+
+@dataclass(frozen=True)
+class Committed:
+    """Which rows of a forward became tokens of k sequences.
+
+    Rows first_rows[i] .. first_rows[i] + counts[i] - 1 hold the last counts[i] positions before stops[i].
+    """
+
+    slots: np.ndarray
+    """[k]"""
+    stops: np.ndarray
+    counts: np.ndarray
+    first_rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Tokens that a drafter has not been told of."""
+
+    slots: np.ndarray
+    """[n]"""
+    positions: np.ndarray
+    """[n]"""
+    features: Tensor
+    """[n, T*d]"""
 
 
 class FeatureWindow:
-    """W rows per slot, by position modulo W; `restore` is all a new drafter needs to know."""
+    """W rows per slot, by position modulo W."""
 
-    def __init__(self, num_slots: int, window: int, hidden_size: int) -> None:
-        self.window = window
-        self._rows = torch.zeros(num_slots * window, hidden_size)
+    def __init__(self, num_slots: int, window: int) -> None:
+        self.num_slots, self.window = num_slots, window
+        self._rows = torch.empty(0)
+        """[slots * W, T*d], made with the first features, whose width, type and device it takes."""
 
-    def store(self, update: ContextUpdate) -> None:
-        """Remember rows of newly committed tokens."""
-        slots = update.slots * self.window + update.positions % self.window
-        self._rows[torch.from_numpy(slots)] = update.main_x.to(self._rows.dtype)
+    def store(self, committed: Committed, features: Tensor) -> None:
+        """Remember `features` [N, T*d] of newly committed tokens, the last W of each sequence."""
+        if not len(self._rows):
+            self._rows = features.new_zeros(self.num_slots * self.window, features.shape[1])
+        counts = np.minimum(committed.counts, self.window)
+        owners, positions = _ranges(committed.stops - counts, counts)
+        # A row is as far behind the first position of its sequence as its place is behind the first row.
+        rows = positions + (committed.first_rows + committed.counts - committed.stops)[owners]
+        self._rows[self._places(committed.slots[owners], positions)] = features[torch.from_numpy(rows)]
 
-    def since(self, sequences: Iterable[tuple[int, int, int]]) -> ContextUpdate:
-        """What a drafter misses of (slot, positions it knows, computed positions), as far as it can matter to it."""
-        slots, positions = [], []
-        for slot, num_known, num_computed in sequences:
-            missing = np.arange(max(num_known, num_computed - self.window, 0), num_computed)
-            slots.append(np.full(len(missing), slot))
-            positions.append(missing)
-        none = np.empty(0, dtype=np.int64)
-        flat_slots, flat_positions = np.concatenate((none, *slots)), np.concatenate((none, *positions))
-        rows = torch.from_numpy(flat_slots * self.window + flat_positions % self.window)
-        return ContextUpdate(flat_slots, flat_positions, self._rows[rows])
+    def since(self, slots: np.ndarray, num_known: np.ndarray, num_computed: np.ndarray) -> Missing:
+        """What a drafter misses that knows `num_known` [k] of `num_computed` [k] positions; 0 is a new drafter."""
+        # Whoever knows more than there is knows another sequence that had the slot.
+        num_known = np.where(num_known > num_computed, 0, num_known)
+        starts = np.maximum(num_known, num_computed - self.window)
+        owners, positions = _ranges(starts, num_computed - starts)
+        return Missing(slots[owners], positions, self._rows[self._places(slots[owners], positions)])
 
-    def restore(self, sequences: Iterable[tuple[int, int]]) -> ContextUpdate:
-        """Everything known about (slot, number of computed positions) of the running sequences."""
-        return self.since((slot, 0, num_computed) for slot, num_computed in sequences)
+    def _places(self, slots: np.ndarray, positions: np.ndarray) -> Tensor:
+        return torch.from_numpy(slots * self.window + positions % self.window).to(self._rows.device)
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(i, value) of starts[i], starts[i] + 1, ... for counts[i] values each, one after the other."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    return owners, np.arange(len(owners)) + (starts - np.cumsum(counts) + counts)[owners]

@@ -28,7 +28,7 @@ class ForwardCommand:
     sampling: SamplingRows
     """How the n rows become tokens."""
     wants_features: bool
-    """Whether rank 0 needs main_x."""
+    """Whether rank 0 needs the features of the rows."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,16 @@ class ForwardResult:
     """What rank 0 knows after a forward."""
 
     samples: Samples
-    main_x: Tensor | None
-    """[N, d] projected features of all rows, where the command wants them."""
+    features: Tensor | None
+    """[N, T*d] of all rows, where the command wants them; on the model's device."""
 
 
 class Target(Protocol):
     """A target that can run a command, however many ranks it has."""
 
     def run(self, command: ForwardCommand) -> ForwardResult: ...
+
+    def project(self, features: Tensor) -> Tensor: ...
 
     def keep_alive(self) -> None: ...
 
@@ -66,11 +68,13 @@ class TargetRank:
         samples = self._sampler.sample(self.model.logits(output.hidden[sampled]), command.sampling)
         if samples is None:
             return None
-        main_x = None
-        if command.wants_features:
-            assert self._project is not None and output.features is not None, "the model has no drafter"
-            main_x = self._project(output.features).cpu()
-        return ForwardResult(samples, main_x)
+        return ForwardResult(samples, output.features if command.wants_features else None)
+
+    @torch.inference_mode()
+    def project(self, features: Tensor) -> Tensor:
+        """main_x [n, d], on the CPU, of features [n, T*d]; rank 0 alone can."""
+        assert self._project is not None, "the model has no drafter, or this is not rank 0"
+        return self._project(features).cpu()
 
 
 class LocalTarget:
@@ -83,6 +87,9 @@ class LocalTarget:
         result = self._rank.run(command)
         assert result is not None
         return result
+
+    def project(self, features: Tensor) -> Tensor:
+        return self._rank.project(features)
 
     def keep_alive(self) -> None:
         """Nobody is waiting."""

@@ -88,7 +88,10 @@ class _Round:
 
     rows: DraftedRows
     lengths: np.ndarray
-    expected: float
+    expected: np.ndarray
+    """[R] drafts"""
+    usable: np.ndarray
+    """[R, G] survival of what could be verified, 0 elsewhere"""
 
 
 class Planner:
@@ -188,10 +191,8 @@ class Planner:
         )
         plan = cut_at_threshold(self._schedule.plan(view), current, thresholds)
         lengths = np.array(plan.lengths, dtype=np.int64)
-        if self.follows_costs:
-            self._selector.observe(rows.slots, _usable(view.allowed, thresholds))
-        expected = current[PLACES[: self.gamma] < lengths[:, None]].sum()
-        self._round = _Round(rows, lengths, float(expected))
+        expected = np.where(PLACES[: self.gamma] < lengths[:, None], current, 0.0).sum(-1)
+        self._round = _Round(rows, lengths, expected, _usable(view.allowed, thresholds))
         return plan
 
     def _allowed(self, rows: DraftedRows) -> tuple[np.ndarray, np.ndarray]:
@@ -237,7 +238,7 @@ class Planner:
             gamma=self.gamma,
             lengths=tuple(planned.lengths.tolist()) if planned else (),
             accepted=tuple(outcome.num_committed.tolist()),
-            expected=planned.expected if planned else 0.0,
+            expected=float(planned.expected.sum()) if planned else 0.0,
             predicted_draft_seconds=self._draft_seconds(outcome.num_drafted),
             measured_draft_seconds=outcome.draft_seconds,
             predicted_target_seconds=float(self._target_seconds(batch)[batch.base_rows + budget]) if self.cost else 0.0,
@@ -261,6 +262,8 @@ class Planner:
 
     def _learn_round(self, planned: _Round, accepted: np.ndarray) -> None:
         self.calibration.observe(planned.rows.confidences, planned.lengths, accepted)
+        if self.follows_costs:
+            self._selector.observe(planned.rows.slots, planned.usable, planned.expected, accepted)
         if self.listener is not None:
             self.listener(planned.rows.confidences, planned.lengths, accepted)
 

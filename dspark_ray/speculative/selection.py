@@ -42,9 +42,12 @@ class DraftSelector:
     """Weight of the newest round of one request in the forecast of all traffic."""
     _TRAFFIC_ROUNDS = 2.0
     """Rounds of its own after which a request counts as much as the traffic does."""
+    _MEMORY, _TRAFFIC_MEMORY = 0.95, 0.998
+    """How much of what came of expectations is remembered from round to round."""
+    _PRIOR_DRAFTS = 8.0
     _HYSTERESIS = 0.01
     """Drafting for nobody begins and ends only for a gain of this share."""
-    _EXPLORATION = 0.01
+    _EXPLORATION = 0.005
     """Share of the time that may go into drafts whose forecast is against them."""
     _PROBED_SHARE = 0.25
     """Of the requests, at least, when everybody is left out: the first draft is dear, the others are cheap."""
@@ -56,7 +59,10 @@ class DraftSelector:
         """Drafts per round in each bin of survival, and their summed survival."""
         self._rounds = np.zeros(num_slots)
         self._seen_at = np.zeros(num_slots)
-        self._news: list[tuple[np.ndarray, np.ndarray]] = []
+        self._outcomes = np.zeros((num_slots, 2))
+        """Drafts that were expected to stand and that did, of late."""
+        self._traffic_outcomes = np.zeros(2)
+        self._news: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         """Rounds since the last decision, of which nothing has been learned yet."""
         self._chosen = np.ones(num_slots, dtype=bool)
         self._tokens_per_second = 0.0
@@ -71,18 +77,29 @@ class DraftSelector:
 
     def admit(self, slot: int) -> None:
         """Forget whoever had the slot before."""
-        # What is still to be learned of the slot was somebody else's.
-        self._news = [(slots, values) for slots, values in self._news if slot not in slots]
+        self._take_in()
         self._rounds[slot] = 0
+        self._outcomes[slot] = 0
         self._seen_at[slot] = self._clock
         self._chosen[slot] = not self._is_bypassing
 
-    def observe(self, slots: np.ndarray, survival: np.ndarray) -> None:
-        """Learn from the drafts of a round: survival [R, G], 0 where a draft could not have been verified."""
-        self._seen_at[slots] = self._clock
-        self._news.append((slots, survival))
+    def observe(self, slots: np.ndarray, survival: np.ndarray, expected: np.ndarray, accepted: np.ndarray) -> None:
+        """Learn from the drafts of a round.
 
-    def _learn(self, slots: np.ndarray, survival: np.ndarray) -> None:
+        survival [R, G], 0 where a draft could not have been verified; expected and accepted [R] are the summed
+        survival of the verified drafts and what came of them.
+        """
+        self._seen_at[slots] = self._clock
+        self._news.append((slots, survival, np.stack((expected, accepted), axis=-1)))
+
+    def _take_in(self) -> None:
+        for news in self._news:
+            self._learn(*news)
+        self._news.clear()
+
+    def _learn(self, slots: np.ndarray, survival: np.ndarray, outcomes: np.ndarray) -> None:
+        self._outcomes[slots] = self._MEMORY * self._outcomes[slots] + outcomes
+        self._traffic_outcomes = self._TRAFFIC_MEMORY ** len(slots) * self._traffic_outcomes + outcomes.sum(0)
         seen, known, rounds = _histograms(survival), self._forecasts[slots], self._rounds[slots]
         gain = np.maximum(1 / (rounds + 1), self._GAIN)[:, None, None]
         self._forecasts[slots] = known + gain * (seen - known)
@@ -101,13 +118,13 @@ class DraftSelector:
     ) -> DraftSelection:
         """Choose among the requests in `slots` [R]; `step_seconds` is what the step before took."""
         self._clock += 1
+        self._purse += self._EXPLORATION * step_seconds
         is_due = self._clock - self._decided_at >= self._steps_per_decision
-        if is_due or len(slots) != self._num_requests:
-            self._decide(slots, certain_tokens, base_rows, target_seconds, draft_seconds)
+        if not is_due and len(slots) == self._num_requests:
+            return DraftSelection(self._chosen[slots], self._tokens_per_second)
+        self._decide(slots, certain_tokens, base_rows, target_seconds, draft_seconds)
         chosen = self._chosen[slots]
-        num_chosen = int(np.count_nonzero(chosen))
-        if num_chosen < len(slots):
-            self._explore(slots, chosen, num_chosen, draft_seconds, step_seconds)
+        self._explore(slots, chosen, draft_seconds)
         return DraftSelection(chosen, self._tokens_per_second)
 
     def _decide(
@@ -119,9 +136,7 @@ class DraftSelector:
         draft_seconds: np.ndarray,
     ) -> None:
         """Rank the requests, find the number of them with the best rate, and compare it with that of none."""
-        for seen_slots, survival in self._news:
-            self._learn(seen_slots, survival)
-        self._news.clear()
+        self._take_in()
         forecasts = self._forecast(slots)
         plain = certain_tokens / target_seconds[base_rows]
         order = np.argsort(-_worth(forecasts, plain * _row_seconds(target_seconds, base_rows)), kind="stable")
@@ -141,19 +156,30 @@ class DraftSelector:
         return _steps_up_to(num_requests)
 
     def _forecast(self, slots: np.ndarray) -> np.ndarray:
-        """[R, 2, B] of each request, and the less of its own it has, the more of the traffic."""
-        own = (self._rounds[slots] / (self._rounds[slots] + self._TRAFFIC_ROUNDS))[:, None, None]
-        return own * self._forecasts[slots] + (1 - own) * self._traffic
+        """[R, 2, B] of each request, and the less of its own it has, the more of the traffic.
 
-    def _explore(
-        self, slots: np.ndarray, chosen: np.ndarray, num_chosen: int, draft_seconds: np.ndarray, step_seconds: float
-    ) -> None:
+        Expected tokens are taken as what of late came of expectations, of the request and of the traffic: another
+        temperature than that of the calibration, for one, makes confidences wrong for a whole request.
+        """
+        own = (self._rounds[slots] / (self._rounds[slots] + self._TRAFFIC_ROUNDS))[:, None, None]
+        forecasts = own * self._forecasts[slots] + (1 - own) * self._traffic
+        forecasts[:, 1] *= self._truth(slots)[:, None]
+        return forecasts
+
+    def _truth(self, slots: np.ndarray) -> np.ndarray:
+        """[R] accepted over expected drafts; that of the traffic weighs as much as a few drafts of its own."""
+        weight = self._PRIOR_DRAFTS
+        traffic = (self._traffic_outcomes[1] + weight) / (self._traffic_outcomes[0] + weight)
+        expected, accepted = self._outcomes[slots].T
+        return (accepted + weight * traffic) / (expected + weight)
+
+    def _explore(self, slots: np.ndarray, chosen: np.ndarray, draft_seconds: np.ndarray) -> None:
         """Add those left out for longest for this one step, as far as the purse goes."""
-        num_requests = len(slots)
+        num_chosen, num_requests = int(np.count_nonzero(chosen)), len(slots)
         prices = draft_seconds[num_chosen : num_requests + 1] - draft_seconds[num_chosen]
-        self._purse = min(self._purse + self._EXPLORATION * step_seconds, float(prices[-1]))
+        self._purse = min(self._purse, float(prices[-1]))
         affordable = int(np.searchsorted(prices, self._purse * (1 + 1e-9), side="right")) - 1
-        if affordable < (1 if num_chosen else self._PROBED_SHARE * num_requests):
+        if affordable == 0 or (num_chosen == 0 and affordable < self._PROBED_SHARE * num_requests):
             return
         age = np.where(chosen, -1, self._clock - self._seen_at[slots])
         chosen[np.argsort(-age, kind="stable")[:affordable]] = True

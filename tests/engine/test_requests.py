@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from small_model import (
@@ -18,8 +19,7 @@ from small_model import (
     tokens_of,
 )
 
-from dspark_ray.drafters.protocol import DraftProposal, DraftRequest
-from dspark_ray.drafters.window import FeatureWindow
+from dspark_ray.drafters.protocol import ContextUpdate, DraftProposal, DraftRequest
 from dspark_ray.drafters.worker import DraftWorker, InlineDrafter
 from dspark_ray.types import QueueFullError, Request, RequestError, SamplingParams
 
@@ -183,11 +183,10 @@ class ForgetfulDrafter(InlineDrafter):
         super().__init__(DraftWorker(small_modules()[1], self.config))
 
     def submit(self, request: DraftRequest) -> None:
-        running = [(s.slot, s.num_computed) for s in self.engine.scheduler.running]
         self._worker = DraftWorker(small_modules()[1], self.config)
-        self._worker.store(self.engine.features.restore(running))
-        nothing = FeatureWindow(1, 1, SMALL.hidden_size).since([])
-        super().submit(replace(request, context=nothing))
+        self._worker.store(self.engine.known_context())
+        none = np.empty(0, dtype=np.int64)
+        super().submit(replace(request, context=ContextUpdate(none, none, torch.empty(0, SMALL.hidden_size))))
 
     def collect(self) -> DraftProposal:
         self.proposals.append(super().collect())

@@ -50,6 +50,12 @@ def select(
     return selector.select(slots, num, num, machine.target_seconds, machine.draft_seconds, step_seconds)
 
 
+def observe(selector: DraftSelector, slots: np.ndarray, survivals: np.ndarray, truth: float = 1.0) -> None:
+    """Everything is verified, and `truth` of what was expected comes true."""
+    expected = survivals.sum(-1)
+    selector.observe(slots, survivals, expected, truth * expected)
+
+
 def run(
     selector: DraftSelector, machine: Machine, survivals: np.ndarray, num_steps: int, explore: bool = False
 ) -> np.ndarray:
@@ -59,7 +65,7 @@ def run(
     for _ in range(num_steps):
         mask = select(selector, machine, slots, seconds if explore else 0.0).chosen
         if mask.any():
-            selector.observe(slots[mask], survivals[mask])
+            observe(selector, slots[mask], survivals[mask])
         seconds = machine.target_seconds[len(slots)] + machine.draft_seconds[mask.sum()]
         chosen.append(mask)
     return np.array(chosen)
@@ -117,7 +123,7 @@ def test_a_decision_holds_for_some_steps() -> None:
     decisions = []
     for _ in range(12):
         decisions.append(select(selector, DEARER).chosen.all())
-        selector.observe(EVERYBODY, texts(*[HOPELESS] * NUM_SLOTS))
+        observe(selector, EVERYBODY, texts(*[HOPELESS] * NUM_SLOTS))
     assert decisions == [True] * 4 + [False] * 8
 
 
@@ -125,7 +131,7 @@ def test_a_decision_ends_when_there_are_more_or_fewer_requests() -> None:
     selector = DraftSelector(NUM_SLOTS, GAMMA, steps_per_decision=1000)
     assert select(selector, DEARER).chosen.all()
     for _ in range(20):
-        selector.observe(EVERYBODY, texts(*[HOPELESS] * NUM_SLOTS))
+        observe(selector, EVERYBODY, texts(*[HOPELESS] * NUM_SLOTS))
     assert select(selector, DEARER).chosen.all()
     assert not select(selector, DEARER, EVERYBODY[:5]).chosen.any()
 
@@ -136,7 +142,7 @@ def test_a_request_that_is_admitted_between_decisions_is_drafted_unless_nobody_i
     selector.admit(2)
     assert select(selector, FAST, np.array([0, 2])).chosen.all()
     for _ in range(20):
-        selector.observe(EVERYBODY, texts(*[HOPELESS] * NUM_SLOTS))
+        observe(selector, EVERYBODY, texts(*[HOPELESS] * NUM_SLOTS))
     select(selector, DEARER, EVERYBODY)
     selector.admit(3)
     assert not select(selector, DEARER, EVERYBODY).chosen[3]
@@ -166,6 +172,28 @@ def test_what_could_not_have_been_verified_counts_as_worth_nothing() -> None:
     assert chosen[50:].all(0).tolist() == [True, True, False]
 
 
+def test_a_request_whose_drafts_stand_less_often_than_they_promise_is_left_out() -> None:
+    selector = new_selector()
+    for _ in range(100):
+        observe(selector, np.array([0, 1]), texts(EASY, EASY), truth=1.0)
+        observe(selector, np.array([2]), texts(EASY), truth=0.0)
+        chosen = select(selector, FAST, np.array([0, 1, 2])).chosen
+    assert chosen.tolist() == [True, True, False]
+
+
+def test_new_requests_are_trusted_as_far_as_the_traffic_was_right() -> None:
+    honest, boastful = new_selector(), new_selector()
+    for selector, truth in ((honest, 1.0), (boastful, 0.1)):
+        for _ in range(100):
+            observe(selector, np.array([0, 1]), texts(EASY, EASY), truth)
+            selector.admit(0)
+            select(selector, DEARER, np.array([0, 1]))
+        selector.admit(5)
+    moderate = Machine(first_draft=0.5)
+    decisions = [select(selector, moderate, np.array([5])).chosen[0] for selector in (honest, boastful)]
+    assert decisions == [True, False]
+
+
 # Nobody at all: begins and ends only for a gain
 
 
@@ -190,26 +218,26 @@ def time_share(machine: Machine, chosen: np.ndarray) -> float:
     return float(drafts.sum() / (drafts + machine.target_seconds[chosen.shape[1]]).sum())
 
 
-def test_drafts_for_nobodys_good_take_a_hundredth_of_the_time() -> None:
+def test_drafts_for_nobodys_good_take_half_a_hundredth_of_the_time() -> None:
     selector = new_selector()
     chosen = run(selector, DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 5000, explore=True)[100:]
-    assert 0.005 < time_share(DEAR_DRAFTS, chosen) < 0.0105
+    assert 0.0025 < time_share(DEAR_DRAFTS, chosen) < 0.00525
 
 
-def test_drafts_for_those_left_out_take_a_hundredth_of_the_time_in_a_mixed_batch_too() -> None:
+def test_drafts_for_those_left_out_take_half_a_hundredth_of_the_time_in_a_mixed_batch_too() -> None:
     survivals = texts(*[EASY] * 5, *[HOPELESS] * 3)
     chosen = run(new_selector(), FAST, survivals, 2000, explore=True)[200:]
     without = chosen.copy()
     without[:, 5:] = False
     assert chosen[:, :5].all()
-    assert 0.003 < time_share(FAST, chosen) - time_share(FAST, without) < 0.0105
+    assert 0.0015 < time_share(FAST, chosen) - time_share(FAST, without) < 0.00525
 
 
 def test_everybody_who_is_left_out_is_seen_again_in_turn() -> None:
     selector = new_selector()
     chosen = run(selector, DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 5000, explore=True)[100:]
     times_seen = chosen.sum(0)
-    assert times_seen.min() >= 3
+    assert times_seen.min() >= 2
     assert times_seen.max() <= times_seen.min() + 1
 
 
