@@ -257,8 +257,9 @@ def _measure_points(
     if not missing:
         return
     engines = build(settings.config)
-    # The first turns of an engine are slow, and the first rounds of a planner know nothing.
-    measure_point(engines, requests, "middle", 2, -1, tokens_per_request=32)
+    # The first steps of a size are slow in any process, and the first rounds of a planner know nothing.
+    for concurrency in (1, 8):
+        measure_point(engines, requests, "middle", concurrency, -1, tokens_per_request=48)
     for repeat, name, concurrency in missing:
         arms = measure_point(engines, requests, name, concurrency, repeat, settings.tokens_per_request)
         notebook.add(part, {"repeat": repeat, "traffic": name, "concurrency": concurrency, "arms": arms})
@@ -429,7 +430,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="committed per request of the concurrency")
     parser.add_argument("--readme", action="store_true", help="fill the table in README.md")
     return parser.parse_args()
