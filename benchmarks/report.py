@@ -74,14 +74,17 @@ def table(results: dict[str, Any]) -> str:
         low, middle, high = (_format(results[row.key][name], row.unit) for name in ("min", "median", "max"))
         unit = "" if row.unit == "x" else f" {row.unit}"
         lines.append(f"| {row.label} | {middle}{unit} | {low}, {high} | {row.target} |")
-    machine, versions = results["machine"], results["versions"]
-    repeats = len(results["speedup_single_stream"]["repeats"])
-    lines += [
-        "",
-        f"{repeats} repeats on {machine['cores']} cores ({machine['processor']}), {results['date'][:10]}, "
-        f"commit {results['commit'][:10]}, torch {versions['torch']}, ray {versions['ray']}.",
-    ]
+    lines += ["", origin(results, len(results["speedup_single_stream"]["repeats"]))]
     return "\n".join(lines)
+
+
+def origin(results: dict[str, Any], repeats: int) -> str:
+    """Where numbers come from, in a sentence."""
+    machine, versions = results["machine"], results["versions"]
+    return (
+        f"{repeats} repeats on {machine['cores']} cores ({machine['processor']}), {results['date'][:10]}, "
+        f"commit {results['commit'][:10]}, torch {versions['torch']}, ray {versions['ray']}."
+    )
 
 
 def fill(readme: Path, name: str, text: str) -> None:

@@ -71,6 +71,7 @@ class _Work:
     is_round: bool = False
     """Whether the sequence decodes, rather than being computed up to its last token."""
     proposal_row: int | None = None
+    num_drafted: int = 0
 
     @property
     def token_ids(self) -> list[int]:
@@ -91,6 +92,11 @@ class _Drafted:
     """One per row of the proposal."""
     lengths: dict[Sequence, int] = field(default_factory=dict)
     """Of those that still decode, in the order of their rows."""
+
+    @property
+    def depth(self) -> int:
+        """Positions drafted of each."""
+        return self.proposal.tokens.shape[1]
 
     @cached_property
     def row_of(self) -> dict[Sequence, int]:
@@ -222,7 +228,7 @@ class Engine:
         rows = DraftedRows(
             slots=_slots(live),
             confidences=drafted.proposal.confidences[[drafted.row_of[sequence] for sequence in live]],
-            limits=np.array([self._max_length(sequence) for sequence in live]),
+            limits=np.array([min(drafted.depth, self._max_length(sequence)) for sequence in live]),
             thresholds=np.array([sequence.request.speculative.confidence_threshold for sequence in live]),
         )
         verify_plan = self._timed(lambda: self.planner.plan(rows, batch))
@@ -233,7 +239,9 @@ class Engine:
         for sequence in plan.decoding:
             if drafted is not None and sequence in drafted.lengths:
                 row, drafts = drafted.row_of[sequence], drafted.tokens_of(sequence)
-                works.append(_Work(sequence, 1, drafts, samples=True, is_round=True, proposal_row=row))
+                works.append(
+                    _Work(sequence, 1, drafts, True, is_round=True, proposal_row=row, num_drafted=drafted.depth)
+                )
             else:
                 works.append(_Work(sequence, 1, (), samples=True, is_round=True))
         for chunk in plan.prefill:
@@ -351,9 +359,8 @@ class Engine:
         if not work.is_round and sequence.slot is not None:
             self.planner.admit(sequence.slot)
         if work.is_round:
-            drafted = self.gamma if work.proposal_row is not None else 0
             # Drafts behind the end of the text are not counted: accepted + 1 is what the round committed.
-            sequence.stats.record(drafted, len(work.drafts), len(committed) - 1)
+            sequence.stats.record(work.num_drafted, len(work.drafts), len(committed) - 1)
         if sequence.finish_reason is not None:
             self.scheduler.remove(sequence.request.request_id)
             return _final_output(sequence, sequence.finish_reason, committed, logprobs, self._stop_ids(sequence))
@@ -457,6 +464,7 @@ class Engine:
             anchors=np.array([s.anchor for s in sequences], dtype=np.int64),
             starts=np.array([s.length - 1 for s in sequences], dtype=np.int64),
             sampling=DraftSampling.of([s.request.sampling for s in sequences]),
+            num_positions=self.planner.depth(),
         )
 
     # Edges.

@@ -201,6 +201,7 @@ class StepRecord:
     expected: float = 0.0
     """Drafts that were to stand: the summed survival of the verified ones."""
     gamma: int = 0
+    """Positions drafted of each drafted request."""
     predicted_draft_seconds: float = 0.0
     measured_draft_seconds: float = 0.0
     predicted_target_seconds: float = 0.0

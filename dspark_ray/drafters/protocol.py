@@ -29,7 +29,7 @@ class ContextUpdate:
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """Update the context, then draft one block for each of R requests (R may be 0)."""
+    """Update the context, then draft the first G positions of a block for each of R requests (R may be 0)."""
 
     context: ContextUpdate
     slots: np.ndarray
@@ -39,6 +39,8 @@ class DraftRequest:
     starts: np.ndarray
     """[R] position of each anchor: its context are the positions before"""
     sampling: DraftSampling
+    num_positions: int
+    """G"""
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,8 @@ class DraftWorker:
     def draft(self, request: DraftRequest) -> DraftProposal:
         """Store the context, then draft every block."""
         self.store(request.context)
-        gamma = self.config.gamma
-        assert gamma is not None, "EngineConfig.for_model comes first"
         if not len(request.slots):
-            return _nothing(gamma)
+            return _nothing(request.num_positions)
         device = self._rings[0].device
         anchors, starts = (torch.from_numpy(x).to(device) for x in (request.anchors, request.starts))
         context, visible = self._context(request)
@@ -45,12 +43,12 @@ class DraftWorker:
         choose = DraftChooser(
             request.sampling,
             starts,
-            gamma,
+            request.num_positions,
             self.module.config.vocab_size,
             self.config.verification,
             self.config.rejection_top_k,
         )
-        draft = self.module.run_heads(block, anchors, choose, gamma)
+        draft = self.module.run_heads(block, anchors, choose, request.num_positions)
         distributions = None
         if self.config.verification == "rejection":
             distributions = TruncatedDistributions(choose.ids.cpu().numpy(), choose.probabilities.cpu().numpy())

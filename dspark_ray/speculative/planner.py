@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dspark_ray.config import EngineConfig
 from dspark_ray.speculative.calibration import OnlineCalibration, Temperatures
 from dspark_ray.speculative.cost import CostModel, CostTable, lower_hull
+from dspark_ray.speculative.depth import DraftDepth
 from dspark_ray.speculative.prefix_schedule import (
     PLACES,
     FixedSchedule,
@@ -55,7 +56,7 @@ class DraftedRows:
     slots: np.ndarray
     """[R]"""
     confidences: np.ndarray
-    """[R, G] as drafted"""
+    """[R, G] as drafted; G is less than gamma where fewer positions were drafted"""
     limits: np.ndarray
     """[R] most drafts each can use"""
     thresholds: np.ndarray
@@ -87,6 +88,8 @@ class _Round:
     """A planned round, until its outcome is known."""
 
     rows: DraftedRows
+    depth: int
+    """Positions that were drafted"""
     lengths: np.ndarray
     expected: np.ndarray
     """[R] drafts"""
@@ -117,6 +120,7 @@ class Planner:
         """Whether costs decide; otherwise everything that can be drafted is drafted and verified."""
         self._schedule = build_schedule(config.schedule_kind) if self.follows_costs else FixedSchedule()
         self._selector = selector or DraftSelector(config.max_num_seqs, self.gamma)
+        self._depth = DraftDepth(self.gamma)
         self._past = None
         if config.schedule_kind == "lagged":
             self._past = _Past(config.max_num_seqs, self.gamma, config.schedule_lag)
@@ -173,11 +177,16 @@ class Planner:
             return selection.chosen if self.config.bypass else everybody, None
         return selection.chosen, "predicted_loss"
 
+    def depth(self) -> int:
+        """Positions of a block to draft for those that were selected."""
+        return self._depth.choose() if self.follows_costs else self.gamma
+
     # Between draft and target.
 
     def plan(self, rows: DraftedRows, batch: Batch) -> VerifyPlan:
         """How many drafts of each request to verify: the schedule's lengths, then the thresholds."""
-        limits, thresholds = self._allowed(rows)
+        limits, thresholds, depth = *self._allowed(rows), rows.confidences.shape[1]
+        rows = replace(rows, confidences=_whole_blocks(rows.confidences, self.gamma))
         current = survival(self.calibration.calibrate(rows.confidences))
         view = RoundView(
             survival=current,
@@ -192,7 +201,7 @@ class Planner:
         plan = cut_at_threshold(self._schedule.plan(view), current, thresholds)
         lengths = np.array(plan.lengths, dtype=np.int64)
         expected = np.where(PLACES[: self.gamma] < lengths[:, None], current, 0.0).sum(-1)
-        self._round = _Round(rows, lengths, expected, _usable(view.allowed, thresholds))
+        self._round = _Round(rows, depth, lengths, expected, _usable(view.allowed, thresholds))
         return plan
 
     def _allowed(self, rows: DraftedRows) -> tuple[np.ndarray, np.ndarray]:
@@ -235,7 +244,7 @@ class Planner:
             num_decoding=batch.num_decoding,
             num_prefill_rows=batch.num_prefill_rows,
             bypass=outcome.bypass if batch.num_decoding else None,
-            gamma=self.gamma,
+            gamma=planned.depth if planned else self.gamma,
             lengths=tuple(planned.lengths.tolist()) if planned else (),
             accepted=tuple(outcome.num_committed.tolist()),
             expected=float(planned.expected.sum()) if planned else 0.0,
@@ -263,9 +272,19 @@ class Planner:
     def _learn_round(self, planned: _Round, accepted: np.ndarray) -> None:
         self.calibration.observe(planned.rows.confidences, planned.lengths, accepted)
         if self.follows_costs:
+            self._depth.observe(planned.lengths, planned.depth)
             self._selector.observe(planned.rows.slots, planned.usable, planned.expected, accepted)
         if self.listener is not None:
             self.listener(planned.rows.confidences, planned.lengths, accepted)
+
+
+def _whole_blocks(confidences: np.ndarray, gamma: int) -> np.ndarray:
+    """[R, gamma] with 0 where no position was drafted."""
+    if confidences.shape[1] == gamma:
+        return confidences
+    blocks = np.zeros((len(confidences), gamma), dtype=confidences.dtype)
+    blocks[:, : confidences.shape[1]] = confidences
+    return blocks
 
 
 def _usable(allowed: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

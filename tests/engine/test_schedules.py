@@ -92,6 +92,7 @@ def test_arbitrary_lengths_and_selections_do_not_change_the_text(seed, texts):
     outputs, records = records_of(engine, *mixed())
     assert tokens(outputs) == texts
     assert len({record.num_drafted for record in records}) > 2
+    assert {record.gamma for record in records if record.num_drafted} == {1, 2, 3, 4, 5}
     assert len({record.budget for record in records}) > 4
 
 
@@ -105,6 +106,9 @@ class ArbitraryPlanner(Planner):
 
     def select(self, slots: np.ndarray, batch: Batch) -> tuple[np.ndarray, None]:
         return self._generator.random(len(slots)) < 0.6, None
+
+    def depth(self) -> int:
+        return int(self._generator.integers(1, self.gamma + 1))
 
     def plan(self, rows, batch=None):
         if batch is None:  # called as a schedule, with a view
@@ -133,6 +137,27 @@ def test_a_drafter_that_costs_more_than_it_brings_is_left_alone():
     assert sum(record.bypass == "predicted_loss" for record in decoding) > 0.8 * len(decoding)
     stats = [o.stats for parts in outputs.values() for o in parts if o.finish_reason]
     assert all(s is not None and s.num_drafted <= 10 for s in stats)
+
+
+def test_positions_that_are_never_verified_are_not_drafted_either():
+    engine = scheduled(CHEAP)
+    engine.apply_policy(VerificationPolicy(max_draft_tokens=2))
+    requests = [replace(r, sampling=replace(r.sampling, max_tokens=120)) for r in mixed()]
+    outputs, records = records_of(engine, *requests)
+    late = [record.gamma for record in records[-20:] if record.num_drafted]
+    assert sum(depth == 2 for depth in late) > 0.7 * len(late) > 5
+    stats = [o.stats for parts in outputs.values() for o in parts if o.finish_reason]
+    assert sum(s.num_drafted for s in stats) == sum(r.num_drafted * r.gamma for r in records)
+
+
+def test_rejection_draws_from_shallow_blocks_too():
+    engine = scheduled(CHEAP, verification="rejection")
+    engine.apply_policy(VerificationPolicy(max_draft_tokens=1))
+    requests = [replace(r, sampling=replace(r.sampling, max_tokens=120)) for r in mixed()]
+    outputs, records = records_of(engine, *requests)
+    assert all(len(text) == 120 for text in tokens(outputs).values())
+    assert 1 in {record.gamma for record in records}
+    assert sum(record.num_accepted for record in records) > 20
 
 
 def test_a_bypass_can_be_forbidden():
