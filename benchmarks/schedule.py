@@ -50,6 +50,8 @@ _PROMPT_TOKENS = 32
 """Of the end of a held-out prompt: prompt rows cost every arm the same and only dilute the comparison."""
 _ANSWER_TOKENS = (48, 112)
 """Shortest and longest; requests that begin together then do not end together."""
+_WARM_TOKENS = 24
+"""Per request, before a point counts: the first steps of a size are slow, and planners have to meet the traffic."""
 _TURN_SECONDS = 0.25
 _FEWEST_REQUESTS = 4
 """A point commits tokens for at least so many requests."""
@@ -124,6 +126,12 @@ class Run:
     @property
     def is_over(self) -> bool:
         return self.committed >= self.num_tokens
+
+    def start_counting(self, num_tokens: int) -> None:
+        """What was until now was only to get going; the run ends after `num_tokens` more."""
+        self.num_tokens, self.reasons = num_tokens, {}
+        self.committed = self.rounds = self.budget = self.accepted = self.drafted = 0
+        self.seconds = self.schedule_seconds = 0.0
 
     def take_turn(self, seconds: float) -> None:
         """Step for about so long."""
@@ -202,17 +210,25 @@ def measure_point(
     engines: dict[str, Engine], requests: Requests, name: str, concurrency: int, repeat: int, tokens_per_request: int
 ) -> dict[str, dict[str, Any]]:
     """Figures of every arm for one kind of traffic at one concurrency."""
-    num_tokens = tokens_per_request * max(concurrency, _FEWEST_REQUESTS)
+    at_once = max(concurrency, _FEWEST_REQUESTS)
     runs = {
-        arm: Run(engine, requests.of(name, concurrency, repeat), concurrency, num_tokens)
+        arm: Run(engine, requests.of(name, concurrency, repeat), concurrency, _WARM_TOKENS * at_once)
         for arm, engine in engines.items()
     }
     turns, generator = list(runs.values()), random.Random(repeat)
-    while any(not run.is_over for run in turns):
-        generator.shuffle(turns)
-        for run in turns:
-            run.take_turn(_TURN_SECONDS)
+    _take_turns(turns, generator)
+    for run in turns:
+        run.start_counting(tokens_per_request * at_once)
+    _take_turns(turns, generator)
     return {arm: run.finish() for arm, run in runs.items()}
+
+
+def _take_turns(runs: list[Run], generator: random.Random) -> None:
+    """Until all are over; the order is another one every time."""
+    while any(not run.is_over for run in runs):
+        generator.shuffle(runs)
+        for run in runs:
+            run.take_turn(_TURN_SECONDS)
 
 
 # All repeats of everything.
@@ -257,9 +273,6 @@ def _measure_points(
     if not missing:
         return
     engines = build(settings.config)
-    # The first steps of a size are slow in any process, and the first rounds of a planner know nothing.
-    for concurrency in (1, 8):
-        measure_point(engines, requests, "middle", concurrency, -1, tokens_per_request=48)
     for repeat, name, concurrency in missing:
         arms = measure_point(engines, requests, name, concurrency, repeat, settings.tokens_per_request)
         notebook.add(part, {"repeat": repeat, "traffic": name, "concurrency": concurrency, "arms": arms})
@@ -320,6 +333,7 @@ def summarise(settings: Settings, notebook: Notebook, simulation: dict[str, Any]
             "checkpoint": "tiny",
             "repeats": settings.repeats,
             "tokens_per_request": settings.tokens_per_request,
+            "warm_tokens_per_request": _WARM_TOKENS,
             "prompt_tokens": _PROMPT_TOKENS,
             "answer_tokens": list(_ANSWER_TOKENS),
             "traffic": {name: [vars(traffic) for traffic in TRAFFIC[name]] for name in TRAFFIC},
@@ -419,15 +433,17 @@ def readme_text(results: dict[str, Any]) -> str:
             "Bold is the best static arm of a line.",
             f"Scheduled over it: worst {worst:.2f}, median {middle:.2f}, best {best:.2f};",
             f"over no speculation at worst {off:.2f}. Deciding takes {share:.2f} % of a step of 256 requests.",
-            f"The calibration error after STS is {error:.1f} %. {report.origin(results, results['settings']['repeats'])}",
+            f"The calibration error after STS is {error:.1f} %.",
+            report.origin(results, results["settings"]["repeats"]),
             "",
             f"![Throughput over none drafted, and budgets, by requests]({folder}/schedule_figure_8.png)",
             "",
             f"Drawn as the paper's figures: [throughput against speed per user (7)]({folder}/schedule_figure_7.png),",
             f"[a static threshold's sweep (5)]({folder}/schedule_figure_5.png), and",
-            f"[a simulation with DeepSeek-V4-Flash's measured costs (8)]{folder}/schedule_simulation.png,",
-            f"in which scheduling reaches {100 * results['of_clairvoyant']:.0f} % of a clairvoyant optimum. All numbers are in",
-            f"[schedule.json]({folder}/schedule.json) and [schedule_simulation.json]({folder}/schedule_simulation.json).",
+            f"[a simulation with DeepSeek-V4-Flash's measured costs (8)]({folder}/schedule_simulation.png),",
+            f"in which scheduling reaches {100 * results['of_clairvoyant']:.0f} % of a clairvoyant optimum.",
+            f"All numbers are in [schedule.json]({folder}/schedule.json)",
+            f"and [schedule_simulation.json]({folder}/schedule_simulation.json).",
         ]
     )
 
@@ -456,7 +472,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64, help="committed per request of the concurrency")
     parser.add_argument("--readme", action="store_true", help="fill the table in README.md")
     return parser.parse_args()

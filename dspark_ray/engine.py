@@ -12,7 +12,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -41,8 +40,6 @@ from dspark_ray.types import (
     VerificationPolicy,
 )
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class StepTiming:
@@ -50,7 +47,7 @@ class StepTiming:
 
     total: float = 0.0
     draft: float = 0.0
-    """Waiting for the proposal (with an inline drafter: drafting)."""
+    """Asking for proposals and waiting for them (with an inline drafter: drafting)."""
     target: float = 0.0
     schedule: float = 0.0
     """Deciding who is drafted and how much is verified, and learning from it; a part of the loop."""
@@ -58,6 +55,30 @@ class StepTiming:
     @property
     def loop(self) -> float:
         return self.total - self.draft - self.target
+
+
+class _Stopwatch:
+    """Seconds of the parts of a step: `with watch.times("draft"): ...`."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self.started = clock, clock()
+        self._seconds = {"draft": 0.0, "target": 0.0, "schedule": 0.0}
+        self._part, self._part_started = "", 0.0
+
+    def times(self, part: str) -> _Stopwatch:
+        """Add what happens inside to `part`; parts do not nest."""
+        self._part = part
+        return self
+
+    def __enter__(self) -> None:
+        self._part_started = self._clock()
+
+    def __exit__(self, *error: object) -> None:
+        self._seconds[self._part] += self._clock() - self._part_started
+
+    def timing(self) -> StepTiming:
+        """Up to now."""
+        return StepTiming(total=self._clock() - self.started, **self._seconds)
 
 
 @dataclass(frozen=True)
@@ -143,7 +164,7 @@ class Engine:
         """Sequences of the request that is open at the drafter."""
         self._bypass: BypassReason | None = None
         """Why none is open, where one could be."""
-        self._schedule_seconds = 0.0
+        self._watch = _Stopwatch(clock)
         self._aborted: list[SequenceOutput] = []
 
     # Requests come and go.
@@ -188,26 +209,27 @@ class Engine:
 
     def step(self) -> StepOutput:
         """Run one round for everybody that can run."""
-        started, self._schedule_seconds = self._clock(), 0.0
-        self.planner.expire_policy(started)
+        watch = self._watch = _Stopwatch(self._clock)
+        self.planner.expire_policy(watch.started)
         plan = self.scheduler.plan()
-        drafted = self._collect_drafts()
-        proposed = self._clock()
+        with watch.times("draft"):
+            drafted = self._collect_drafts()
         if plan.is_empty:
             return self._output([])
         batch = _batch(plan)
         drafted = self._plan_lengths(plan, drafted, batch)
         works = self._works(plan, drafted)
         command = self._command(works)
-        forward_started = self._clock()
-        result = self._target.run(command)
-        forward_ended = self._clock()
+        with watch.times("target"):
+            result = self._target.run(command)
         outputs, judged = self._commit(works, drafted, result)
         bypass = self._bypass
-        self._submit_drafts()
-        timing = StepTiming(self._clock() - started, proposed - started, forward_ended - forward_started)
-        record = self._timed(lambda: self._learn(batch, drafted, judged, timing, bypass))
-        self.last_step_timing = replace(timing, total=self._clock() - started, schedule=self._schedule_seconds)
+        chosen = self._select()
+        with watch.times("draft"):
+            self._submit_drafts(chosen)
+        with watch.times("schedule"):
+            record = self._learn(batch, drafted, judged, bypass)
+        self.last_step_timing = watch.timing()
         return self._output(outputs, record)
 
     def _collect_drafts(self) -> _Drafted | None:
@@ -229,9 +251,10 @@ class Engine:
             slots=_slots(live),
             confidences=drafted.proposal.confidences[[drafted.row_of[sequence] for sequence in live]],
             limits=np.array([min(drafted.depth, self._max_length(sequence)) for sequence in live]),
-            thresholds=np.array([sequence.request.speculative.confidence_threshold for sequence in live]),
+            thresholds=_thresholds(live),
         )
-        verify_plan = self._timed(lambda: self.planner.plan(rows, batch))
+        with self._watch.times("schedule"):
+            verify_plan = self.planner.plan(rows, batch)
         return replace(drafted, lengths=dict(zip(live, verify_plan.lengths, strict=True)))
 
     def _works(self, plan: StepPlan, drafted: _Drafted | None) -> list[_Work]:
@@ -319,11 +342,10 @@ class Engine:
         batch: Batch,
         drafted: _Drafted | None,
         judged: dict[Sequence, _Judged],
-        timing: StepTiming,
         bypass: BypassReason | None,
     ) -> StepRecord:
         """Tell the planner what became of the step."""
-        live = list(drafted.lengths) if drafted else []
+        live, timing = list(drafted.lengths) if drafted else [], self._watch.timing()
         return self.planner.learn(
             batch,
             StepOutcome(
@@ -333,17 +355,10 @@ class Engine:
                 bypass=bypass,
                 draft_seconds=timing.draft,
                 target_seconds=timing.total - timing.draft,
-                schedule_seconds=self._schedule_seconds,
+                schedule_seconds=timing.schedule,
                 ended_at=time.time(),
             ),
         )
-
-    def _timed(self, decide: Callable[[], T]) -> T:
-        """Count the time of a decision about speculation."""
-        started = self._clock()
-        decision = decide()
-        self._schedule_seconds += self._clock() - started
-        return decision
 
     def _append(self, work: _Work, acceptance: Acceptance, logprobs: tuple[TokenLogprobs, ...]) -> SequenceOutput:
         """Commit the accepted drafts and the next anchor, up to where the request ends."""
@@ -432,12 +447,23 @@ class Engine:
         missing: Missing = self._features.since(slots, num_known, num_computed)
         return ContextUpdate(missing.slots, missing.positions, self._target.project(missing.features))
 
-    def _submit_drafts(self) -> None:
-        """Choose who is drafted next and ask for their blocks, so that the drafter works while outputs leave."""
+    def _select(self) -> list[Sequence]:
+        """Those of the decoding sequences for which a draft pays in the next step."""
+        self._bypass = None
+        decoding = [s for s in self.scheduler.running if s.is_decoding]
+        speculating = [s for s in decoding if self._speculates(s)]
+        if not speculating:
+            return []
+        candidates = [s for s in speculating if self._max_length(s) > 0]
+        batch = Batch(len(decoding), 0, len(decoding), _mean_length(decoding))
+        with self._watch.times("schedule"):
+            chosen, self._bypass = self.planner.select(_slots(candidates), batch)
+        return [sequence for sequence, is_chosen in zip(candidates, chosen.tolist(), strict=True) if is_chosen]
+
+    def _submit_drafts(self, sequences: list[Sequence]) -> None:
+        """Ask for the next blocks of `sequences`, so that the drafter works while outputs leave."""
         if self._drafter is None:
             return
-        decoding = [s for s in self.scheduler.running if s.is_decoding]
-        sequences = self._select(decoding, [s for s in decoding if self._speculates(s)])
         if not sequences:
             self._drafter.keep_alive()  # nobody is drafted, which may go on for long
             return
@@ -446,16 +472,6 @@ class Engine:
         self._num_known[slots] = num_computed
         self._drafter.submit(self._draft_request(context, sequences))
         self._drafting = sequences
-
-    def _select(self, decoding: list[Sequence], speculating: list[Sequence]) -> list[Sequence]:
-        """Those of the speculating sequences for which a draft pays."""
-        self._bypass = None
-        if not speculating:
-            return []
-        candidates = [s for s in speculating if self._max_length(s) > 0]
-        batch = Batch(len(decoding), 0, len(decoding), _mean_length(decoding))
-        chosen, self._bypass = self._timed(lambda: self.planner.select(_slots(candidates), batch))
-        return [sequence for sequence, is_chosen in zip(candidates, chosen.tolist(), strict=True) if is_chosen]
 
     def _draft_request(self, context: ContextUpdate, sequences: list[Sequence]) -> DraftRequest:
         return DraftRequest(
@@ -512,6 +528,12 @@ def _batch(plan: StepPlan) -> Batch:
 
 def _mean_length(sequences: SequenceOf[Sequence]) -> float:
     return sum(sequence.length for sequence in sequences) / max(1, len(sequences))
+
+
+def _thresholds(sequences: SequenceOf[Sequence]) -> np.ndarray | None:
+    """[R], None where nobody asks for any."""
+    thresholds = [sequence.request.speculative.confidence_threshold for sequence in sequences]
+    return np.array(thresholds) if any(thresholds) else None
 
 
 def _slots(sequences: SequenceOf[Sequence]) -> np.ndarray:

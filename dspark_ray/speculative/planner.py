@@ -59,8 +59,8 @@ class DraftedRows:
     """[R, G] as drafted; G is less than gamma where fewer positions were drafted"""
     limits: np.ndarray
     """[R] most drafts each can use"""
-    thresholds: np.ndarray
-    """[R] lowest survival each request wants verified"""
+    thresholds: np.ndarray | None
+    """[R] lowest survival each request wants verified; None where nobody asks for any"""
 
 
 @dataclass(frozen=True)
@@ -198,18 +198,22 @@ class Planner:
             draft_seconds=self._draft_seconds(len(rows.slots)),
             tokens_per_second=self._tokens_per_second,
         )
-        plan = cut_at_threshold(self._schedule.plan(view), current, thresholds)
+        plan = self._schedule.plan(view)
+        if thresholds is not None:
+            plan = cut_at_threshold(plan, current, thresholds)
         lengths = np.array(plan.lengths, dtype=np.int64)
         expected = np.where(PLACES[: self.gamma] < lengths[:, None], current, 0.0).sum(-1)
         self._round = _Round(rows, depth, lengths, expected, _usable(view.allowed, thresholds))
         return plan
 
-    def _allowed(self, rows: DraftedRows) -> tuple[np.ndarray, np.ndarray]:
+    def _allowed(self, rows: DraftedRows) -> tuple[np.ndarray, np.ndarray | None]:
         """Limits and thresholds [R] of requests and policy together."""
         most = self.policy.max_draft_tokens
         limits = rows.limits if most is None else np.minimum(rows.limits, most)
         lowest = self.policy.confidence_threshold
-        return limits, np.maximum(rows.thresholds, lowest) if lowest else rows.thresholds
+        if lowest == 0:
+            return limits, rows.thresholds
+        return limits, np.maximum(lowest, 0.0 if rows.thresholds is None else rows.thresholds) * np.ones(len(limits))
 
     def _target_seconds(self, batch: Batch) -> np.ndarray:
         """[rows + 1]; without a cost table every size costs the same, so that nothing is ever cut."""
@@ -287,9 +291,9 @@ def _whole_blocks(confidences: np.ndarray, gamma: int) -> np.ndarray:
     return blocks
 
 
-def _usable(allowed: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+def _usable(allowed: np.ndarray, thresholds: np.ndarray | None) -> np.ndarray:
     """[R, G] survival of what could be verified, 0 elsewhere."""
-    if not thresholds.any():
+    if thresholds is None:
         return np.maximum(allowed, 0.0)
     return np.where(allowed >= thresholds[:, None], np.maximum(allowed, 0.0), 0.0)
 

@@ -108,10 +108,10 @@ class FullSchedule:
     def plan(self, view: RoundView) -> VerifyPlan:
         ranked = _ranked(view.allowed, view.limits)
         if view.tokens_per_second is None:
-            worth = _theta(view, ranked)
+            budget = int(_theta(view, ranked).argmax())
         else:
-            worth = _tokens(view, ranked) - view.tokens_per_second * _target_seconds(view, len(ranked))
-        return _admitted(view.allowed, ranked, int(worth.argmax()))
+            budget = _worthwhile(view, ranked, view.tokens_per_second)
+        return _admitted(view.allowed, ranked, budget)
 
 
 class FixedSchedule:
@@ -136,8 +136,6 @@ def build_schedule(kind: ScheduleKind) -> PrefixSchedule:
 
 def cut_at_threshold(plan: VerifyPlan, current: np.ndarray, thresholds: np.ndarray) -> VerifyPlan:
     """Drop positions whose survival [R, G] is below the request's threshold [R]; it never rises along a request."""
-    if not thresholds.any():
-        return plan
     survivors = (current >= thresholds[:, None]).sum(-1)
     return VerifyPlan(tuple(np.minimum(plan.lengths, survivors).tolist()))
 
@@ -165,6 +163,16 @@ def _target_seconds(view: RoundView, num_drafts: int) -> np.ndarray:
 def _theta(view: RoundView, ranked: np.ndarray) -> np.ndarray:
     """[k + 1] expected tokens per second."""
     return _tokens(view, ranked) / (view.draft_seconds + _target_seconds(view, len(ranked)))
+
+
+def _worthwhile(view: RoundView, ranked: np.ndarray, rate: float) -> int:
+    """How many of the ranked drafts bring most above what their seconds are worth at `rate` tokens per second."""
+    if not len(ranked):
+        return 0
+    seconds = _target_seconds(view, len(ranked))
+    worth = ranked.cumsum() - rate * (seconds[1:] - seconds[0])
+    best = int(worth.argmax())
+    return best + 1 if worth[best] > 0 else 0
 
 
 def _admitted(allowed: np.ndarray, ranked: np.ndarray, budget: int) -> VerifyPlan:

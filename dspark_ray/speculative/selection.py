@@ -36,15 +36,18 @@ class DraftSelector:
     every step, and is spent on drafts for those who have been left out for longest.
     """
 
-    _GAIN = 0.2
+    _GAIN = 0.1
     """Weight of the newest round in a request's forecast."""
     _TRAFFIC_GAIN = 0.02
     """Weight of the newest round of one request in the forecast of all traffic."""
-    _TRAFFIC_ROUNDS = 2.0
+    _TRAFFIC_ROUNDS = 4.0
     """Rounds of its own after which a request counts as much as the traffic does."""
-    _MEMORY, _TRAFFIC_MEMORY = 0.95, 0.998
+    _STEPS_TO_FORGET = 32.0
+    """After so many steps without a draft a request's own rounds begin to count less, and after twice as many a third:
+    few rounds can be wrong about it, and while it is left out there are no others."""
+    _MEMORY, _TRAFFIC_MEMORY = 0.98, 0.998
     """How much of what came of expectations is remembered from round to round."""
-    _PRIOR_DRAFTS = 8.0
+    _PRIOR_DRAFTS = 16.0
     _HYSTERESIS = 0.01
     """Drafting for nobody begins and ends only for a gain of this share."""
     _EXPLORATION = 0.005
@@ -161,7 +164,9 @@ class DraftSelector:
         Expected tokens are taken as what of late came of expectations, of the request and of the traffic: another
         temperature than that of the calibration, for one, makes confidences wrong for a whole request.
         """
-        own = (self._rounds[slots] / (self._rounds[slots] + self._TRAFFIC_ROUNDS))[:, None, None]
+        rounds, age = self._rounds[slots], self._clock - self._seen_at[slots]
+        forgotten = np.maximum(age / self._STEPS_TO_FORGET - 1, 0)
+        own = (rounds / (rounds + self._TRAFFIC_ROUNDS) * np.exp(-forgotten))[:, None, None]
         forecasts = own * self._forecasts[slots] + (1 - own) * self._traffic
         forecasts[:, 1] *= self._truth(slots)[:, None]
         return forecasts

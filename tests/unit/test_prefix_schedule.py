@@ -267,7 +267,7 @@ def test_a_threshold_adds_nothing() -> None:
 
 def test_without_thresholds_a_plan_stays_as_it_is() -> None:
     plan = VerifyPlan((2, 0))
-    assert cut_at_threshold(plan, np.zeros((2, 2)), np.zeros(2)) is plan
+    assert cut_at_threshold(plan, np.zeros((2, 2)), np.zeros(2)) == plan
 
 
 def test_the_budget_is_the_sum_of_the_lengths() -> None:
