@@ -28,6 +28,7 @@ from dspark_ray.scheduler import Scheduler, StepPlan
 from dspark_ray.sequence import Sequence
 from dspark_ray.speculative.acceptance import Acceptance, DraftSource, build_verification
 from dspark_ray.speculative.planner import Batch, DraftedRows, Planner, StepOutcome
+from dspark_ray.timing import StepTiming, Stopwatch
 from dspark_ray.types import (
     BypassReason,
     FinishReason,
@@ -39,46 +40,6 @@ from dspark_ray.types import (
     TokenLogprobs,
     VerificationPolicy,
 )
-
-
-@dataclass(frozen=True)
-class StepTiming:
-    """Seconds of one step; what is neither draft nor target is the loop itself."""
-
-    total: float = 0.0
-    draft: float = 0.0
-    """Asking for proposals and waiting for them (with an inline drafter: drafting)."""
-    target: float = 0.0
-    schedule: float = 0.0
-    """Deciding who is drafted and how much is verified, and learning from it; a part of the loop."""
-
-    @property
-    def loop(self) -> float:
-        return self.total - self.draft - self.target
-
-
-class _Stopwatch:
-    """Seconds of the parts of a step: `with watch.times("draft"): ...`."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock, self.started = clock, clock()
-        self._seconds = {"draft": 0.0, "target": 0.0, "schedule": 0.0}
-        self._part, self._part_started = "", 0.0
-
-    def times(self, part: str) -> _Stopwatch:
-        """Add what happens inside to `part`; parts do not nest."""
-        self._part = part
-        return self
-
-    def __enter__(self) -> None:
-        self._part_started = self._clock()
-
-    def __exit__(self, *error: object) -> None:
-        self._seconds[self._part] += self._clock() - self._part_started
-
-    def timing(self) -> StepTiming:
-        """Up to now."""
-        return StepTiming(total=self._clock() - self.started, **self._seconds)
 
 
 @dataclass(frozen=True)
@@ -164,7 +125,7 @@ class Engine:
         """Sequences of the request that is open at the drafter."""
         self._bypass: BypassReason | None = None
         """Why none is open, where one could be."""
-        self._watch = _Stopwatch(clock)
+        self._watch = Stopwatch(clock)
         self._aborted: list[SequenceOutput] = []
 
     # Requests come and go.
@@ -209,7 +170,7 @@ class Engine:
 
     def step(self) -> StepOutput:
         """Run one round for everybody that can run."""
-        watch = self._watch = _Stopwatch(self._clock)
+        watch = self._watch = Stopwatch(self._clock)
         self.planner.expire_policy(watch.started)
         plan = self.scheduler.plan()
         with watch.times("draft"):

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from dspark_ray.config import ConfigError, EngineConfig, ModelConfig
-from dspark_ray.engine import Engine, StepTiming
+from dspark_ray.engine import Engine
 from dspark_ray.sequence import Sequence
 from dspark_ray.speculative.cost import CostTable, Curve
+from dspark_ray.timing import StepTiming
 from dspark_ray.types import Request, SamplingParams, SpeculativeParams
 
 logger = logging.getLogger(__name__)

@@ -42,14 +42,15 @@ class DraftSelector:
     """Weight of the newest round of one request in the forecast of all traffic."""
     _TRAFFIC_ROUNDS = 4.0
     """Rounds of its own after which a request counts as much as the traffic does."""
-    _STEPS_TO_FORGET = 32.0
+    _STEPS_TO_FORGET = 16.0
     """After so many steps without a draft a request's own rounds begin to count less, and after twice as many a third:
     few rounds can be wrong about it, and while it is left out there are no others."""
     _MEMORY, _TRAFFIC_MEMORY = 0.98, 0.998
     """How much of what came of expectations is remembered from round to round."""
     _PRIOR_DRAFTS = 16.0
-    _HYSTERESIS = 0.01
-    """Drafting for nobody begins and ends only for a gain of this share."""
+    _HYSTERESIS, _DOUBT = 0.01, 0.05
+    """Drafting for nobody ends for a gain of the first share, and begins for one that is larger by the second over
+    the requests: the forecasts of few are doubtful, and once nobody is drafted they do not get better."""
     _EXPLORATION = 0.005
     """Share of the time that may go into drafts whose forecast is against them."""
     _PROBED_SHARE = 0.25
@@ -146,8 +147,8 @@ class DraftSelector:
         numbers = self._numbers(len(slots))
         rates = _best_rates(forecasts[order], numbers, certain_tokens, base_rows, target_seconds, draft_seconds)
         best = int(rates.argmax())
-        tolerance = 1 + self._HYSTERESIS if self._is_bypassing else 1 - self._HYSTERESIS
-        self._is_bypassing = bool(rates[best] < plain * tolerance)
+        margin = self._HYSTERESIS if self._is_bypassing else -self._HYSTERESIS - self._DOUBT / len(slots)
+        self._is_bypassing = bool(rates[best] < plain * (1 + margin))
         self._chosen[slots] = False
         if not self._is_bypassing:
             self._chosen[slots[order[: numbers[best]]]] = True
