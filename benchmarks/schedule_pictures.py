@@ -134,12 +134,17 @@ def _draw_measured_gain(axes: Any, points: list[dict[str, Any]]) -> None:
         off = [point["arms"]["off"]["tokens_per_second"] for point in points]
         gains = [point["arms"][arm]["tokens_per_second"] / plain for point, plain in zip(points, off)]
         axes.plot(concurrencies, gains, **_style(arm), label=_label(arm))
-        repeats = [point["arms"][arm].get("repeats") for point in points]
-        if arm == "scheduled" and all(repeats):
-            low, high = ([pick(each) / plain for each, plain in zip(repeats, off)] for pick in (min, max))
+        if arm == "scheduled":
+            low, high = ([pick(_repeated_gains(point, arm)) for point in points] for pick in (min, max))
             axes.fill_between(concurrencies, low, high, color=SCHEDULED_COLOUR, alpha=0.15, linewidth=0)
     _concurrency_axis(axes, concurrencies)
     axes.set_ylim(bottom=0)
+
+
+def _repeated_gains(point: dict[str, Any], arm: str) -> list[float]:
+    """Over none drafted in the same repeat: a machine that is slower for a while is so for both."""
+    mine, plain = (point["arms"][each]["repeats"] for each in (arm, "off"))
+    return [rate / other for rate, other in zip(mine, plain)]
 
 
 def _draw_measured_budget(axes: Any, points: list[dict[str, Any]]) -> None:
