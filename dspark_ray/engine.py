@@ -126,6 +126,8 @@ class Engine:
         self._bypass: BypassReason | None = None
         """Why none is open, where one could be."""
         self._watch = Stopwatch(clock)
+        self._learning_seconds = 0.0
+        """Of the step before; a step's own is not over when its record is made."""
         self._aborted: list[SequenceOutput] = []
 
     # Requests come and go.
@@ -188,9 +190,11 @@ class Engine:
         chosen = self._select()
         with watch.times("draft"):
             self._submit_drafts(chosen)
+        decided = watch.timing()
         with watch.times("schedule"):
-            record = self._learn(batch, drafted, judged, bypass)
+            record = self._learn(batch, drafted, judged, bypass, decided)
         self.last_step_timing = watch.timing()
+        self._learning_seconds = self.last_step_timing.schedule - decided.schedule
         return self._output(outputs, record)
 
     def _collect_drafts(self) -> _Drafted | None:
@@ -304,9 +308,10 @@ class Engine:
         drafted: _Drafted | None,
         judged: dict[Sequence, _Judged],
         bypass: BypassReason | None,
+        timing: StepTiming,
     ) -> StepRecord:
         """Tell the planner what became of the step."""
-        live, timing = list(drafted.lengths) if drafted else [], self._watch.timing()
+        live = list(drafted.lengths) if drafted else []
         return self.planner.learn(
             batch,
             StepOutcome(
@@ -316,7 +321,7 @@ class Engine:
                 bypass=bypass,
                 draft_seconds=timing.draft,
                 target_seconds=timing.total - timing.draft,
-                schedule_seconds=timing.schedule,
+                schedule_seconds=timing.schedule + self._learning_seconds,
                 ended_at=time.time(),
             ),
         )

@@ -208,7 +208,8 @@ class StepRecord:
     """Of everything in the step but the draft: forward, sampling and loop."""
     measured_target_seconds: float = 0.0
     schedule_seconds: float = 0.0
-    """Deciding: who is drafted, how much is verified, and the books of both. Part of the target's time."""
+    """Deciding who is drafted and how much is verified, and learning from the step before. Most of it is a part of the
+    target's time."""
     confidence_threshold: float = 0.0
     """The policy's."""
     policy_version: int = 0
