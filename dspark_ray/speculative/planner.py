@@ -125,7 +125,7 @@ class Planner:
         if config.schedule_kind == "lagged":
             self._past = _Past(config.max_num_seqs, self.gamma, config.schedule_lag)
         self._policy_ends_at = math.inf
-        self._tokens_per_second: float | None = None
+        self._promise = _Promise()
         self._round: _Round | None = None
         self._step_seconds = 0.0
         self._num_steps = 0
@@ -172,7 +172,7 @@ class Planner:
             self.cost.draft_seconds(),
             self._step_seconds,
         )
-        self._tokens_per_second = selection.tokens_per_second
+        self._promise.make(selection.tokens_per_second)
         if not self.config.bypass or selection.chosen.any():
             return selection.chosen if self.config.bypass else everybody, None
         return selection.chosen, "predicted_loss"
@@ -196,7 +196,7 @@ class Planner:
             base_rows=batch.base_rows,
             target_seconds=self._seconds_for_the_schedule(batch, len(rows.slots)),
             draft_seconds=self._draft_seconds(len(rows.slots)),
-            tokens_per_second=self._tokens_per_second,
+            tokens_per_second=self._promise.rate,
         )
         plan = self._schedule.plan(view)
         if thresholds is not None:
@@ -270,6 +270,7 @@ class Planner:
             target, draft = outcome.target_seconds, outcome.draft_seconds
             self.cost.observe(rows, batch.context, target, outcome.num_drafted, draft)
         self._step_seconds = outcome.target_seconds + outcome.draft_seconds
+        self._promise.compare(batch.certain_tokens + record.num_accepted, self._step_seconds)
         self._num_steps += 1
         return record
 
@@ -296,6 +297,40 @@ def _usable(allowed: np.ndarray, thresholds: np.ndarray | None) -> np.ndarray:
     if thresholds is None:
         return np.maximum(allowed, 0.0)
     return np.where(allowed >= thresholds[:, None], np.maximum(allowed, 0.0), 0.0)
+
+
+class _Promise:
+    """The rate that forecasts promise, corrected by what of late came of promises.
+
+    Prompts take time too, and forecasts of the best are too good on average: what a row is worth is the rate that is
+    really achieved.
+    """
+
+    _MEMORY = 0.98
+    _PRIOR_SECONDS = 0.2
+    """Of steps that kept their promise, before anything is known."""
+
+    def __init__(self) -> None:
+        self._made: float | None = None
+        self._tokens = self._promised = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second to count on; None before the first promise."""
+        if self._made is None:
+            return None
+        prior = self._made * self._PRIOR_SECONDS
+        return self._made * (self._tokens + prior) / (self._promised + prior)
+
+    def make(self, tokens_per_second: float) -> None:
+        """What the next steps are to achieve."""
+        self._made = tokens_per_second
+
+    def compare(self, tokens: int, seconds: float) -> None:
+        """What a step achieved."""
+        if self._made is not None:
+            self._tokens = self._MEMORY * self._tokens + tokens
+            self._promised = self._MEMORY * self._promised + self._made * seconds
 
 
 class _Past:
