@@ -40,6 +40,7 @@ class DraftSelector:
     """Weight of the newest round in a request's forecast."""
     _TRAFFIC_GAIN = 0.02
     """Weight of the newest round of one request in the forecast of all traffic."""
+    _MOST_TRAFFIC_GAIN = 0.3
     _TRAFFIC_ROUNDS = 4.0
     """Rounds of its own after which a request counts as much as the traffic does."""
     _STEPS_TO_FORGET = 16.0
@@ -72,7 +73,7 @@ class DraftSelector:
         self._tokens_per_second = 0.0
         self._num_requests = 0
         """Of the last decision"""
-        self._clock = self._decided_at = 0
+        self._clock = self._decided_at = self._traffic_seen_at = 0
         self._purse = 0.0
         self._is_bypassing = False
         # Nothing is known of the first requests: they count as certain.
@@ -108,8 +109,13 @@ class DraftSelector:
         gain = np.maximum(1 / (rounds + 1), self._GAIN)[:, None, None]
         self._forecasts[slots] = known + gain * (seen - known)
         self._rounds[slots] = rounds + 1
-        keep = (1 - self._TRAFFIC_GAIN) ** len(slots)
+        keep = (1 - self._traffic_gain()) ** len(slots)
         self._traffic = keep * self._traffic + (1 - keep) / len(slots) * seen.sum(0)
+
+    def _traffic_gain(self) -> float:
+        """The longer nothing was seen of the traffic, the more weighs what is seen now."""
+        gap, self._traffic_seen_at = self._clock - self._traffic_seen_at, self._clock
+        return min(self._MOST_TRAFFIC_GAIN, self._TRAFFIC_GAIN * max(1, gap - self._steps_per_decision))
 
     def select(
         self,

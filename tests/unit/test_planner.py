@@ -152,3 +152,14 @@ def test_whoever_listens_hears_confidences_as_drafted() -> None:
     ((confidences, admitted, accepted),) = heard
     assert confidences.tolist() == [[0.75] * GAMMA]
     assert (admitted.tolist(), accepted.tolist()) == ([4], [2])
+
+
+def test_the_rate_that_prices_rows_is_the_one_that_is_achieved() -> None:
+    asked = planner()
+    asked.select(np.arange(1), batch(1))
+    promised = asked._promise.rate
+    for _ in range(100):
+        asked.learn(batch(1), outcome([], target_seconds=4.0))
+    assert promised is not None
+    assert asked._promise.rate == pytest.approx(1 / 4.0, rel=0.1)
+    assert asked._promise.rate < promised

@@ -257,6 +257,19 @@ def test_traffic_that_becomes_easy_is_drafted_again() -> None:
     assert run(selector, machine, texts(*[EASY] * NUM_SLOTS), 600, explore=True)[-50:].all()
 
 
+def test_a_few_looks_are_enough_when_hopeless_traffic_has_become_easy() -> None:
+    selector = new_selector()
+    machine = Machine(first_draft=0.4, further_draft=0.02)
+    run(selector, machine, texts(*[HOPELESS] * NUM_SLOTS), 2000, explore=True)
+    for slot in EVERYBODY:
+        selector.admit(int(slot))
+    chosen = run(selector, machine, texts(*[EASY] * NUM_SLOTS), 400, explore=True)
+    first_for_all = int(np.argmax(chosen.all(1)))
+    looks = chosen[:first_for_all].any(1).sum()
+    assert chosen[first_for_all:].all()
+    assert looks <= 4
+
+
 def test_without_time_nothing_is_explored() -> None:
     chosen = run(new_selector(), DEAR_DRAFTS, texts(*[HOPELESS] * NUM_SLOTS), 500)
     assert not chosen[50:].any()
