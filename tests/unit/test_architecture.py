@@ -35,9 +35,12 @@ ROOMS: dict[str, set[str]] = {
 }
 # Files that may import more than their room.
 EXTRA: dict[str, set[str]] = {
+    "autoscale/cpu.py": {"psutil"},
     "autoscale/nvml.py": {"pynvml"},
     "autoscale/policies.py": {"ray"},
+    "autoscale/presets.py": {"yaml"},
     "dspark_ray/evaluation/pictures.py": {"matplotlib"},
+    "dspark_ray/top.py": {"rich"},
 }
 REASONS = {
     "dspark_ray": "the engine runs on machines that have only torch, transformers and numpy",

@@ -1,0 +1,236 @@
+"""What every replica may verify, from what probes and replicas say. Arithmetic only: the caller brings the clock.
+
+State is rebuilt from heartbeats: a controller that starts anew goes on from the thresholds that replicas report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from autoscale.saturation import Saturation, SignalName, SignalScale, check, device_parts, saturation_of
+from autoscale.signals import DeviceLoad, LoadSample, NodeLoad
+from autoscale.thresholds import LoadCurve, Regulator, ThresholdPolicy
+
+_EPSILON = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig:
+    """How a controller decides."""
+
+    policy: ThresholdPolicy = field(default_factory=LoadCurve)
+    signals: SignalScale = field(default_factory=SignalScale)
+    max_draft_tokens: int | None = None
+    """Most drafts verified per request and round; None leaves it to the engine."""
+    bypass_above: float | None = None
+    """Saturation above which nobody is drafted; None leaves that to the engines, which measure what drafts bring."""
+    heartbeat_seconds: float = 1.0
+    """Between the heartbeats of a replica."""
+    max_heartbeats_per_second: float = 500.0
+    """Of all replicas together; more replicas are asked to speak less often."""
+    valid_heartbeats: float = 5.0
+    """A policy expires when so many heartbeats went without an answer."""
+    stale_seconds: float = 10.0
+    """A node that was not read for so long counts as unknown."""
+
+    def __post_init__(self) -> None:
+        most, bypass = self.max_draft_tokens, self.bypass_above
+        check(most is None or most >= 0, "max_draft_tokens", most, "0 or more, or null")
+        check(bypass is None or 0.0 < bypass <= 1.0, "bypass_above", bypass, "a number in (0, 1], or null")
+        check(self.heartbeat_seconds > 0, "heartbeat_seconds", self.heartbeat_seconds, "a positive number of seconds")
+        rate = self.max_heartbeats_per_second
+        check(rate > 0, "max_heartbeats_per_second", rate, "a positive number")
+        check(self.valid_heartbeats >= 2, "valid_heartbeats", self.valid_heartbeats, "2 or more")
+        check(self.stale_seconds > 0, "stale_seconds", self.stale_seconds, "a positive number of seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a replica may verify."""
+
+    threshold: float = 0.0
+    """Drafted positions whose survival is below it are not verified."""
+    max_draft_tokens: int | None = None
+    bypass: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The answer to a heartbeat."""
+
+    bounds: Bounds
+    version: int
+    """Rises when the bounds change."""
+    valid_seconds: float
+    heartbeat_seconds: float
+    """When the next heartbeat is due."""
+    spent: float
+    """How much of what the policy may take away from verification it takes, 0 to 1."""
+    saturation: Saturation
+    changed: bool
+    """Whether the bounds are other than in the answer before."""
+
+
+@dataclass(frozen=True)
+class _Override:
+    bounds: Bounds
+    until: float
+
+
+@dataclass(slots=True)
+class _Replica:
+    """What the controller knows of one replica."""
+
+    sample: LoadSample
+    regulator: Regulator
+    bounds: Bounds
+    version: int
+    seen_at: float
+    saturation: Saturation = field(default_factory=lambda: Saturation(0.0, None, {}))
+    bypass: bool = False
+
+
+@dataclass(slots=True)
+class _Node:
+    load: NodeLoad
+    seen_at: float
+    parts: dict[str, dict[SignalName, float]]
+    """Of every device, by each of the names it may be called by."""
+
+
+class LoadController:
+    """One heartbeat in, one decision out."""
+
+    _BYPASS_HYSTERESIS = 0.1
+
+    def __init__(self, config: ControllerConfig) -> None:
+        self.config = config
+        self._nodes: dict[str, _Node] = {}
+        self._replicas: dict[str, _Replica] = {}
+        self._overrides: dict[str | None, _Override] = {}
+
+    def on_node(self, load: NodeLoad, now: float) -> None:
+        """What a probe says of its node."""
+        parts: dict[str, dict[SignalName, float]] = {}
+        for device in load.devices:
+            scaled = device_parts(device, self.config.signals)
+            for name in _names_of(device):
+                parts[name] = scaled
+        self._nodes[load.node_id] = _Node(load, now, parts)
+
+    def forget_node(self, node_id: str) -> None:
+        """The node has left."""
+        self._nodes.pop(node_id, None)
+
+    def on_sample(self, sample: LoadSample, now: float) -> Decision:
+        """Answer a heartbeat. Raises saturation.ConfigError for a sample that no replica can mean."""
+        check(sample.max_running > 0, "max_running", sample.max_running, "a positive number")
+        replica = self._replicas.get(sample.replica)
+        if replica is None:
+            replica = self._replicas[sample.replica] = self._new_replica(sample, now)
+        replica.sample, replica.seen_at = sample, now
+        replica.saturation = saturation_of(sample, self._devices_of(sample, now), self.config.signals)
+        bounds = self._bounds_of(replica, now)
+        changed = bounds != replica.bounds
+        if changed:
+            replica.bounds, replica.version = bounds, replica.version + 1
+        heartbeat = self._heartbeat_seconds()
+        return Decision(
+            bounds,
+            replica.version,
+            self.config.valid_heartbeats * heartbeat,
+            heartbeat,
+            replica.regulator.spent,
+            replica.saturation,
+            changed,
+        )
+
+    def override(self, bounds: Bounds, seconds: float | None, now: float, replica: str | None = None) -> None:
+        """Let an operator's bounds stand in for the policy's, for one replica or for all; None seconds never ends."""
+        until = math.inf if seconds is None else now + seconds
+        self._overrides[replica] = _Override(bounds, until)
+
+    def end_override(self, replica: str | None = None) -> None:
+        """Back to the policy."""
+        self._overrides.pop(replica, None)
+
+    def forget_silent(self, now: float) -> list[str]:
+        """Forget replicas whose policies have expired, nodes that were not read for long, and ended overrides."""
+        silent = self.config.valid_heartbeats * self._heartbeat_seconds()
+        gone = [name for name, replica in self._replicas.items() if now - replica.seen_at > silent]
+        for name in gone:
+            del self._replicas[name]
+        for node_id in [n for n, node in self._nodes.items() if now - node.seen_at > self.config.stale_seconds]:
+            del self._nodes[node_id]
+        self._overrides = {name: o for name, o in self._overrides.items() if o.until > now}
+        return gone
+
+    def view(self, now: float) -> dict[str, Any]:
+        """Everything it knows, as JSON has it."""
+        return {"nodes": list(self._view_nodes(now)), "replicas": list(self._view_replicas(now))}
+
+    def _new_replica(self, sample: LoadSample, now: float) -> _Replica:
+        regulator = self.config.policy.regulator(sample.threshold)
+        # Versions go on from what the replica has, so that they rise across controllers.
+        return _Replica(sample, regulator, Bounds(sample.threshold), sample.policy_version, now)
+
+    def _devices_of(self, sample: LoadSample, now: float) -> list[dict[SignalName, float]]:
+        devices = []
+        for place in sample.places:
+            node = self._nodes.get(place.node_id)
+            if node is None or now - node.seen_at > self.config.stale_seconds:
+                continue
+            for name in place.accelerators or ("cpu",):
+                parts = node.parts.get(name)
+                if parts:
+                    devices.append(parts)
+        return devices
+
+    def _bounds_of(self, replica: _Replica, now: float) -> Bounds:
+        sample, saturation = replica.sample, replica.saturation.value
+        threshold = replica.regulator.update(sample, saturation, now)
+        replica.bypass = self._is_bypassed(replica.bypass, saturation)
+        for name in (sample.replica, None):
+            override = self._overrides.get(name)
+            if override is not None and override.until > now:
+                return override.bounds
+        old = replica.bounds
+        same = abs(threshold - old.threshold) < _EPSILON and replica.bypass == old.bypass
+        if same and self.config.max_draft_tokens == old.max_draft_tokens:
+            return old
+        return Bounds(threshold, self.config.max_draft_tokens, replica.bypass)
+
+    def _is_bypassed(self, before: bool, saturation: float) -> bool:
+        limit = self.config.bypass_above
+        if limit is None:
+            return False
+        return saturation > (limit - self._BYPASS_HYSTERESIS if before else limit)
+
+    def _heartbeat_seconds(self) -> float:
+        return max(self.config.heartbeat_seconds, len(self._replicas) / self.config.max_heartbeats_per_second)
+
+    def _view_nodes(self, now: float) -> Iterator[dict[str, Any]]:
+        for node in self._nodes.values():
+            yield {**asdict(node.load), "age_seconds": now - node.seen_at}
+
+    def _view_replicas(self, now: float) -> Iterator[dict[str, Any]]:
+        for name, replica in self._replicas.items():
+            yield {
+                "sample": asdict(replica.sample),
+                "bounds": asdict(replica.bounds),
+                "version": replica.version,
+                "spent": replica.regulator.spent,
+                "saturation": asdict(replica.saturation),
+                "overridden": name in self._overrides or None in self._overrides,
+                "age_seconds": now - replica.seen_at,
+            }
+
+
+def _names_of(device: DeviceLoad) -> tuple[str, ...]:
+    """What Ray may call it; the index of a MIG instance is its parent's and names the parent."""
+    if device.kind == "cpu":
+        return ("cpu",)
+    return (str(device.index), device.uuid) if device.kind == "gpu" else (device.uuid,)
