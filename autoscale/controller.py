@@ -112,6 +112,11 @@ class LoadController:
         self._replicas: dict[str, _Replica] = {}
         self._overrides: dict[str | None, _Override] = {}
 
+    @property
+    def replicas(self) -> list[str]:
+        """Those that are known."""
+        return list(self._replicas)
+
     def on_node(self, load: NodeLoad, now: float) -> None:
         """What a probe says of its node."""
         parts: dict[str, dict[SignalName, float]] = {}
@@ -137,7 +142,7 @@ class LoadController:
         changed = bounds != replica.bounds
         if changed:
             replica.bounds, replica.version = bounds, replica.version + 1
-        heartbeat = self._heartbeat_seconds()
+        heartbeat = self.heartbeat_seconds
         return Decision(
             bounds,
             replica.version,
@@ -159,7 +164,7 @@ class LoadController:
 
     def forget_silent(self, now: float) -> list[str]:
         """Forget replicas whose policies have expired, nodes that were not read for long, and ended overrides."""
-        silent = self.config.valid_heartbeats * self._heartbeat_seconds()
+        silent = self.config.valid_heartbeats * self.heartbeat_seconds
         gone = [name for name, replica in self._replicas.items() if now - replica.seen_at > silent]
         for name in gone:
             del self._replicas[name]
@@ -174,8 +179,8 @@ class LoadController:
 
     def _new_replica(self, sample: LoadSample, now: float) -> _Replica:
         regulator = self.config.policy.regulator(sample.threshold)
-        # Versions go on from what the replica has, so that they rise across controllers.
-        return _Replica(sample, regulator, Bounds(sample.threshold), sample.policy_version, now)
+        # Versions go on from what the replica has, so that they rise across controllers; 0 is the engine's own.
+        return _Replica(sample, regulator, Bounds(sample.threshold), sample.policy_version + 1, now)
 
     def _devices_of(self, sample: LoadSample, now: float) -> list[dict[SignalName, float]]:
         devices = []
@@ -209,7 +214,9 @@ class LoadController:
             return False
         return saturation > (limit - self._BYPASS_HYSTERESIS if before else limit)
 
-    def _heartbeat_seconds(self) -> float:
+    @property
+    def heartbeat_seconds(self) -> float:
+        """Between the heartbeats of a replica, with as many replicas as there are."""
         return max(self.config.heartbeat_seconds, len(self._replicas) / self.config.max_heartbeats_per_second)
 
     def _view_nodes(self, now: float) -> Iterator[dict[str, Any]]:

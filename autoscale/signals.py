@@ -97,9 +97,9 @@ class LoadSample:
     rows_per_step: float
     """Rows of the target's forward, averaged over the steps."""
     budget_per_request: float
-    """Drafts verified per drafted request and round."""
+    """Drafts verified per decoding request and round."""
     accepted_length: float
-    """Tokens committed per request and round."""
+    """Tokens committed per request and round; 0 where nothing was decoded."""
     tokens_per_second: float
     """Committed tokens over `seconds`, idle time included."""
     busy_share: float
