@@ -1,0 +1,138 @@
+"""The autoscaling policy that a Serve YAML file names: replicas are added once verification has given way.
+
+    autoscaling_config:
+      policy:
+        policy_function: autoscale.policies:SpeculationAwarePolicy
+        policy_kwargs: {preset: latency, target_occupancy: 0.6}
+
+Serve imports this module wherever it reads the file and sends the class to its controller by value, so the package
+must be installed there and nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from autoscale.presets import replica_rule
+from autoscale.replicas import ReplicaLoad, ReplicaRule, Wish, wish
+from autoscale.saturation import ConfigError
+
+if TYPE_CHECKING:
+    from ray.serve.config import AutoscalingContext
+
+logger = logging.getLogger("ray.serve")
+
+Metrics = Mapping[str, Mapping[Any, float]]
+"""As Serve has them: by name and replica. Of ours, those that LoadWindow and HeartbeatLoop call their stats."""
+
+
+class SpeculationAwarePolicy:
+    """Serve makes one for a deployment, in its controller, and calls it ten times a second: nothing here may block.
+
+    `policy_kwargs` are a `preset` and fields of autoscale.replicas.ReplicaRule, which replace the preset's; without a
+    preset the fields have that class's defaults. The wish is what Serve applies its delays and bounds to. Serve's
+    upscaling_factor and downscaling_factor belong at 1: they count from running replicas, so while some start, other
+    factors move a wish that is already granted.
+    """
+
+    SECONDS_BETWEEN_LINES = 1.0
+    """A wish that changes faster is logged when it is due, as it then is."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Raises nothing: Serve would go on with an exception for ever, in silence, and update no application.
+
+        With kwargs that cannot be meant the number of replicas stays, and whoever starts a replica says why
+        (`check_kwargs`), which ends the deployment with that sentence.
+        """
+        self.rule: ReplicaRule | None = None
+        self.problem: ConfigError | None = None
+        try:
+            self.rule = check_kwargs(kwargs)
+        except ConfigError as error:
+            self.problem = error
+            logger.error("the autoscaling policy keeps the number of replicas: %s", error)
+        self._logged: Wish | None = None
+        self._logged_at = -math.inf
+        self._failures: set[str] = set()
+
+    def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+        """Raises nothing: with an exception Serve would leave the application in DEPLOYING for ever."""
+        try:
+            return self._decide(ctx), {}
+        except Exception as error:
+            self._log_failure(error)
+            return float(ctx.target_num_replicas), {}
+
+    def _decide(self, ctx: AutoscalingContext) -> float:
+        if self.rule is None:
+            return float(ctx.target_num_replicas)
+        metrics, queued = ctx.aggregated_metrics or {}, _number(ctx.total_queued_requests) or 0.0
+        loads = loads_of(metrics)
+        found = wish(self.rule, loads, ctx.target_num_replicas, max(0.0, queued))
+        now = _number(ctx.current_time)
+        if found != self._logged and (now is None or now - self._logged_at >= self.SECONDS_BETWEEN_LINES):
+            self._logged, self._logged_at = found, -math.inf if now is None else now
+            logger.info("%s", _line(found, ctx, loads, queued, metrics))
+        return found.replicas
+
+    def _log_failure(self, error: Exception) -> None:
+        """Once per kind; ten times a second it would fill the disk."""
+        kind = type(error).__name__
+        if kind not in self._failures:
+            self._failures.add(kind)
+            logger.error("the autoscaling policy fails and keeps the number of replicas", exc_info=error)
+
+
+def check_kwargs(kwargs: Mapping[str, Any]) -> ReplicaRule:
+    """What `policy_kwargs` say. Raises saturation.ConfigError, which names the key, its value, and what may stand."""
+    rule = dict(kwargs)
+    return replica_rule(rule.pop("preset", None), rule, path="policy_kwargs")
+
+
+def loads_of(metrics: Metrics) -> list[ReplicaLoad]:
+    """Of the replicas that have reported all that it takes."""
+    loads = (_load(metrics, replica) for replica in metrics.get("running", {}))
+    return [load for load in loads if load is not None]
+
+
+def _load(metrics: Metrics, replica: object) -> ReplicaLoad | None:
+    """What is not a finite number counts as not reported."""
+
+    def number(name: str) -> float | None:
+        return _number(metrics.get(name, {}).get(replica))
+
+    running, waiting, slots = number("running"), number("waiting"), number("max_running")
+    if running is None or waiting is None or slots is None or slots <= 0.0:
+        return None
+    return ReplicaLoad(
+        running=max(0.0, running),
+        waiting=max(0.0, waiting),
+        max_running=slots,
+        spent=number("spent"),
+        cache_usage=number("cache_usage"),
+    )
+
+
+def _line(found: Wish, ctx: AutoscalingContext, loads: list[ReplicaLoad], queued: float, metrics: Metrics) -> str:
+    """What was wished, why, and from what."""
+    running, waiting = sum(load.running for load in loads), sum(load.waiting for load in loads)
+    return (
+        f"{ctx.app_name}#{ctx.deployment_name}: wish={found.replicas:g} because {found.reason}"
+        f" (replicas={ctx.target_num_replicas} running={ctx.current_num_replicas} reported={len(loads)};"
+        f" requests running={running:.1f} waiting={waiting:.1f} queued={queued:.1f};"
+        f" mean spent={_mean_of(metrics, 'spent')} threshold={_mean_of(metrics, 'threshold')}"
+        f" saturation={_mean_of(metrics, 'saturation')})"
+    )
+
+
+def _mean_of(metrics: Metrics, name: str) -> str:
+    numbers = [number for number in map(_number, metrics.get(name, {}).values()) if number is not None]
+    return f"{sum(numbers) / len(numbers):.2f}" if numbers else "none"
+
+
+def _number(raw: object) -> float | None:
+    """None for what is not a finite number."""
+    return float(raw) if isinstance(raw, int | float) and math.isfinite(raw) else None
