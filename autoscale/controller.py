@@ -67,11 +67,11 @@ class Decision:
     valid_seconds: float
     heartbeat_seconds: float
     """When the next heartbeat is due."""
-    spent: float
-    """How much of what the policy may take away from verification it takes, 0 to 1."""
+    spent: float | None
+    """How much of what the policy may take away from verification it takes, 0 to 1; None where it may take nothing."""
     saturation: Saturation
-    changed: bool
-    """Whether the bounds are other than in the answer before."""
+    before: Bounds | None = None
+    """The bounds of the answer before, where they were others."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class LoadController:
         replica.sample, replica.seen_at = sample, now
         replica.saturation = saturation_of(sample, self._devices_of(sample, now), self.config.signals)
         bounds = self._bounds_of(replica, now)
-        changed = bounds != replica.bounds
-        if changed:
+        before = replica.bounds if bounds != replica.bounds else None
+        if before is not None:
             replica.bounds, replica.version = bounds, replica.version + 1
         heartbeat = self.heartbeat_seconds
         return Decision(
@@ -150,7 +150,7 @@ class LoadController:
             heartbeat,
             replica.regulator.spent,
             replica.saturation,
-            changed,
+            before,
         )
 
     def override(self, bounds: Bounds, seconds: float | None, now: float, replica: str | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 from autoscale.saturation import check
 from autoscale.signals import LoadSample
@@ -15,8 +15,8 @@ class Regulator(Protocol):
     """One replica's threshold over time."""
 
     @property
-    def spent(self) -> float:
-        """How much of what it may take away from verification it takes, 0 to 1."""
+    def spent(self) -> float | None:
+        """How much of what it may take away from verification it takes, 0 to 1; None where it may take nothing."""
         ...
 
     def update(self, sample: LoadSample, saturation: float, now: float) -> float:
@@ -27,6 +27,9 @@ class Regulator(Protocol):
 class ThresholdPolicy(Protocol):
     """How thresholds are found; makes a regulator for every replica."""
 
+    kind: ClassVar[str]
+    """Its name in YAML."""
+
     def regulator(self, threshold: float) -> Regulator:
         """One that starts at the threshold in force, so that a restarted controller does not jump."""
         ...
@@ -36,6 +39,7 @@ class ThresholdPolicy(Protocol):
 class FixedThreshold:
     """The same threshold at any load."""
 
+    kind: ClassVar[str] = "fixed"
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
@@ -48,8 +52,7 @@ class FixedThreshold:
 @dataclass(frozen=True)
 class _Constant:
     threshold: float
-    spent: float = 1.0
-    """There is nothing left to take: only replicas can help."""
+    spent: None = None
 
     def update(self, sample: LoadSample, saturation: float, now: float) -> float:
         return self.threshold
@@ -59,10 +62,12 @@ class _Constant:
 class LoadCurve:
     """The threshold is a function of the smoothed saturation, followed slowly and not at every whim."""
 
-    curve: tuple[tuple[float, float], ...] = ((0.5, 0.0), (1.0, 0.4))
+    kind: ClassVar[str] = "load_curve"
+    curve: tuple[tuple[float, float], ...] = ((0.0, 0.1), (0.4, 0.3), (1.0, 0.4))
     """(saturation, threshold), straight lines between; saturation rises strictly, the threshold does not fall."""
     dead_band: float = 0.05
-    """A wish that differs by no more than this from the one being followed is ignored."""
+    """The curve may be so far from the threshold before the threshold follows, and it follows no closer than this:
+    noise narrower than twice the band moves nothing. An end that the curve stays at is reached exactly."""
     slew_per_second: float = 0.02
     """Most that the threshold moves in a second."""
     smoothing_seconds: float = 5.0
@@ -109,11 +114,13 @@ class CurveFollower:
         self.saturation: float | None = None
         """Smoothed; None before the first sample."""
         self._updated_at = -math.inf
+        self._at_an_end_since: float | None = None
 
     @property
-    def spent(self) -> float:
+    def spent(self) -> float | None:
         span = self._curve.highest - self._curve.lowest
-        return (self.threshold - self._curve.lowest) / span if span > 0 else 1.0
+        # A threshold that was taken over may lie outside.
+        return min(max((self.threshold - self._curve.lowest) / span, 0.0), 1.0) if span > 0 else None
 
     def update(self, sample: LoadSample, saturation: float, now: float) -> float:
         elapsed = now - self._updated_at
@@ -122,7 +129,7 @@ class CurveFollower:
             self.saturation, elapsed = saturation, 0.0
         else:
             self.saturation += (saturation - self.saturation) * self._weight(elapsed)
-        self._choose_goal(self._curve.threshold_at(self.saturation))
+        self._choose_goal(self._curve.threshold_at(self.saturation), now)
         most = self._curve.slew_per_second * elapsed
         self.threshold += min(max(self._goal - self.threshold, -most), most)
         return self.threshold
@@ -131,37 +138,51 @@ class CurveFollower:
         seconds = self._curve.smoothing_seconds
         return -math.expm1(-elapsed / seconds) if seconds > 0 else 1.0
 
-    def _choose_goal(self, wish: float) -> None:
-        """The ends of the curve are reached exactly; leaving them takes more than the dead band, like any move."""
-        at_an_end = wish in (self._curve.lowest, self._curve.highest)
-        if at_an_end or abs(wish - self._goal) > self._curve.dead_band:
-            self._goal = wish
+    def _choose_goal(self, wish: float, now: float) -> None:
+        """Drag the goal along at the distance of the dead band, so that its moves are as small as the curve's."""
+        band = self._curve.dead_band
+        self._goal = min(max(self._goal, wish - band), wish + band)
+        end = min((self._curve.lowest, self._curve.highest), key=lambda each: abs(wish - each))
+        if abs(wish - end) > _AT_AN_END * band:
+            self._at_an_end_since = None
+        elif self._at_an_end_since is None:
+            self._at_an_end_since = now
+        elif now - self._at_an_end_since >= _STAYS * self._curve.smoothing_seconds:
+            self._goal = end
+
+
+_AT_AN_END = 0.1
+"""Of the dead band: so near is as good as at an end, which an average of saturations only approaches."""
+_STAYS = 3.0
+"""Time constants of the smoothing for which a curve has to be at an end to be met there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GoodputSearch:
-    """Hill climbing on measured goodput, below what the load curve allows.
+    """Hill climbing on measured goodput, below what a load curve allows.
 
     Goodput is committed tokens per second of stepping. Two thresholds, one step apart, take turns; the difference of
     the logarithms is free of any slow drift of the load. The base moves only when the gain is certain, and a base
-    that has beaten both its neighbours rests, longer each time.
+    that has beaten both its neighbours rests, longer each time, or until the load is another.
     """
 
-    bound: LoadCurve = field(default_factory=LoadCurve)
+    kind: ClassVar[str] = "goodput"
+    bound: LoadCurve = field(default_factory=lambda: LoadCurve(curve=((0.0, 0.3), (1.0, 0.6))))
     """The search never goes above this curve's threshold."""
-    step: float = 0.05
-    """Between neighbours. Not above the dead band, so that trials stay within it."""
-    epoch_seconds: float = 10.0
-    """One threshold's turn."""
+    step: float = 0.1
+    """Between neighbours. Smaller ones differ by less than what a turn's goodput is uncertain by."""
+    epoch_seconds: float = 5.0
+    """One threshold's turn. Short ones meet the same requests."""
     least_gain: float = 0.005
     """Relative; less is not worth a move."""
-    num_pairs: int = 12
+    num_pairs: int = 24
     """Turns of a neighbour before it counts as no better."""
     rest_seconds: tuple[float, float] = (60.0, 600.0)
     """The first rest and the longest; each is twice the one before."""
 
     def __post_init__(self) -> None:
-        check(0.0 < self.step <= self.bound.dead_band, "step", self.step, f"0 to dead_band={self.bound.dead_band}")
+        most = self.bound.highest
+        check(0.0 < self.step <= most, "step", self.step, f"above 0, at most the bound's highest threshold {most}")
         check(self.epoch_seconds > 0, "epoch_seconds", self.epoch_seconds, "a positive number of seconds")
         check(self.least_gain >= 0, "least_gain", self.least_gain, "0 or more")
         check(self.num_pairs >= _FEWEST_PAIRS, "num_pairs", self.num_pairs, f"at least {_FEWEST_PAIRS}")
@@ -179,8 +200,12 @@ _DEVIATIONS = 2.0
 """Standard errors by which a gain has to be certain."""
 _SAME_LOAD = 1.2
 """Turns are compared when their numbers of running requests differ by no more than this factor."""
+_OTHER_LOAD = 1.5
+"""Factor between numbers of running requests by which a load is another than the one that was searched."""
 _LEAST_BUSY = 0.2
 """Share of a turn that must be spent stepping for it to count."""
+_OURS = 1e-6
+"""By which the threshold that a replica reports may be off the one it was told."""
 
 
 @dataclass(slots=True)
@@ -205,15 +230,16 @@ class _Turn:
             return None
         return math.log(self.tokens / self.busy)
 
-    def is_comparable(self, other: _Turn) -> bool:
+    def is_within(self, factor: float, other: _Turn) -> bool:
+        """Whether as many requests ran, up to the factor."""
         low, high = sorted((self.running / self.seconds, other.running / other.seconds))
-        return high <= _SAME_LOAD * low
+        return high <= factor * low
 
 
 def _gain(before: _Turn, trial: _Turn, after: _Turn) -> float | None:
     """What the logarithm of the trial's goodput is above its neighbours'; None where they cannot be compared."""
     goodputs = before.log_goodput, trial.log_goodput, after.log_goodput
-    if None in goodputs or not (trial.is_comparable(before) and trial.is_comparable(after)):
+    if None in goodputs or not (trial.is_within(_SAME_LOAD, before) and trial.is_within(_SAME_LOAD, after)):
         return None
     first, middle, last = cast(tuple[float, float, float], goodputs)
     return middle - (first + last) / 2
@@ -232,12 +258,13 @@ class HillClimber:
         self._rest = search.rest_seconds[0]
         self._rests_until = -math.inf
         self._bound_at_rest = 0.0
+        self._turn_at_rest = _Turn()
         self._turn, self._is_trial = _Turn(), False
         self._turns: list[_Turn] = []
         self._gains: list[float] = []
 
     @property
-    def spent(self) -> float:
+    def spent(self) -> float | None:
         """The bound's: a search that stays below it could be pushed up to it."""
         return self._bound.spent
 
@@ -254,9 +281,27 @@ class HillClimber:
         if self._base > bound:
             self._base = bound
             self._start_over()
-        if now >= self._rests_until or abs(bound - self._bound_at_rest) > self._search.step:
-            self._search_on(sample, bound, now)
+        # At another threshold than ours, an operator's or one that is still to be replaced, nothing is learned of ours.
+        if abs(sample.threshold - self.threshold) <= _OURS:
+            if self._is_resting(bound, now):
+                self._look_around(sample)
+            else:
+                self._search_on(sample, bound, now)
         return self.threshold
+
+    def _is_resting(self, bound: float, now: float) -> bool:
+        return now < self._rests_until and abs(bound - self._bound_at_rest) <= self._search.step
+
+    def _look_around(self, sample: LoadSample) -> None:
+        """Another load ends a rest, also where the bound does not move."""
+        self._turn.add(sample)
+        if self._turn.seconds >= self._search.epoch_seconds:
+            if not self._turn.is_within(_OTHER_LOAD, self._turn_at_rest):
+                self._wake()
+            self._turn = _Turn()
+
+    def _wake(self) -> None:
+        self._rests_until, self._rest = -math.inf, self._search.rest_seconds[0]
 
     def _search_on(self, sample: LoadSample, bound: float, now: float) -> None:
         self._rests_until = -math.inf
@@ -296,13 +341,14 @@ class HillClimber:
         elif mean + _DEVIATIONS * error < self._search.least_gain or count >= self._search.num_pairs:
             self._direction = -self._direction
             self._failed_before = not is_last
-            self._forget_turns()
             if is_last:
                 self._begin_rest(bound, now)
+            self._forget_turns()
 
     def _begin_rest(self, bound: float, now: float) -> None:
         """Ended early by a bound that moves, which is another load."""
         self._rests_until, self._bound_at_rest = now + self._rest, bound
+        self._turn_at_rest = self._turns[-1]
         self._rest = min(2 * self._rest, self._search.rest_seconds[1])
 
     def _start_over(self) -> None:

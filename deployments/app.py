@@ -9,11 +9,23 @@ from deployments.args import AppArgs
 from deployments.engine import EngineReplica
 from deployments.gang import actor_options
 from deployments.ingress import Ingress
+from deployments.load import LoadControllerReplica
+
+_MAX_HEARTBEATS = 10_000
+"""At once: each is answered in microseconds, and none should wait for another."""
 
 
 def build(args: AppArgs) -> Application:
-    """An Ingress in front of an Engine, whose replicas are gangs of workers."""
+    """An Ingress in front of an Engine, whose replicas are gangs of workers, and a controller that watches them."""
     health, limits = args.health, args.limits
+    controller, config = None, args.controller_config()
+    if config is not None:
+        controller = LoadControllerReplica.options(
+            ray_actor_options={"num_cpus": 0},
+            max_ongoing_requests=_MAX_HEARTBEATS,
+            health_check_period_s=health.check_period_s,
+            health_check_timeout_s=health.check_timeout_s,
+        ).bind(config, args.model_name)
     engine = EngineReplica.options(
         ray_actor_options=actor_options(args.placement.replica),
         max_ongoing_requests=args.max_ongoing_requests,
@@ -22,8 +34,8 @@ def build(args: AppArgs) -> Application:
         health_check_timeout_s=health.check_timeout_s,
         graceful_shutdown_timeout_s=health.graceful_shutdown_timeout_s,
         **args.placement_options(),
-    ).bind(args)
+    ).bind(args, controller)
     return Ingress.options(
         max_ongoing_requests=limits.max_ingress_requests,
         graceful_shutdown_timeout_s=health.graceful_shutdown_timeout_s,
-    ).bind(args, engine)
+    ).bind(args, engine, controller)

@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from autoscale.controller import ControllerConfig
+from autoscale.presets import controller_config
 from dspark_ray.config import ConfigError, DType, EngineConfig, ModelConfig, ScheduleKind, VerificationMode
 
 _ENGINE = EngineConfig()
@@ -161,6 +163,25 @@ class HealthArgs(_Block):
     """At least the longest answer: a redeploy waits so long for streams to end."""
 
 
+class LoadControllerArgs(BaseModel):
+    """Thresholds per replica from the cluster's load. Without a policy it watches and bounds nothing.
+
+    Besides `preset`, every field of autoscale.controller.ControllerConfig is a key here; it replaces the preset's.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    preset: str | None = None
+    """latency, throughput or cost: a file in autoscale/presets."""
+
+    def config(self, own_threshold: float) -> ControllerConfig:
+        """`own_threshold` is the engine's, kept where no policy is named. Raises ValueError."""
+        overrides = dict(self.model_extra or {})
+        if self.preset is None:
+            overrides.setdefault("policy", {"kind": "fixed", "threshold": own_threshold})
+        return controller_config(self.preset, overrides, path="load_controller")
+
+
 class AppArgs(_Block):
     """The application: one model, served by any number of gangs."""
 
@@ -176,11 +197,14 @@ class AppArgs(_Block):
     placement: PlacementArgs = PlacementArgs()
     limits: LimitArgs = LimitArgs()
     health: HealthArgs = HealthArgs()
+    load_controller: LoadControllerArgs | None = LoadControllerArgs()
+    """null serves without a load controller."""
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "AppArgs":
         self._check_adaptive_verification()
         self.engine_config()
+        self.controller_config()
         verifier = self.placement.verifier
         if isinstance(verifier, list) and len(verifier) != self.tensor_parallel_size:
             raise ValueError(
@@ -230,6 +254,11 @@ class AppArgs(_Block):
             cost_table=_path_or_none(cost_table.path),
             cost_directory=cost_table.in_use(),
         )
+
+    def controller_config(self) -> ControllerConfig | None:
+        """None without a load controller. Raises ValueError."""
+        own_threshold = self.dspark.confidence.threshold
+        return None if self.load_controller is None else self.load_controller.config(own_threshold)
 
     @property
     def _verifies_all(self) -> bool:

@@ -7,7 +7,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
-from typing import Protocol
 
 import zmq
 import zmq.asyncio
@@ -34,14 +33,17 @@ logger = logging.getLogger("ray.serve")
 _FLUSH_MILLISECONDS = 1000
 
 
-class Observer(Protocol):
-    """Who wants to know what passes; `EngineMetrics` is the real one."""
+class Observer:
+    """Who wants to know what passes overrides what it wants to know."""
 
-    def on_request(self, num_prompt_tokens: int) -> None: ...
+    def on_request(self, num_prompt_tokens: int) -> None:
+        """A request was submitted."""
 
-    def on_first_token(self, seconds: float) -> None: ...
+    def on_first_token(self, seconds: float) -> None:
+        """A request has its first token, so long after it was submitted."""
 
-    def on_step(self, step: StepOutput) -> None: ...
+    def on_step(self, step: StepOutput) -> None:
+        """The engine made a step."""
 
 
 class EngineChannel:
@@ -50,8 +52,8 @@ class EngineChannel:
     The replica and rank 0 share a node (bundle 0), so both sockets are bound on its loopback.
     """
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
         self._context = zmq.Context()
         self._from_rank_0 = zmq.asyncio.Socket(self._context, zmq.PULL)
         self._to_rank_0 = self._context.socket(zmq.PUSH)
@@ -87,14 +89,16 @@ class EngineChannel:
         self._queues[request.request_id] = queue
         started, has_token, has_ended = time.monotonic(), False, False
         self._send(Submit(request=request))
-        self._observer.on_request(len(request.prompt_token_ids))
+        for observer in self._observers:
+            observer.on_request(len(request.prompt_token_ids))
         try:
             while not has_ended:
                 output = await queue.get()
                 has_ended = isinstance(output, Refusal) or output.finish_reason is not None
                 if not has_token and isinstance(output, SequenceOutput):
                     has_token = True
-                    self._observer.on_first_token(time.monotonic() - started)
+                    for observer in self._observers:
+                        observer.on_first_token(time.monotonic() - started)
                 yield output
         finally:
             del self._queues[request.request_id]
@@ -129,7 +133,8 @@ class EngineChannel:
         if isinstance(message, Outputs):
             if message.step.record is not None:
                 self._records.append(message.step.record)
-            self._observer.on_step(message.step)
+            for observer in self._observers:
+                observer.on_step(message.step)
             for output in message.step.sequences:
                 self._put(output)
         elif isinstance(message, Refusal):

@@ -9,10 +9,14 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray import serve
+from ray.serve._private.config import DeploymentConfig
+from ray.serve.handle import DeploymentHandle
 
+from autoscale.policies import SpeculationAwarePolicy, check_kwargs
 from deployments.args import AppArgs
 from deployments.channel import EngineChannel
 from deployments.gang import start_gang
+from deployments.heartbeat import HeartbeatLoop, LoadWindow
 from deployments.messages import Refusal, StepLog
 from deployments.metrics import EngineMetrics
 from dspark_ray.types import Request, SequenceOutput, VerificationPolicy
@@ -34,16 +38,21 @@ class EngineReplica:
     placement group.
     """
 
-    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, args: AppArgs, controller: DeploymentHandle | None
+    ) -> None:
+        check_autoscaling(serve.get_replica_context()._deployment_config)
         self._args = args
         self._id = serve.get_replica_context().replica_tag
         self._tasks: list[asyncio.Task[None]] = []
-        self._channel = EngineChannel(EngineMetrics(args.model_name))
+        self._window = LoadWindow(self._id, args.engine.max_num_seqs)
+        self._channel = EngineChannel(EngineMetrics(args.model_name), self._window)
         args.resolve()
         self._tasks.append(asyncio.create_task(self._channel.listen()))
         self._gang = await start_gang(args, self._channel.requests_address, self._channel.outputs_address)
         await self._until_ready()
         self._tasks.append(asyncio.create_task(self._watch()))
+        self._heartbeats = self._start_heartbeats(controller)
 
     async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput | Refusal]:
         """Stream a request's outputs; when the caller leaves, the sequence is freed within a round."""
@@ -59,6 +68,10 @@ class EngineReplica:
         self._channel.set_policy(policy)
         return self._id
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What autoscale.policies.SpeculationAwarePolicy looks at."""
+        return self._window.stats() | (self._heartbeats.stats() if self._heartbeats is not None else {})
+
     def check_health(self) -> None:
         """The second net behind `_watch`."""
         self._gang.raise_end()
@@ -68,6 +81,17 @@ class EngineReplica:
         for task in self._tasks:
             task.cancel()
         self._channel.close()
+
+    def _start_heartbeats(self, controller: DeploymentHandle | None) -> HeartbeatLoop | None:
+        config = self._args.controller_config()
+        if controller is None or config is None:
+            return None
+        self._window.places = tuple(dict.fromkeys(self._gang.places))
+        loop = HeartbeatLoop(
+            self._window, controller.heartbeat.remote, self._channel.set_policy, config.heartbeat_seconds
+        )
+        self._tasks.append(asyncio.create_task(loop.run()))
+        return loop
 
     async def _until_ready(self) -> None:
         """Raises the error of the first member that could not start."""
@@ -95,3 +119,16 @@ class EngineReplica:
     def _exit(self, reason: str) -> None:
         logger.critical("the gang is lost, this replica ends: %s", reason)
         os._exit(1)
+
+
+_POLICY = f"{SpeculationAwarePolicy.__module__}:{SpeculationAwarePolicy.__name__}"
+
+
+def check_autoscaling(config: DeploymentConfig) -> None:
+    """Raise saturation.ConfigError for kwargs of our autoscaling policy that cannot be meant.
+
+    Serve makes the policy in its controller, where an error is a line in a log; in a replica it ends the deployment.
+    """
+    policy = config.autoscaling_config and config.autoscaling_config.policy
+    if policy and policy.policy_function == _POLICY:
+        check_kwargs(policy.policy_kwargs)

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from autoscale.signals import Place
 from deployments.args import AppArgs, Resources
 from deployments.workers import DrafterWorker, VerifierWorker
 
@@ -26,6 +27,8 @@ class Gang:
     actors: list[ActorHandle]
     runs: dict[str, asyncio.Future[None]]
     """What each actor does for life, by the actor's name; the end of one is the end of the gang."""
+    places: tuple[Place, ...]
+    """Where each actor is, in the same order."""
 
     async def first_end(self, timeout_seconds: float) -> bool:
         """Wait for the first run to end; False when none did in time."""
@@ -52,16 +55,17 @@ async def start_gang(args: AppArgs, requests_address: str, outputs_address: str)
     Actors called from a request would be cancelled with that request.
     """
     actors = _create_actors(args)
-    nodes: list[str] = await asyncio.gather(*(actor.prepare.remote() for actor in actors))
+    places: list[Place] = await asyncio.gather(*(actor.prepare.remote() for actor in actors))
     spec = _spec(args, await actors[0].meeting_point.remote())
     refs = {"verifier 0": actors[0].lead.remote(spec, requests_address, outputs_address)}
     for rank in range(1, args.tensor_parallel_size):
         refs[f"verifier {rank}"] = actors[rank].follow.remote(spec, rank)
     if args.has_draft_actor:
         refs["drafter"] = actors[-1].draft.remote(spec)
-    for name, node in zip(refs, nodes, strict=True):
-        logger.info("%s is on node %s", name, node)
-    return Gang(actors, {name: asyncio.wrap_future(ref.future()) for name, ref in refs.items()})
+    for name, place in zip(refs, places, strict=True):
+        logger.info("%s is on node %s, with accelerators %s", name, place.node_id, place.accelerators)
+    runs = {name: asyncio.wrap_future(ref.future()) for name, ref in refs.items()}
+    return Gang(actors, runs, tuple(places))
 
 
 def _spec(args: AppArgs, meeting_point: str) -> dict[str, Any]:

@@ -6,13 +6,14 @@ No `from __future__ import annotations` here: FastAPI reads the routes' annotati
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Query
+from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -24,6 +25,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
+from autoscale.controller import Bounds
+from deployments.admin import Administration, ControllerClient, add_admin_routes
 from deployments.args import AppArgs
 from deployments.generation import (
     EngineBusy,
@@ -46,20 +49,20 @@ from deployments.protocol import (
     CompletionRequest,
     GenerationRequest,
     Message,
-    PolicyRequest,
-    StepsQuery,
     TokenizeRequest,
     Totals,
     choice_seed,
     invalid,
     join_stats,
     overloaded,
-    steps_answer,
 )
 from dspark_ray.tokenizer import Tokenizer
 from dspark_ray.types import Request, RequestError, SamplingParams, SequenceOutput, VerificationPolicy
 
 logger = logging.getLogger("ray.serve")
+
+_CONTROLLER_SECONDS = 5.0
+"""A load controller that is being restarted is not waited for longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,7 @@ class Service:
     """What the routes need, none of it Ray's."""
 
     client: EngineClient
+    controller: ControllerClient | None = None
     tokenizer: Tokenizer
     model_name: str
     max_model_len: int
@@ -137,23 +141,8 @@ def build_http(service: Service) -> FastAPI:
     async def server_version() -> dict[str, str]:
         return {"version": version("dspark-ray")}
 
-    _add_admin_routes(http, service)
+    add_admin_routes(http, Administration(service.client, service.controller, partial(_as_api_errors, service)))
     return http
-
-
-def _add_admin_routes(http: FastAPI, service: Service) -> None:
-    """Looking into one Engine replica and bounding it. With several, Serve chooses which; the answer names it."""
-
-    @http.get("/admin/steps")
-    async def steps(query: Annotated[StepsQuery, Query()]) -> dict[str, Any]:
-        with _as_api_errors(service):
-            return steps_answer(await service.client.steps(query.last))
-
-    @http.post("/admin/policy")
-    async def set_policy(body: PolicyRequest) -> dict[str, Any]:
-        policy = body.policy()
-        with _as_api_errors(service):
-            return {"replica": await service.client.set_policy(policy), "policy": asdict(policy)}
 
 
 def _model_card(service: Service) -> dict[str, Any]:
@@ -482,6 +471,29 @@ class HandleClient:
             return await self._handle.set_policy.remote(policy)
 
 
+class HandleController:
+    """A ControllerClient over Serve."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def view(self) -> dict[str, Any]:
+        return await self._answer(self._handle.view.remote())
+
+    async def override(self, bounds: Bounds, seconds: float | None, replica: str | None) -> list[str]:
+        return await self._answer(self._handle.override.remote(bounds, seconds, replica))
+
+    async def end_override(self, replica: str | None) -> None:
+        await self._answer(self._handle.end_override.remote(replica))
+
+    async def _answer(self, asked: Awaitable[Any]) -> Any:
+        try:
+            with _translating():
+                return await asyncio.wait_for(asked, _CONTROLLER_SECONDS)
+        except TimeoutError as error:
+            raise EngineBusy(f"the load controller did not answer in {_CONTROLLER_SECONDS} s") from error
+
+
 @contextmanager
 def _translating() -> Iterator[None]:
     """Ray's exceptions in the words of an EngineClient."""
@@ -505,10 +517,11 @@ def _translated(error: Exception) -> Exception:
 class Ingress:
     """Serves HTTP for one model; holds no state that a request needs to outlive it."""
 
-    def __init__(self, args: AppArgs, engine: DeploymentHandle) -> None:
+    def __init__(self, args: AppArgs, engine: DeploymentHandle, controller: DeploymentHandle | None) -> None:
         model_config, engine_config = args.resolve()
         self._service = Service(
             client=HandleClient(engine),
+            controller=None if controller is None else HandleController(controller),
             tokenizer=Tokenizer.from_directory(args.checkpoint),
             model_name=args.model_name,
             max_model_len=engine_config.max_model_len,

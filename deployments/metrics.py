@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from autoscale.controller import Decision
+from autoscale.signals import DeviceLoad, LoadSample, NodeLoad
+from deployments.channel import Observer
 from dspark_ray.types import SequenceOutput, StepOutput, StepRecord
 
 MetricT = TypeVar("MetricT", Gauge, Counter, Histogram)
@@ -14,7 +18,7 @@ _LENGTHS = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0]
 _MODES = ("speculating", "bypass", "idle")
 
 
-class EngineMetrics:
+class EngineMetrics(Observer):
     """Updated once per step of the engine; lives in the Engine replica, so Serve adds its tags."""
 
     def __init__(self, model_name: str) -> None:
@@ -57,6 +61,52 @@ class EngineMetrics:
             return
         _increase(self._rounds, stats.num_rounds)
         self._length.observe(stats.mean_accepted_length)
+
+
+class LoadMetrics:
+    """What the load controller sees and decides. Serve tags it with the controller's own replica, so Engine replicas
+    are named by the tag `engine`.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        make = _Maker(model_name)
+        self._probes = make.gauge("node_probes", "Probes that answered in the last round.")
+        self._utilization = make.gauge("gpu_utilization", "Share of time with any kernel running.", "node", "gpu")
+        self._memory = make.gauge("gpu_memory_used", "Bytes.", "node", "gpu")
+        self._power = make.gauge("gpu_power", "Watts.", "node", "gpu")
+        self._activity = make.gauge(
+            "gpu_activity", "Share of cycles (GPM), of sm, tensor or dram.", "node", "gpu", "unit"
+        )
+        self._state = make.gauge(
+            "gpu_ok", "1 where the device answers, 0 where it is lost or unreadable.", "node", "gpu"
+        )
+        self._heartbeats = make.counter("heartbeats", "Answered.")
+        self._changes = make.counter("policy_changes", "Answers that changed what a replica may verify.", "engine")
+        self._saturation = make.gauge("saturation", "Of an Engine replica, 0 to 1.", "engine")
+        self._threshold = make.gauge("assigned_threshold", "What an Engine replica was told.", "engine")
+        self._spent = make.gauge("verification_spent", "Share of what the policy may take away, 0 to 1.", "engine")
+
+    def on_decision(self, sample: LoadSample, decision: Decision) -> None:
+        engine = {"engine": sample.replica}
+        self._heartbeats.inc()
+        _increase(self._changes, float(decision.before is not None), engine)
+        self._saturation.set(decision.saturation.value, engine)
+        self._threshold.set(decision.bounds.threshold, engine)
+        _show(self._spent, decision.spent, engine)
+
+    def on_nodes(self, loads: Sequence[NodeLoad]) -> None:
+        self._probes.set(len(loads))
+        for load in loads:
+            for device in load.devices:
+                self._on_device(device, {"node": load.host, "gpu": device.uuid})
+
+    def _on_device(self, device: DeviceLoad, tags: dict[str, str]) -> None:
+        self._state.set(float(device.state == "ok"), tags)
+        _show(self._utilization, device.utilization, tags)
+        _show(self._memory, device.memory_used, tags)
+        _show(self._power, device.power_watts, tags)
+        for unit in ("sm", "tensor", "dram"):
+            _show(self._activity, getattr(device, f"{unit}_activity"), {**tags, "unit": unit})
 
 
 class StepMetrics:
@@ -151,6 +201,11 @@ class _Maker:
     def _tagged(self, metric: MetricT) -> MetricT:
         metric.set_default_tags(dict(self._tags))  # Serve adds its own tags to the very dictionary it is given.
         return metric
+
+
+def _show(gauge: Gauge, value: float | None, tags: dict[str, str]) -> None:
+    if value is not None:
+        gauge.set(value, tags)
 
 
 def _increase(counter: Counter, amount: float, tags: dict[str, str] | None = None) -> None:

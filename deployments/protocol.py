@@ -335,6 +335,8 @@ def steps_answer(log: StepLog) -> dict[str, Any]:
 class PolicyRequest(_Model):
     """The fields of a VerificationPolicy; absent ones bound nothing."""
 
+    replica: str | None = None
+    """None for all of them; only a load controller can reach a particular one."""
     confidence_threshold: float | None = None
     max_draft_tokens: int | None = None
     bypass: bool | None = None
@@ -343,7 +345,16 @@ class PolicyRequest(_Model):
 
     def policy(self) -> VerificationPolicy:
         """Raises RequestError."""
-        return VerificationPolicy(**self.model_dump(exclude_none=True))
+        return VerificationPolicy(**self.model_dump(exclude_none=True, exclude={"replica"}))
+
+
+class ReplicaQuery(BaseModel):
+    """Which Engine replica is meant."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    replica: str | None = None
+    """None for all of them."""
 
 
 # Answers.

@@ -11,6 +11,7 @@ import ray
 import zmq
 from pydantic import ValidationError
 
+from autoscale.signals import Place
 from deployments.messages import (
     Abort,
     Close,
@@ -133,12 +134,13 @@ class _Worker:
         """`num_threads` are torch's threads on a CPU; None leaves its default."""
         self._num_threads = num_threads
 
-    def prepare(self) -> str:
-        """Import torch, which takes seconds, and say on which node this is."""
+    def prepare(self) -> Place:
+        """Import torch, which takes seconds, and say where this is."""
         import dspark_ray.runtime  # noqa: F401
 
         _set_num_threads(self._num_threads)
-        return ray.get_runtime_context().get_node_id()
+        context = ray.get_runtime_context()
+        return Place(node_id=context.get_node_id(), accelerators=tuple(context.get_accelerator_ids()["GPU"]))
 
 
 class VerifierWorker(_Worker):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import ray
 import yaml
 from byte_tokenizer import BOS
-from ray.cluster_utils import Cluster
+from nodes import node, running_cluster
 from ray_application import live_actors, num_placement_groups, running_application, wait_until
 from small_checkpoint import save_small_checkpoint, tokens_in_process
 
@@ -36,27 +33,10 @@ health: {{graceful_shutdown_timeout_s: 2}}
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[dict[str, str]]:
     """Node ids by what is special about them; the head serves HTTP and nothing else fits there."""
-    with (
-        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as directory,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        # The cluster writes its address where other programs of this machine would look for one.
-        Path(directory, "ray").mkdir()
-        patch.setenv("RAY_TMPDIR", directory)
-        cluster = Cluster(initialize_head=True, head_node_args=_node(resources={"first": 1}, num_cpus=2))
-        try:
-            head = cluster.head_node.node_id
-            second = cluster.add_node(**_node(resources={"second": 1})).node_id
-            third = cluster.add_node(**_node(labels={"role": "drafts"})).node_id
-            ray.init(address=cluster.address, log_to_driver=False)
-            yield {"first": head, "second": second, "drafts": third}
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
-
-
-def _node(num_cpus: int = 1, **options: object) -> dict[str, object]:
-    return {"num_cpus": num_cpus, "object_store_memory": 80 * 2**20, "include_dashboard": False, **options}
+    with running_cluster(resources={"first": 1}, num_cpus=2) as cluster:
+        second = cluster.add_node(**node(resources={"second": 1})).node_id
+        third = cluster.add_node(**node(labels={"role": "drafts"})).node_id
+        yield {"first": cluster.head_node.node_id, "second": second, "drafts": third}
 
 
 def test_ranks_and_drafter_on_three_nodes_say_what_one_process_says(nodes, tmp_path):

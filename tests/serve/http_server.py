@@ -14,25 +14,16 @@ import zmq
 from byte_tokenizer import BOS
 from echo_engine import EchoEngine
 
+from deployments.admin import ControllerClient
 from deployments.channel import EngineChannel
 from deployments.generation import EngineBusy, EngineLost
 from deployments.ingress import Service, build_http
 from deployments.messages import Refusal, StepLog
 from deployments.workers import StepLoop
 from dspark_ray.tokenizer import Tokenizer
-from dspark_ray.types import Request, SequenceOutput, StepOutput, VerificationPolicy
+from dspark_ray.types import Request, SequenceOutput, VerificationPolicy
 
 MAX_MODEL_LEN = 256
-
-
-class NoObserver:
-    """Nobody looks at metrics here."""
-
-    def on_request(self, num_prompt_tokens: int) -> None: ...
-
-    def on_first_token(self, seconds: float) -> None: ...
-
-    def on_step(self, step: StepOutput) -> None: ...
 
 
 @contextlib.contextmanager
@@ -104,12 +95,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(tokenizer: Tokenizer, engine: EchoEngine) -> Iterator[Server]:
+def running_server(
+    tokenizer: Tokenizer, engine: EchoEngine, controller: ControllerClient | None = None
+) -> Iterator[Server]:
     """Serve HTTP on a free port until the block ends."""
     started: list[Server] = []
     is_up, stop = threading.Event(), threading.Event()
     thread = threading.Thread(
-        target=lambda: asyncio.run(_serve(tokenizer, engine, started, is_up.set, stop)), daemon=True
+        target=lambda: asyncio.run(_serve(tokenizer, engine, controller, started, is_up.set, stop)), daemon=True
     )
     thread.start()
     assert is_up.wait(20), "the server did not start"
@@ -123,14 +116,16 @@ def running_server(tokenizer: Tokenizer, engine: EchoEngine) -> Iterator[Server]
 async def _serve(
     tokenizer: Tokenizer,
     engine: EchoEngine,
+    controller: ControllerClient | None,
     started: list[Server],
     on_up: Callable[[], None],
     stop: threading.Event,
 ) -> None:
-    channel = EngineChannel(NoObserver())
+    channel = EngineChannel()
     client = ChannelClient(channel)
     service = Service(
         client=client,
+        controller=controller,
         tokenizer=tokenizer,
         model_name="echo",
         max_model_len=MAX_MODEL_LEN,

@@ -13,6 +13,8 @@ import openai
 import ray
 from ray import serve
 from ray._private import state as ray_state
+from ray.serve.context import _get_global_client as get_global_client
+from ray.serve.schema import ServeDeploySchema
 from ray.util import placement_group_table
 
 from deployments.app import build
@@ -87,6 +89,26 @@ def running_application(args: dict[str, Any]) -> Iterator[Application]:
             base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120
         ) as client:
             yield Application("app", client)
+    finally:
+        serve.shutdown()
+
+
+def deploy_yaml(config: dict[str, Any]) -> None:
+    """Tell Serve what a YAML file says, and do not wait for it."""
+    get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+
+
+@contextlib.contextmanager
+def running_yaml(config: dict[str, Any]) -> Iterator[Application]:
+    """What a Serve YAML file says, on the cluster that is connected: as `serve run FILE` does it, on a free port."""
+    port = free_port()
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    try:
+        deploy_yaml(config)
+        name = config["applications"][0]["name"]
+        wait_until(lambda: serve.status().applications[name].status == "RUNNING", 180)
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120) as api:
+            yield Application(name, api)
     finally:
         serve.shutdown()
 

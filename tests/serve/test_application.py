@@ -97,8 +97,8 @@ def latest_steps(app: Application, last: int) -> list[dict[str, Any]]:
     return answer.raise_for_status().json()["steps"]
 
 
-def set_policy(app: Application, **policy: object) -> None:
-    httpx.post(f"{app.client.base_url}../admin/policy", json=policy, timeout=30).raise_for_status()
+def load(app: Application) -> dict[str, Any]:
+    return httpx.get(f"{app.client.base_url}../admin/load", timeout=30).raise_for_status().json()
 
 
 def test_the_steps_add_up_to_what_the_request_says(app):
@@ -111,14 +111,29 @@ def test_the_steps_add_up_to_what_the_request_says(app):
     assert all(step["predicted_target_seconds"] > 0 for step in steps)
 
 
-def test_a_policy_without_drafts_changes_the_steps_and_not_the_text(app, reference):
-    set_policy(app, bypass=True, version=3)
+def test_the_controller_sees_the_node_and_the_replica(app):
+    wait_until(lambda: len(load(app)["replicas"]) == 1)
+    wait_until(lambda: len(load(app)["nodes"]) == 1)
+    view = load(app)
+    assert view["policy"] == "fixed"
+    assert view["nodes"][0]["devices"][0]["kind"] in ("cpu", "gpu")
+    assert len(view["replicas"][0]["sample"]["places"]) == 1  # three actors on one node
+    sampled(app)
+    wait_until(lambda: load(app)["replicas"][0]["sample"]["num_steps"] == 0)
+
+
+def test_an_operators_policy_changes_the_steps_and_not_the_text(app, reference):
+    url = f"{app.client.base_url}../admin/policy"
+    answer = httpx.post(url, json={"bypass": True, "valid_seconds": 60}, timeout=30).raise_for_status().json()
+    assert len(answer["replicas"]) == 1
     try:
-        assert sampled(app).choices[0].text == reference
-        *_, last = latest_steps(app, 10)
-        assert (last["bypass"], last["num_drafted"], last["policy_version"]) == ("policy", 0, 3)
+        wait_until(lambda: sampled(app).choices[0].text == reference and latest_steps(app, 1)[0]["bypass"] == "policy")
+        last = latest_steps(app, 1)[0]
+        assert last["num_drafted"] == 0
+        assert last["policy_version"] == load(app)["replicas"][0]["version"]
     finally:
-        set_policy(app)
+        httpx.delete(url, timeout=30).raise_for_status()
+    wait_until(lambda: sampled(app).choices[0].text == reference and latest_steps(app, 1)[0]["bypass"] != "policy")
 
 
 def test_a_chat_is_answered(app):

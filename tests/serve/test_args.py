@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 import deployments
+from autoscale.presets import load_preset
+from autoscale.thresholds import FixedThreshold
 from deployments.args import AppArgs
 from deployments.gang import actor_options, bundle_order
 from dspark_ray.config import EngineConfig
@@ -71,6 +74,23 @@ def test_an_absolute_model_stays(tmp_path):
                 "dspark": {"schedule": {"kind": "fixed"}},
             },
             "dspark.schedule.kind='fixed' with speculative_config.enable_adaptive_verification=true: expected causal",
+        ),
+        ({"load_controller": {"preset": "fast"}}, "load_controller.preset='fast': expected one of cost, latency"),
+        (
+            {"load_controller": {"heartbeat": 1}},
+            "load_controller.heartbeat: unknown key; expected one of policy, signals",
+        ),
+        (
+            {"load_controller": {"policy": {"kind": "fixed", "threshold": 1.5}}},
+            "load_controller.policy.threshold=1.5: expected a number in [0, 1]",
+        ),
+        (
+            {"load_controller": {"signals": {"cpu": [0.9, 0.1]}}},
+            "load_controller.signals.cpu=[0.9, 0.1]: expected [low, high] with low < high",
+        ),
+        (
+            {"load_controller": {"policy": {"kind": "best"}}},
+            "load_controller.policy.kind='best': expected one of fixed",
         ),
         ({"model": ""}, "model\n  String should have at least 1 character"),
     ],
@@ -193,3 +213,17 @@ def test_resources_become_actor_options():
         "num_gpus": 1,
         "resources": {"disk": 2},
     }
+
+
+def test_without_a_policy_the_controller_keeps_the_engines_own_threshold():
+    own = args(dspark={"confidence": {"threshold": 0.3}}).controller_config()
+    assert own.policy == FixedThreshold(threshold=0.3)
+
+
+def test_keys_beside_a_preset_replace_the_presets():
+    config = args(load_controller={"preset": "latency", "heartbeat_seconds": 3}).controller_config()
+    assert config == replace(load_preset("latency").controller, heartbeat_seconds=3)
+
+
+def test_an_application_can_do_without_a_controller():
+    assert args(load_controller=None).controller_config() is None

@@ -9,7 +9,7 @@ from contextlib import aclosing
 import pytest
 import zmq
 from echo_engine import EchoEngine
-from http_server import NoObserver, running_loop
+from http_server import running_loop
 
 from deployments.channel import EngineChannel
 from deployments.messages import MAX_STEPS, Failed, Outputs, Refusal, SetPolicy, Submit, decode, encode
@@ -27,7 +27,7 @@ from dspark_ray.types import (
 
 @pytest.fixture
 async def channel(engine: EchoEngine) -> AsyncIterator[EngineChannel]:
-    channel = EngineChannel(NoObserver())
+    channel = EngineChannel()
     listening = asyncio.create_task(channel.listen())
     with running_loop(engine, channel):
         yield channel

@@ -85,11 +85,11 @@ def test_a_lost_gpu_leaves_the_other_signals_to_decide():
 def test_the_version_rises_with_every_change_and_only_then():
     boss = controller()
     first = boss.on_sample(IDLE, 0.0)
-    assert (first.version, first.changed) == (1, False)
+    assert (first.version, first.before) == (1, None)
     assert [boss.on_sample(IDLE, t).version for t in (1.0, 2.0)] == [1, 1]
     boss.on_node(node(SATURATED), 3.0)
     moved = boss.on_sample(on_gpu("0"), 3.1)
-    assert (moved.version, moved.changed) == (2, True)
+    assert (moved.version, moved.before) == (2, Bounds(0.0))
 
 
 def test_a_restarted_controller_goes_on_from_what_replicas_report():
@@ -149,9 +149,9 @@ def test_a_bypass_begins_above_its_limit_and_ends_some_way_below():
     assert [decision.bounds.bypass for decision in raised] == [False, True, True, False]
 
 
-def test_a_fixed_threshold_has_nothing_left_to_take():
+def test_a_fixed_threshold_takes_nothing_away():
     decision = controller(policy=FixedThreshold(threshold=0.3)).on_sample(IDLE, 0.0)
-    assert (decision.bounds.threshold, decision.spent) == (0.3, 1.0)
+    assert (decision.bounds.threshold, decision.spent) == (0.3, None)
 
 
 def test_the_view_is_json_and_has_everything():

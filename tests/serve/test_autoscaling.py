@@ -1,0 +1,127 @@
+"""The autoscaling policy in a YAML file: one replica, two under load, one again; thresholds first, replicas second."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+from ray import serve
+from ray_application import Application, deploy_yaml, local_ray, running_yaml, wait_until
+from small_checkpoint import save_small_checkpoint
+
+CONFIG = """
+applications:
+  - name: app
+    import_path: deployments.app:build
+    route_prefix: /
+    args:
+      model: {checkpoint}
+      served_model_name: small
+      engine: {{max_num_seqs: 2, max_num_batched_tokens: 128, max_model_len: 8192, page_size: 32}}
+      dspark:
+        drafter: {{placement: inline}}
+        schedule: {{kind: fixed}}
+      health: {{check_period_s: 1, check_timeout_s: 5, graceful_shutdown_timeout_s: 5}}
+      load_controller:
+        policy: {{kind: load_curve, curve: [[0.2, 0.0], [0.8, 0.5]], slew_per_second: 0.25, smoothing_seconds: 0}}
+        # The machine's other work is not this test's.
+        signals: {{cpu: [98, 99], slowness: [98, 99]}}
+        heartbeat_seconds: 0.25
+    deployments:
+      - name: Engine
+        autoscaling_config:
+          min_replicas: 1
+          max_replicas: 2
+          upscale_delay_s: 1
+          downscale_delay_s: 2
+          look_back_period_s: 1
+          # Serve 2.60 calls this deprecated for an environment variable that it reads before this file.
+          metrics_interval_s: 0.25
+          policy:
+            policy_function: autoscale.policies:SpeculationAwarePolicy
+            policy_kwargs: {{target_occupancy: 1.0, overload_occupancy: 50, spend_first: 0.9, release_below: 0.2}}
+"""
+
+LINE = re.compile(r"^\w+ (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) .* -- (.*)$")
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Path]:
+    """Where the cluster of this module keeps its logs."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as directory, local_ray(directory, 4):
+        yield Path(directory, "session_latest")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_checkpoint(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def app(session: Path, checkpoint: Path) -> Iterator[Application]:
+    with running_yaml(yaml.safe_load(CONFIG.format(checkpoint=checkpoint))) as application:
+        yield application
+
+
+def num_replicas() -> int:
+    states = serve.status().applications["app"].deployments["Engine"].replica_states
+    return states.get("RUNNING", 0)
+
+
+def log_lines(session: Path, *words: str) -> list[tuple[str, str]]:
+    """(time, text) of Serve's log lines with all of these words, in order."""
+    lines = [
+        match.groups()
+        for path in (session / "logs" / "serve").glob("*.log")
+        for match in map(LINE.match, path.read_text().splitlines())
+        if match is not None and all(word in match[2] for word in words)
+    ]
+    return sorted(lines)
+
+
+def test_thresholds_rise_first_then_a_replica_comes_and_goes(app, session):
+    assert num_replicas() == 1
+    is_enough = threading.Event()
+
+    def keep_asking() -> int:
+        num_answers = 0
+        while not is_enough.is_set():
+            answer = app.complete("more", max_tokens=400, extra_body={"ignore_eos": True})
+            assert answer.usage.completion_tokens == 400
+            num_answers += 1
+        return num_answers
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(keep_asking) for _ in range(6)]
+        try:
+            wait_until(lambda: num_replicas() == 2, 120)
+        finally:
+            is_enough.set()
+        assert all(answer.result() > 0 for answer in answers)
+    wait_until(lambda: num_replicas() == 1, 120)
+
+    first_rise = log_lines(session, "policy", "threshold 0.000 -> 0.")[0]
+    held = log_lines(session, "app#Engine: wish=1", "thresholds go first")[0]
+    added = log_lines(session, "app#Engine: wish=", "the load asks for more: thresholds are spent")[0]
+    removed = log_lines(session, "app#Engine: wish=", "the load fits fewer: thresholds are low")
+    idle = log_lines(session, "app#Engine: wish=0", "nothing runs and nothing waits")
+    assert first_rise < added
+    assert held < added
+    assert max(removed + idle) > added
+
+
+def test_kwargs_that_cannot_be_meant_end_the_deployment_with_a_sentence(app, checkpoint):
+    config = yaml.safe_load(CONFIG.format(checkpoint=checkpoint))
+    (bad,) = config["applications"]
+    bad |= {"name": "bad", "route_prefix": "/bad"}
+    bad["deployments"][0]["autoscaling_config"]["policy"]["policy_kwargs"]["spend_first"] = 1.5
+    deploy_yaml(config)
+    wait_until(lambda: serve.status().applications["bad"].status == "DEPLOY_FAILED", 120)
+    message = serve.status().applications["bad"].deployments["Engine"].message
+    assert "policy_kwargs.spend_first=1.5: expected a number in [0, 1]" in message
