@@ -35,6 +35,8 @@ from dspark_ray.types import (
 )
 
 _ANSWER_SECONDS = 30
+_LIVE_ANSWER_SECONDS = 5
+"""So that a server that hangs is seen to."""
 
 
 class ServerError(RuntimeError):
@@ -103,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     explained.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
     explained.add_argument("--last", type=int, default=50, help="steps to show (default: %(default)s)")
     explained.add_argument("--json", action="store_true", help="what the server says, as it says it")
+    top = commands.add_parser("top", help="watch the devices and replicas of a running server")
+    top.set_defaults(run=_top)
+    top.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    top.add_argument("--interval", type=float, default=2.0, help="seconds between pictures (default: %(default)s)")
+    top.add_argument("--once", action="store_true", help="one picture, as also into a pipe or a file")
+    top.add_argument("--json", action="store_true", help="once, what the server says, as it says it")
     return parser
 
 
@@ -203,14 +211,42 @@ def _explain(arguments: argparse.Namespace) -> int:
         table = explain([from_json(step) for step in answer["steps"]])
         print(f"replica {answer['replica']}\n{table}")
     except (AttributeError, KeyError, TypeError):
-        raise ServerError(f"{arguments.url}: not the answer of a dspark-ray of this version") from None
+        raise _other_version(arguments.url) from None
     return 0
 
 
-def _get_json(url: str) -> Any:
+def _top(arguments: argparse.Namespace) -> int:
+    url = f"{arguments.url.rstrip('/')}/admin/load"
+    if arguments.json:
+        print(json.dumps(_get_json(url), indent=2))
+        return 0
+    if not arguments.interval > 0:
+        raise ConfigError(f"--interval={arguments.interval}: expected a positive number of seconds")
+    try:
+        from dspark_ray import top
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        raise ConfigError("top draws with rich, which is not installed: pip install rich") from None
+
+    def read() -> top.View:
+        try:
+            return top.parse(_get_json(url, _LIVE_ANSWER_SECONDS))
+        except (AttributeError, KeyError, TypeError):
+            raise _other_version(arguments.url) from None
+
+    top.run(read, ServerError, None if arguments.once else arguments.interval)
+    return 0
+
+
+def _other_version(url: str) -> ServerError:
+    return ServerError(f"{url}: not the answer of a dspark-ray of this version")
+
+
+def _get_json(url: str, seconds: float = _ANSWER_SECONDS) -> Any:
     """Raises ServerError."""
     try:
-        with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as answer:
+        with urllib.request.urlopen(url, timeout=seconds) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         raise ServerError(f"{url}: {error.code} {_reason(error)}") from None
