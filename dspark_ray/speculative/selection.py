@@ -57,7 +57,7 @@ class DraftSelector:
     _PROBED_SHARE = 0.25
     """Of the requests, at least, when everybody is left out: the first draft is dear, the others are cheap."""
 
-    def __init__(self, num_slots: int, gamma: int, steps_per_decision: int = 4) -> None:
+    def __init__(self, num_slots: int, gamma: int, steps_per_decision: int = 8) -> None:
         """Forecasts move slowly, so a decision holds for some steps, as long as there are as many requests."""
         self._steps_per_decision = steps_per_decision
         self._forecasts = np.zeros((num_slots, 2, NUM_BINS))
