@@ -7,7 +7,11 @@ from collections import defaultdict
 import pytest
 
 import deployments.metrics
-from deployments.metrics import EngineMetrics
+from autoscale.controller import Bounds, Decision
+from autoscale.saturation import Saturation
+from autoscale.signals import DeviceLoad, NodeLoad
+from deployments.heartbeat import LoadWindow
+from deployments.metrics import EngineMetrics, LoadMetrics
 from dspark_ray.types import SequenceOutput, SpeculationStats, StepOutput, StepRecord
 
 
@@ -41,10 +45,14 @@ class Recorder:
 
 
 @pytest.fixture
-def metrics(monkeypatch: pytest.MonkeyPatch) -> EngineMetrics:
+def recorders(monkeypatch: pytest.MonkeyPatch) -> None:
     Recorder.all = {}
     for name in ("Counter", "Gauge", "Histogram"):
         monkeypatch.setattr(deployments.metrics, name, Recorder)
+
+
+@pytest.fixture
+def metrics(recorders: None) -> EngineMetrics:
     return EngineMetrics("m")
 
 
@@ -161,3 +169,51 @@ def test_requests_are_still_counted_when_they_end(metrics):
     assert (value("generation_tokens"), value("spec_decode_num_drafts"), value("accepted_length")) == (2, 4, 3.0)
     assert values("request_success") == {("stop",): 1}
     assert (value("num_requests_running"), value("num_requests_waiting")) == (2, 1)
+
+
+# The load controller's.
+
+
+@pytest.fixture
+def load(recorders: None) -> LoadMetrics:
+    return LoadMetrics("m")
+
+
+def decision(**fields: object) -> Decision:
+    whole = {
+        "bounds": Bounds(0.25),
+        "version": 3,
+        "valid_seconds": 5.0,
+        "heartbeat_seconds": 1.0,
+        "spent": 0.5,
+        "saturation": Saturation(0.75, "queue", {"queue": 0.75}),
+    }
+    return Decision(**{**whole, **fields})  # type: ignore[arg-type]
+
+
+def test_what_an_engine_replica_was_told_is_shown(load):
+    sample = LoadWindow("engine-1", 8).take(1.0)
+    load.on_decision(sample, decision(before=Bounds(0.125)))
+    load.on_decision(sample, decision())
+    assert value("heartbeats") == 2
+    assert values("policy_changes") == {("engine-1",): 1}
+    assert values("assigned_threshold") == {("engine-1",): 0.25}
+    assert values("saturation") == {("engine-1",): 0.75}
+    assert values("verification_spent") == {("engine-1",): 0.5}
+
+
+def test_a_policy_that_takes_nothing_shows_nothing_spent(load):
+    load.on_decision(LoadWindow("engine-1", 8).take(1.0), decision(spent=None))
+    assert values("verification_spent") == {}
+
+
+def test_of_a_device_only_what_it_says_is_shown(load):
+    good = DeviceLoad(kind="gpu", index=0, uuid="GPU-0", name="a", utilization=0.5, tensor_activity=0.25, memory_used=7)
+    lost = DeviceLoad(kind="gpu", index=1, uuid="GPU-1", name="a", state="lost")
+    load.on_nodes([NodeLoad(node_id="n", host="host", source="nvml", devices=(good, lost))])
+    assert value("node_probes") == 1
+    assert values("gpu_ok") == {("host", "GPU-0"): 1.0, ("host", "GPU-1"): 0.0}
+    assert values("gpu_utilization") == {("host", "GPU-0"): 0.5}
+    assert values("gpu_memory_used") == {("host", "GPU-0"): 7}
+    assert values("gpu_power") == {}
+    assert values("gpu_activity") == {("host", "GPU-0", "tensor"): 0.25}
