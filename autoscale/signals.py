@@ -105,7 +105,8 @@ class LoadSample:
     busy_share: float
     """Share of `seconds` spent in steps."""
     slowness: float
-    """Measured over profiled step seconds, smoothed: 1 where steps take what they took when the engine was alone."""
+    """Measured over profiled step seconds, smoothed: 1 where steps take what they took when the engine was alone, and
+    where there were none."""
     threshold: float
     """In force at the end."""
     policy_version: int

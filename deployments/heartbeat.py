@@ -71,7 +71,8 @@ class LoadWindow(Observer):
             accepted_length=(self._decoded + self._accepted) / decoded,
             tokens_per_second=self._tokens / seconds if seconds > 0 else 0.0,
             busy_share=min(1.0, self._busy / seconds) if seconds > 0 else 0.0,
-            slowness=record.cost_drift if record is not None else 1.0,
+            # Smoothed over steps, so without steps it is of another time.
+            slowness=record.cost_drift if record is not None and self._num_steps else 1.0,
             threshold=record.confidence_threshold if record is not None else 0.0,
             policy_version=record.policy_version if record is not None else 0,
         )

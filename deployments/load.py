@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.actor import ActorHandle
+from ray.serve.schema import LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autoscale.controller import Bounds, ControllerConfig, Decision, LoadController
@@ -108,7 +109,8 @@ def _start_probe(node_id: str, host: str) -> ActorHandle:
     return ray.remote(NodeProbe).options(num_cpus=0, scheduling_strategy=there).remote(node_id, host)  # type: ignore[return-value]
 
 
-@serve.deployment(name="LoadController")
+# Its calls are heartbeats: a line of the access log for each would bury the decisions.
+@serve.deployment(name="LoadController", logging_config=LoggingConfig(enable_access_log=False))
 class LoadControllerReplica:
     """Answers every replica's heartbeat with what it may verify.
 

@@ -92,7 +92,7 @@ def test_an_idle_window_is_idle_and_remembers_what_is_in_force(window):
     window.take(101.0)
     sample = window.take(103.0)
     assert (sample.num_steps, sample.num_running, sample.tokens_per_second, sample.busy_share) == (0, 0.0, 0.0, 0.0)
-    assert (sample.accepted_length, sample.slowness) == (0.0, 1.25)
+    assert (sample.accepted_length, sample.slowness) == (0.0, 1.0)
     assert (sample.threshold, sample.policy_version) == (0.2, 9)
 
 
