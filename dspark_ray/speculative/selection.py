@@ -52,6 +52,12 @@ class DraftSelector:
     _HYSTERESIS, _DOUBT = 0.01, 0.05
     """Drafting for nobody ends for a gain of the first share, and begins for one that is larger by the second over
     the requests: the forecasts of few are doubtful, and once nobody is drafted they do not get better."""
+    _ADVANTAGE_GAIN, _MOST_ADVANTAGE = 0.5, 0.1
+    """Weight of the newest decision in what drafting is worth, and the share beyond which it is simply much:
+    forecasts of few rounds scatter by more than the hysteresis, and a bypass that begins by chance lasts, because
+    nothing is seen during it. Where the difference is large, two decisions turn it."""
+    _SAME_LOAD = 1.25
+    """Another number of requests, by more than this factor, is another question, and has no past."""
     _EXPLORATION = 0.005
     """Share of the time that may go into drafts whose forecast is against them."""
     _PROBED_SHARE = 0.25
@@ -76,6 +82,8 @@ class DraftSelector:
         self._clock = self._decided_at = self._traffic_seen_at = 0
         self._purse = 0.0
         self._is_bypassing = False
+        self._advantage = 0.0
+        """Of the best rate over that of no draft, a share, smoothed."""
         # Nothing is known of the first requests: they count as certain.
         self._traffic = np.zeros((2, NUM_BINS))
         self._traffic[:, -1] = gamma
@@ -154,12 +162,19 @@ class DraftSelector:
         rates = _best_rates(forecasts[order], numbers, certain_tokens, base_rows, target_seconds, draft_seconds)
         best = int(rates.argmax())
         margin = self._HYSTERESIS if self._is_bypassing else -self._HYSTERESIS - self._DOUBT / len(slots)
-        self._is_bypassing = bool(rates[best] < plain * (1 + margin))
+        self._is_bypassing = self._smoothed_advantage(rates[best] / plain - 1, len(slots)) < margin
         self._chosen[slots] = False
         if not self._is_bypassing:
             self._chosen[slots[order[: numbers[best]]]] = True
         self._tokens_per_second = float(max(plain, rates[best]))
         self._num_requests, self._decided_at = len(slots), self._clock
+
+    def _smoothed_advantage(self, newest: float, num_requests: int) -> float:
+        low, high = sorted((num_requests, self._num_requests))
+        gain = self._ADVANTAGE_GAIN if high <= self._SAME_LOAD * low else 1.0
+        bounded = min(max(newest, -self._MOST_ADVANTAGE), self._MOST_ADVANTAGE)
+        self._advantage += gain * (bounded - self._advantage)
+        return self._advantage
 
     def _numbers(self, num_requests: int) -> np.ndarray:
         """How many requests to consider drafting: every number of a few, steps of some of many."""

@@ -205,10 +205,23 @@ def even_odds(draft_seconds: float) -> Machine:
 
 
 def test_a_draft_that_loses_less_than_the_hysteresis_goes_on_and_one_that_gains_less_does_not_begin() -> None:
-    selector, slot = new_selector(1, 1), np.array([0])
+    selector = new_selector(1, 1)
     run(selector, even_odds(0.3), texts([0.5]), 200)
-    decisions = [select(selector, even_odds(seconds), slot).chosen[0] for seconds in (0.503, 0.6, 0.497, 0.4, 0.503)]
+    decisions = [decide(selector, seconds, times=12)[-1] for seconds in (0.503, 0.6, 0.497, 0.4, 0.503)]
     assert decisions == [True, False, False, True, True]
+
+
+def decide(selector: DraftSelector, draft_seconds: float, times: int) -> list[bool]:
+    """Whether the one request is drafted, in some decisions on end."""
+    return [bool(select(selector, even_odds(draft_seconds), np.array([0])).chosen[0]) for _ in range(times)]
+
+
+def test_one_bad_forecast_begins_no_bypass_and_a_large_loss_begins_one_soon() -> None:
+    selector = new_selector(1, 1)
+    run(selector, even_odds(0.45), texts([0.5]), 200)
+    assert decide(selector, 0.6, times=1) == [True]
+    assert all(decide(selector, 0.45, times=4))
+    assert decide(selector, 2.0, times=4)[-1] is False
 
 
 # Those who are left out are seen again
