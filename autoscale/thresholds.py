@@ -63,7 +63,7 @@ class LoadCurve:
     """The threshold is a function of the smoothed saturation, followed slowly and not at every whim."""
 
     kind: ClassVar[str] = "load_curve"
-    curve: tuple[tuple[float, float], ...] = ((0.0, 0.1), (0.4, 0.3), (1.0, 0.4))
+    curve: tuple[tuple[float, float], ...] = ((0.0, 0.1), (1.0, 0.3))
     """(saturation, threshold), straight lines between; saturation rises strictly, the threshold does not fall."""
     dead_band: float = 0.05
     """The curve may be so far from the threshold before the threshold follows, and it follows no closer than this:
@@ -110,7 +110,7 @@ class CurveFollower:
 
     def __init__(self, curve: LoadCurve, threshold: float) -> None:
         self._curve = curve
-        self._goal = self.threshold = threshold
+        self._goal = self._wish = self.threshold = threshold
         self.saturation: float | None = None
         """Smoothed; None before the first sample."""
         self._updated_at = -math.inf
@@ -118,9 +118,12 @@ class CurveFollower:
 
     @property
     def spent(self) -> float | None:
-        span = self._curve.highest - self._curve.lowest
+        lowest, band = self._curve.lowest, self._curve.dead_band
+        span = self._curve.highest - lowest
+        # What the curve asks for counts, as far as the threshold is there up to the dead band.
+        taken = min(max(self._wish, self.threshold - band), self.threshold + band)
         # A threshold that was taken over may lie outside.
-        return min(max((self.threshold - self._curve.lowest) / span, 0.0), 1.0) if span > 0 else None
+        return min(max((taken - lowest) / span, 0.0), 1.0) if span > 0 else None
 
     def update(self, sample: LoadSample, saturation: float, now: float) -> float:
         elapsed = now - self._updated_at
@@ -129,7 +132,8 @@ class CurveFollower:
             self.saturation, elapsed = saturation, 0.0
         else:
             self.saturation += (saturation - self.saturation) * self._weight(elapsed)
-        self._choose_goal(self._curve.threshold_at(self.saturation), now)
+        self._wish = self._curve.threshold_at(self.saturation)
+        self._choose_goal(self._wish, now)
         most = self._curve.slew_per_second * elapsed
         self.threshold += min(max(self._goal - self.threshold, -most), most)
         return self.threshold
@@ -195,9 +199,9 @@ class GoodputSearch:
         return HillClimber(self, threshold)
 
 
-_FEWEST_PAIRS = 3
-_DEVIATIONS = 2.0
-"""Standard errors by which a gain has to be certain."""
+_FEWEST_PAIRS = 5
+_DEVIATIONS = 2.5
+"""Standard errors by which a gain has to be certain: it is looked at after every pair, and luck needs only one look."""
 _SAME_LOAD = 1.2
 """Turns are compared when their numbers of running requests differ by no more than this factor."""
 _OTHER_LOAD = 1.5

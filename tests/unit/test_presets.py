@@ -35,8 +35,7 @@ def test_every_packaged_preset_is_valid_and_says_what_it_is_for(name):
 def test_thresholds_can_reach_what_adds_a_replica(name):
     """Full slots alone must do, and before the last one is taken: `slots` is an average, which hardly reaches 1."""
     preset = load_preset(name)
-    policy = preset.controller.policy
-    curve = policy.bound if isinstance(policy, GoodputSearch) else policy
+    curve = preset.controller.policy
     assert curve.threshold_at(0.95) == curve.highest
     assert curve.dead_band < 0.2 * (curve.highest - curve.lowest)
 
@@ -76,14 +75,13 @@ def test_a_nested_key_leaves_its_neighbours():
 
 
 def test_a_key_nested_twice_leaves_its_neighbours():
-    policy = load_preset("throughput").controller.policy
-    changed = controller_config("throughput", {"policy": {"bound": {"dead_band": 0.07}}}).policy
-    assert changed == replace(policy, bound=replace(policy.bound, dead_band=0.07))
+    bound = {"curve": [[0.5, 0.2]], "dead_band": 0.07}
+    policy = controller_config("throughput", {"policy": {"kind": "goodput", "step": 0.04, "bound": bound}}).policy
+    assert policy == GoodputSearch(step=0.04, bound=LoadCurve(curve=((0.5, 0.2),), dead_band=0.07))
 
 
 def test_another_kind_of_policy_starts_from_its_own_defaults():
     assert controller_config("latency", {"policy": {"kind": "goodput"}}).policy == GoodputSearch()
-    assert controller_config("throughput", {"policy": {"kind": "load_curve"}}).policy == LoadCurve()
     fixed = controller_config("cost", {"policy": {"kind": "fixed", "threshold": 0.25}})
     assert fixed.policy == FixedThreshold(threshold=0.25)
     assert replace(fixed, policy=LoadCurve()) == replace(load_preset("cost").controller, policy=LoadCurve())
