@@ -23,6 +23,8 @@ from dspark_ray.types import Request, SequenceOutput, VerificationPolicy
 
 logger = logging.getLogger("ray.serve")
 
+_POLICY = f"{SpeculationAwarePolicy.__module__}:{SpeculationAwarePolicy.__name__}"
+"""As a YAML file names it."""
 _WATCH_SECONDS = 1.0
 _SETTLE_SECONDS = 0.3
 """A dead process makes its peers raise; wait this long to see which came first."""
@@ -119,9 +121,6 @@ class EngineReplica:
     def _exit(self, reason: str) -> None:
         logger.critical("the gang is lost, this replica ends: %s", reason)
         os._exit(1)
-
-
-_POLICY = f"{SpeculationAwarePolicy.__module__}:{SpeculationAwarePolicy.__name__}"
 
 
 def check_autoscaling(config: DeploymentConfig) -> None:

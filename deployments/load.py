@@ -112,7 +112,7 @@ def _start_probe(node_id: str, host: str) -> ActorHandle:
 # Its calls are heartbeats: a line of the access log for each would bury the decisions.
 @serve.deployment(name="LoadController", logging_config=LoggingConfig(enable_access_log=False))
 class LoadControllerReplica:
-    """Answers every replica's heartbeat with what it may verify.
+    """Answers every replica's heartbeat with what it may verify; one for the whole application.
 
     It keeps nothing that heartbeats and probes do not bring again: when it dies, policies expire in the engines, and
     the next one goes on from the thresholds that replicas report.
