@@ -456,11 +456,11 @@ class HandleClient:
             stream.cancel()
 
     async def is_healthy(self) -> bool:
-        """Whether the Engine deployment has a running replica."""
+        """Whether the Engine deployment has a running replica, or none because nobody asks: a request brings one."""
         application = serve.get_replica_context().app_name
-        status = await asyncio.to_thread(serve.status)
-        states = status.applications[application].deployments["Engine"].replica_states
-        return states.get("RUNNING", 0) > 0  # type: ignore[call-overload]  # a str enum
+        status = (await asyncio.to_thread(serve.status)).applications[application].deployments["Engine"]
+        running = status.replica_states.get("RUNNING", 0)  # type: ignore[call-overload]  # a str enum
+        return running > 0 or status.status in ("HEALTHY", "UPSCALING", "DOWNSCALING")
 
     async def steps(self, last: int) -> StepLog:
         with _translating():

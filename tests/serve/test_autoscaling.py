@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from ray import serve
@@ -114,6 +115,16 @@ def test_thresholds_rise_first_then_a_replica_comes_and_goes(app, session):
     assert first_rise < added
     assert held < added
     assert max(removed + idle) > added
+
+
+def test_with_nobody_there_the_last_replica_goes_and_a_request_brings_it_back(app, checkpoint):
+    config = yaml.safe_load(CONFIG.format(checkpoint=checkpoint))
+    config["applications"][0]["deployments"][0]["autoscaling_config"] |= {"min_replicas": 0}
+    deploy_yaml(config)
+    wait_until(lambda: num_replicas() == 0, 120)
+    assert httpx.get(f"{app.client.base_url}../health", timeout=30).status_code == 200
+    assert app.complete("again", max_tokens=8, extra_body={"ignore_eos": True}).usage.completion_tokens == 8
+    assert num_replicas() == 1
 
 
 def test_kwargs_that_cannot_be_meant_end_the_deployment_with_a_sentence(app, checkpoint):
