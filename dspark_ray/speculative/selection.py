@@ -49,9 +49,10 @@ class DraftSelector:
     _MEMORY, _TRAFFIC_MEMORY = 0.98, 0.998
     """How much of what came of expectations is remembered from round to round."""
     _PRIOR_DRAFTS = 16.0
-    _HYSTERESIS, _DOUBT = 0.01, 0.05
-    """Drafting for nobody ends for a gain of the first share, and begins for one that is larger by the second over
-    the requests: the forecasts of few are doubtful, and once nobody is drafted they do not get better."""
+    _LEAST_GAIN, _HYSTERESIS, _DOUBT = 0.005, 0.01, 0.05
+    """Drafting for nobody ends where drafts gain the first share and half of the second, and begins where they gain
+    less than the first without that half. Before it begins they must lose the third over the requests as well: the
+    forecasts of few are doubtful, and once nobody is drafted they do not get better."""
     _ADVANTAGE_GAIN, _MOST_ADVANTAGE = 0.5, 0.1
     """Weight of the newest decision in what drafting is worth, and the share beyond which it is simply much:
     forecasts of few rounds scatter by more than the hysteresis, and a bypass that begins by chance lasts, because
@@ -161,7 +162,8 @@ class DraftSelector:
         numbers = self._numbers(len(slots))
         rates = _best_rates(forecasts[order], numbers, certain_tokens, base_rows, target_seconds, draft_seconds)
         best = int(rates.argmax())
-        margin = self._HYSTERESIS if self._is_bypassing else -self._HYSTERESIS - self._DOUBT / len(slots)
+        half = self._HYSTERESIS / 2
+        margin = self._LEAST_GAIN + (half if self._is_bypassing else -half - self._DOUBT / len(slots))
         self._is_bypassing = self._smoothed_advantage(rates[best] / plain - 1, len(slots)) < margin
         self._chosen[slots] = False
         if not self._is_bypassing:
