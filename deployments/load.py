@@ -84,9 +84,8 @@ class Probes:
         except TimeoutError:
             self._note(node_id, f"no answer in {_ANSWER_SECONDS} s")
             return None
-        except (
-            Exception
-        ) as error:  # The probe or its node is gone; the next round starts another where there is a node.
+        except Exception as error:
+            # The probe or its node is gone; a later round starts another where there is a node.
             self._note(node_id, f"{type(error).__name__}: {error}".partition("\n")[0])
             del self._actors[node_id]
             return None
@@ -114,8 +113,8 @@ def _start_probe(node_id: str, host: str) -> ActorHandle:
 class LoadControllerReplica:
     """Answers every replica's heartbeat with what it may verify; one for the whole application.
 
-    It keeps nothing that heartbeats and probes do not bring again: when it dies, policies expire in the engines, and
-    the next one goes on from the thresholds that replicas report.
+    When it dies, policies expire in the engines, and the next one goes on from the thresholds that replicas report.
+    Of what it knows, only an operator's bounds are lost: heartbeats and probes bring everything else again.
     """
 
     async def __init__(self, config: ControllerConfig, model_name: str) -> None:  # type: ignore[misc]  # Serve awaits it

@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     explained.add_argument("--json", action="store_true", help="what the server says, as it says it")
     top = commands.add_parser("top", help="watch the devices and replicas of a running server")
     top.set_defaults(run=_top)
-    top.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    top.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
     top.add_argument("--interval", type=float, default=2.0, help="seconds between pictures (default: %(default)s)")
     top.add_argument("--once", action="store_true", help="one picture, as also into a pipe or a file")
     top.add_argument("--json", action="store_true", help="once, what the server says, as it says it")

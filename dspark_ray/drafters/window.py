@@ -48,7 +48,8 @@ class FeatureWindow:
     """
 
     _MOST_WAITING = 16
-    """Steps whose features are kept whole, rejected rows too, before they are sorted in."""
+    """Steps whose features are kept whole, rejected rows too, before they are sorted in; and as many rows per slot,
+    so that chunks of long prompts, of which only the last W rows count, do not pile up."""
 
     def __init__(self, num_slots: int, window: int) -> None:
         self.num_slots, self.window = num_slots, window
@@ -59,7 +60,8 @@ class FeatureWindow:
     def store(self, committed: Committed, features: Tensor) -> None:
         """Remember `features` [N, T*d] of newly committed tokens, the last W of each sequence."""
         self._waiting.append((committed, features))
-        if len(self._waiting) > self._MOST_WAITING:
+        num_rows = sum(len(features) for _, features in self._waiting)
+        if len(self._waiting) > self._MOST_WAITING or num_rows > self._MOST_WAITING * self.num_slots:
             self._sort_in()
 
     def _sort_in(self) -> None:
