@@ -220,9 +220,10 @@ def _load_target_rank(
     load_target(model, checkpoint, device=config.device)
     if projector is not None:
         load_projector(projector, checkpoint, device=config.device)
-    shape = CacheShape.of(model_config, config.gamma, config.page_size)
-    dtype = getattr(torch, config.dtype)
-    cache = CacheTensors(model_config, shape, config.max_num_seqs, config.num_pages, dtype, config.device)
+    shape = CacheShape.of(
+        model_config, config.gamma, config.page_size, config.max_num_seqs, config.max_num_batched_tokens
+    )
+    cache = CacheTensors(model_config, shape, config.num_pages, getattr(torch, config.dtype), config.device)
     return TargetRank(model.eval(), cache, projector)
 
 

@@ -14,12 +14,12 @@ from dspark_ray.model.rows import CacheShape
 
 
 class LayerCache:
-    """State of one target layer for all sequences; tensors are flat over (slot, ring) or (page, entry)."""
+    """State of one target layer for all sequences, flat over (slot, ring) and staging, or over (page, entry)."""
 
     window: Tensor
-    """[slots * ring, D] keys, normed and rotated."""
+    """[P, D] keys, normed and rotated: a ring per slot, then staging (`model/rows.py`)."""
     raw: Tensor | None = None
-    """[slots * ring, 2 * width] float32 compressor rows: kv, then gate + position bias."""
+    """[P, 2 * width] float32 compressor rows: kv, then gate + position bias."""
     entries: Tensor | None = None
     """[pages * entries_per_page, D]"""
     index_raw: Tensor | None = None
@@ -30,7 +30,6 @@ class LayerCache:
         config: ModelConfig,
         layer: int,
         shape: CacheShape,
-        num_slots: int,
         num_pages: int,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -38,11 +37,11 @@ class LayerCache:
         def rows(count: int, width: int, row_dtype: torch.dtype) -> Tensor:
             return torch.zeros(count, width, dtype=row_dtype, device=device)
 
-        self.window = rows(num_slots * shape.window_ring, config.head_dim, dtype)
+        self.window = rows(shape.pool_rows(shape.window_ring), config.head_dim, dtype)
         ratio = config.compress_ratio(layer)
         if ratio == 0:
             return
-        num_raw = num_slots * shape.raw_rings[ratio]
+        num_raw = shape.pool_rows(shape.raw_rings[ratio])
         num_entries = num_pages * (shape.page_size // ratio)
         series = 2 if ratio == CSA_RATIO else 1
         self.raw = rows(num_raw, 2 * series * config.head_dim, torch.float32)
@@ -59,15 +58,13 @@ class CacheTensors:
         self,
         config: ModelConfig,
         shape: CacheShape,
-        num_slots: int,
         num_pages: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         self.shape = shape
         self.layers = [
-            LayerCache(config, layer, shape, num_slots, num_pages, dtype, device)
-            for layer in range(config.num_hidden_layers)
+            LayerCache(config, layer, shape, num_pages, dtype, device) for layer in range(config.num_hidden_layers)
         ]
 
     @property

@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dspark_kernels.formats import FP4_BLOCK, FP8_BLOCK, dequantise_fp4, dequantise_fp8
 from dspark_ray.checkpoint.layout import Piece, Range, official_name, pieces_of, scale_name, whole
-from dspark_ray.checkpoint.quantisation import FP4_BLOCK, FP8_BLOCK, dequantise_fp4, dequantise_fp8
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
 from dspark_ray.model.deepseek_v4 import DeepSeekV4

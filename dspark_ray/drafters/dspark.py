@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import dspark_kernels as ops
+from dspark_kernels.philox import STREAM_SAMPLE
 from dspark_ray.config import ModelConfig
-from dspark_ray.drafters.heads import ConfidenceHead, build_markov_head
+from dspark_ray.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
 from dspark_ray.model.blocks import Attention, Block, Weight, empty
 from dspark_ray.model.parallel import ParallelGroup
-from dspark_ray.model.rope import Rope
+from dspark_ray.model.rope import Angles, Rope
+from dspark_ray.model.rows import PoolIndex
 
 
 class Stage(Block):
@@ -91,6 +93,9 @@ class Draft:
 Choose = Callable[[int, Tensor], Tensor]
 """(position k of the block, logits [R, V]) -> token ids [R]."""
 
+KeysOf = Callable[[int, Tensor, Angles], tuple[Tensor, Tensor]]
+"""(stage, normed rows [R*G, d], their angles) -> keys [P, D] and the rows [R, W + G] of them that each request sees."""
+
 
 class DSparkModule(nn.Module):
     """Stages and heads. `embed` and `head` [V, d] are the target's and are not part of the module's state."""
@@ -131,43 +136,69 @@ class DSparkModule(nn.Module):
         angles = self.rope.angles(positions, compressed=False)
         return [stage.attn.keys(main_x, angles) for stage in self.stages]
 
+    def store_context(self, main_x: Tensor, positions: Tensor, pools: Sequence[Tensor], slots: Tensor) -> None:
+        """Write `context_keys` into rows slots [N] of the stages' pools."""
+        angles = self.rope.angles(positions, compressed=False)
+        for stage, pool in zip(self.stages, pools, strict=True):
+            stage.attn.store_keys(main_x, angles, pool, slots)
+
     def block(self, anchors: Tensor, starts: Tensor, context: Sequence[Tensor], visible: Tensor) -> BlockOutput:
-        """Run the stages over the blocks of R requests.
+        """Run the stages over the blocks of R requests, keeping nothing: the form that training differentiates.
 
         anchors [R] token ids at positions starts [R]; context per stage [R, W, D] with visible [R, W] telling which
         are keys. Every position of a block sees the same context and the whole block.
         """
+        shown = torch.cat((visible, visible.new_ones(len(visible), self.gamma)), dim=1)
+        flat = torch.arange(shown.numel(), device=visible.device).view_as(shown)
+        index = torch.where(shown, flat, -1)  # [R, W + G] into the flattened keys
+
+        def keys_of(stage: int, hidden: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+            own = self.stages[stage].attn.keys(hidden, angles).unflatten(0, (-1, self.gamma))
+            return torch.cat((context[stage].to(own.dtype), own), dim=1).flatten(0, 1), index
+
+        return self._run(anchors, starts, keys_of)
+
+    def cached_block(self, anchors: Tensor, starts: Tensor, pools: Sequence[Tensor], index: PoolIndex) -> BlockOutput:
+        """`block` over pools [P, D], one per stage, that hold the context: the form that serves.
+
+        `index` says where the R*G block rows are written, and which keys [R, W + G] each request sees.
+        """
+
+        def keys_of(stage: int, hidden: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+            self.stages[stage].attn.store_keys(hidden, angles, pools[stage], index.slots)
+            return pools[stage], index.keys
+
+        return self._run(anchors, starts, keys_of)
+
+    def _run(self, anchors: Tensor, starts: Tensor, keys_of: KeysOf) -> BlockOutput:
         assert self._shared is not None, "share() comes first"
         embed, head = self._shared
-        num_requests, gamma = len(anchors), self.gamma
-        token_ids = torch.full((num_requests, gamma), self.noise_token_id, device=anchors.device)
-        token_ids[:, 0] = anchors
-        token_ids = token_ids.flatten()
+        num_requests, gamma, config = len(anchors), self.gamma, self.config
+        noise = anchors.new_full((num_requests, gamma - 1), self.noise_token_id)
+        token_ids = torch.cat((anchors.unsqueeze(1), noise), dim=1).flatten()
         positions = (starts.unsqueeze(1) + torch.arange(gamma, device=starts.device)).flatten()
         angles = self.rope.angles(positions, compressed=False)
-        index = self._key_index(visible)
-        streams = embed[token_ids].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
-        for stage, keys in zip(self.stages, context, strict=True):
-            attention = stage.attn
+        streams = embed[token_ids].unsqueeze(1).repeat(1, config.hc_mult, 1)
+        for number, stage in enumerate(self.stages):
 
-            def attend(hidden: Tensor, attention: Attention = attention, keys: Tensor = keys) -> Tensor:
+            def attend(hidden: Tensor, number: int = number, attention: Attention = stage.attn) -> Tensor:
                 query = attention.query(attention.q_latent(hidden), angles)
-                own = attention.keys(hidden, angles).unflatten(0, (num_requests, gamma))
-                pool = torch.cat((keys.to(own.dtype), own), dim=1).flatten(0, 1)
+                keys, index = keys_of(number, hidden, angles)
                 # The G queries of a request see the same keys: they count as G times as many heads.
                 values = ops.sparse_attention(
                     query.unflatten(0, (num_requests, gamma)).flatten(1, 2),
-                    pool,
+                    keys,
                     index,
                     None,
                     None,
                     attention.attn_sink.repeat(gamma),
-                    self.config.head_dim**-0.5,
+                    config.head_dim**-0.5,
                 )
-                return attention.output(values.unflatten(1, (gamma, -1)).flatten(0, 1), angles)
+                values = values.unflatten(1, (gamma, -1)).flatten(0, 1)
+                return attention.output(ops.rope(values, angles.cos, angles.sin, inverse=True))
 
             streams = stage(streams, token_ids, attend)
-        last, config = self.stages[-1], self.config
+        last = self.stages[-1]
         hidden = ops.mhc_head(
             streams,
             last.hc_head_fn,
@@ -176,16 +207,34 @@ class DSparkModule(nn.Module):
             config.hc_eps,
             config.rms_norm_eps,
         )
-        normed = ops.rms_norm(hidden, last.norm.weight, config.rms_norm_eps)
-        logits = nn.functional.linear(normed.float(), head.float())
+        logits = ops.linear_float32(ops.rms_norm(hidden, last.norm.weight, config.rms_norm_eps), head)
         return BlockOutput(*(x.unflatten(0, (num_requests, gamma)) for x in (hidden, logits)))
 
-    def _key_index(self, visible: Tensor) -> Tensor:
-        """[R, W + G] into the flattened [R, W + G] keys, -1 where the context has no key."""
-        num_requests = len(visible)
-        shown = torch.cat((visible, visible.new_ones(num_requests, self.gamma)), dim=1)
-        flat = torch.arange(shown.numel(), device=visible.device).view_as(shown)
-        return torch.where(shown, flat, -1)
+    @property
+    def is_vanilla(self) -> bool:
+        """Whether the Markov bias depends on the token before alone: then `sample` may be used."""
+        return type(self.stages[-1].markov_head) is MarkovHead
+
+    def sample(
+        self,
+        block: BlockOutput,
+        anchors: Tensor,
+        starts: Tensor,
+        temperatures: Tensor,
+        seeds: Tensor,
+        num_positions: int,
+    ) -> tuple[Tensor, Tensor]:
+        """(tokens [R, G], confidence logits [R, G]) of the first G positions, with the noise of coupled verification.
+
+        What `run_heads` does with a `Choose` that perturbs tempered logits, in one operation.
+        """
+        last = self.stages[-1]
+        assert isinstance(last.markov_head, MarkovHead)
+        w1, w2 = last.markov_head.markov_w1.weight, last.markov_head.markov_w2.weight
+        logits = block.base_logits[:, :num_positions]
+        tokens, _ = ops.markov_sample(logits, anchors, w1, w2, temperatures, seeds, starts + 1, STREAM_SAMPLE)
+        previous = torch.cat((anchors.unsqueeze(1), tokens[:, :-1]), dim=1)
+        return tokens, last.confidence_head(block.hidden[:, :num_positions], w1[previous])
 
     def run_heads(self, block: BlockOutput, anchors: Tensor, choose: Choose, num_positions: int | None = None) -> Draft:
         """Left to right: bias by the token before, choose, and say how sure; None goes to the end of the block."""

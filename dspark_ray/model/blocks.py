@@ -55,24 +55,26 @@ class Compressor(nn.Module):
         self.ape = empty(ratio, self.num_series * width, dtype=torch.float32)
         self.norm = Weight(width)
 
-    def raw_rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """[N, 2 * num_series * width] float32: kv, then gate with its position bias."""
-        kv = self.wkv(hidden).float()
-        gate = self.wgate(hidden).float() + self.ape[positions % self.ratio]
-        return torch.cat((kv, gate), dim=-1)
+    def raw(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(kv, gate) [N, num_series * width] of each row, the gate still without its position bias."""
+        return self.wkv(hidden), self.wgate(hidden)
 
-    def pool(self, raw: Tensor, valid: Tensor | None, angles: Angles, dtype: torch.dtype) -> Tensor:
-        """Entries [E, width] from raw rows [E, S, ...] of S positions each, at the angles of their first tokens."""
-        kv, gate = raw.chunk(2, dim=-1)
+    def store_raw(self, hidden: Tensor, positions: Tensor, pool: Tensor, slots: Tensor) -> None:
+        """Write raw rows of `hidden` into rows slots [N] of `pool`."""
+        ops.store_raw(*self.raw(hidden), self.ape, positions, pool, slots)
+
+    def store_entries(
+        self, pool: Tensor, keys: Tensor, angles: Angles, entries: Tensor, where: Tensor, quantise: bool
+    ) -> None:
+        """Pool the raw rows keys [E, S] of `pool` into rows where [E] of `entries`, at the angles of their windows."""
+        ops.compress(pool, keys, self.norm.weight, self.eps, angles.cos, angles.sin, entries, where, quantise)
+
+    def pooled(self, kv: Tensor, gate: Tensor, valid: Tensor | None, angles: Angles, dtype: torch.dtype) -> Tensor:
+        """Entries [E, width] of rows kv, gate [E, S, ...] outside of any cache, position bias included."""
         if self.num_series == 2:
-            kv, gate = self._overlapping(kv), self._overlapping(gate)
-        pooled = ops.compress(kv, gate, valid).to(dtype)
-        return ops.rope(ops.rms_norm(pooled, self.norm.weight, self.eps), angles.cos, angles.sin)
-
-    def _overlapping(self, rows: Tensor) -> Tensor:
-        """Series A of the window before, series B of this one."""
-        first, second = rows.split(self.ratio, dim=1)
-        return torch.cat((first[..., : self.width], second[..., self.width :]), dim=1)
+            kv, gate = ops.overlapping(kv), ops.overlapping(gate)
+        pooled = ops.softmax_pool(kv, gate, valid).to(dtype)
+        return ops.norm_rope(pooled, self.norm.weight, self.eps, angles.cos, angles.sin)
 
 
 class Indexer(nn.Module):
@@ -127,12 +129,25 @@ class Attention(nn.Module):
     def query(self, q_latent: Tensor, angles: Angles) -> Tensor:
         """[N, H, D], each head normed without a weight, rotated."""
         heads = self.wq_b(q_latent).unflatten(-1, (self.num_heads, self.config.head_dim))
-        return ops.rope(ops.rms_norm(heads, None, self.config.rms_norm_eps), angles.cos, angles.sin)
+        return ops.norm_rope(heads, None, self.config.rms_norm_eps, angles.cos, angles.sin)
+
+    def store_keys(self, hidden: Tensor, angles: Angles, pool: Tensor, slots: Tensor) -> None:
+        """Write the keys of `hidden` into rows slots [N] of `pool`."""
+        ops.store_window(
+            self.wkv(hidden),
+            self.kv_norm.weight,
+            self.config.rms_norm_eps,
+            angles.cos,
+            angles.sin,
+            pool,
+            slots,
+            self.config.kv_fake_quant,
+        )
 
     def keys(self, hidden: Tensor, angles: Angles) -> Tensor:
-        """[N, D]: one vector per token that is key and value of every head."""
-        kv = ops.rms_norm(self.wkv(hidden), self.kv_norm.weight, self.config.rms_norm_eps)
-        return self.stored(ops.rope(kv, angles.cos, angles.sin))
+        """[N, D]: one vector per token that is key and value of every head, as `store_keys` would write it."""
+        kv = self.wkv(hidden)
+        return self.stored(ops.norm_rope(kv, self.kv_norm.weight, self.config.rms_norm_eps, angles.cos, angles.sin))
 
     def stored(self, keys: Tensor) -> Tensor:
         """Keys as the cache keeps them: rounded to FP8 outside the rotary part where the model asks for it."""
@@ -140,9 +155,8 @@ class Attention(nn.Module):
             return keys
         return ops.fake_quant_fp8(keys, self.config.head_dim - self.config.qk_rope_head_dim)
 
-    def output(self, values: Tensor, angles: Angles) -> Tensor:
-        """[N, H, D] -> [N, d]: rotate back, project per group, sum over ranks."""
-        values = ops.rope(values, angles.cos, angles.sin, inverse=True)
+    def output(self, values: Tensor) -> Tensor:
+        """[N, H, D], already rotated back, -> [N, d]: project per group, sum over ranks."""
         grouped = values.flatten(1).unflatten(-1, (self.num_groups, -1)).transpose(0, 1)
         weights = self.wo_a.weight.unflatten(0, (self.num_groups, -1))
         latent = torch.bmm(grouped, weights.transpose(1, 2)).transpose(0, 1).flatten(1)
@@ -240,13 +254,12 @@ class Block(nn.Module):
         """streams [N, m, d] -> [N, m, d]; `attend` is the attention sublayer on normed rows [N, d]."""
         config = self.config
 
-        def read(fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return ops.mhc_read(streams, fn, base, scale, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
+        def read(fn: Tensor, base: Tensor, scale: Tensor, norm: Weight) -> tuple[Tensor, Tensor, Tensor]:
+            iters, eps, rms_eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
+            return ops.mhc_read(streams, fn, base, scale, norm.weight, iters, eps, rms_eps)
 
-        hidden, post, comb = read(self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
-        out = attend(ops.rms_norm(hidden, self.attn_norm.weight, config.rms_norm_eps))
-        streams = ops.mhc_write(out, streams, post, comb)
+        hidden, post, comb = read(self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, self.attn_norm)
+        streams = ops.mhc_write(attend(hidden), streams, post, comb)
 
-        hidden, post, comb = read(self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
-        out = self.ffn(ops.rms_norm(hidden, self.ffn_norm.weight, config.rms_norm_eps), token_ids)
-        return ops.mhc_write(out, streams, post, comb)
+        hidden, post, comb = read(self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, self.ffn_norm)
+        return ops.mhc_write(self.ffn(hidden, token_ids), streams, post, comb)

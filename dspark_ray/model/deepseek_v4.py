@@ -17,7 +17,7 @@ from dspark_ray.config import ModelConfig
 from dspark_ray.model.blocks import Attention, Block, Compressor, Weight, empty
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.model.rope import Angles, Rope
-from dspark_ray.model.rows import CompressIndex, RingIndex, Rows
+from dspark_ray.model.rows import CompressIndex, PoolIndex, Rows
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class DeepSeekV4(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, d] -> [n, V / size] float32: this rank's slice of the vocabulary."""
-        return nn.functional.linear(hidden.float(), self.head.weight.float())
+        return ops.linear_float32(hidden, self.head.weight)
 
     def _angles(self, rows: Rows) -> dict[int, _LayerAngles]:
         """By compression ratio; 0 stands for sliding layers."""
@@ -122,7 +122,7 @@ class _CachedAttention:
     def __init__(
         self,
         attention: Attention,
-        window: RingIndex,
+        window: PoolIndex,
         compressed: CompressIndex | None,
         angles: _LayerAngles,
         cache: LayerCache,
@@ -134,21 +134,25 @@ class _CachedAttention:
         """The sublayer as a function of its normed input [N, d]."""
 
         def attend(hidden: Tensor) -> Tensor:
-            attention, angles = self.attention, self.angles.rows
+            attention, angles, window = self.attention, self.angles.rows, self.window
             q_latent = attention.q_latent(hidden)
             query = attention.query(q_latent, angles)
-            window_keys = _through_ring(self.cache.window, attention.keys(hidden, angles), self.window)
+            attention.store_keys(hidden, angles, self.cache.window, window.slots)
             entry_keys, entry_index = self._entries(hidden, q_latent, positions)
             values = ops.sparse_attention(
                 query,
-                window_keys,
-                self.window.keys,
+                self.cache.window,
+                window.keys,
                 entry_keys,
                 entry_index,
                 attention.attn_sink,
                 attention.config.head_dim**-0.5,
+                angles.cos,
+                angles.sin,
             )
-            return attention.output(values, angles)
+            if window.moves is not None:
+                window.moves.apply(self.cache.window)
+            return attention.output(values)
 
         return attend
 
@@ -157,16 +161,17 @@ class _CachedAttention:
         index, cache, attention = self.compressed, self.cache, self.attention
         if index is None:
             return None, None
-        entries = self._store(attention.compressor, cache.raw, cache.entries, hidden, positions)
-        visible = index.visible
+        self._store(attention.compressor, cache.raw, cache.entries, hidden, positions)
         if cache.index_raw is None:
-            return entries, visible
+            return cache.entries, index.visible
         indexer = attention.indexer
-        index_entries = self._store(indexer.compressor, cache.index_raw, cache.index_entries, hidden, positions)
-        if visible.shape[1] > indexer.topk:  # otherwise everything visible is chosen
-            query, weights = indexer.query(hidden, q_latent, self.angles.rows)
-            visible = ops.indexer_topk(query, weights, index_entries, visible, indexer.topk)
-        return entries, visible
+        self._store(indexer.compressor, cache.index_raw, cache.index_entries, hidden, positions)
+        if index.visible.shape[1] <= indexer.topk:  # everything visible is chosen
+            return cache.entries, index.visible
+        assert cache.index_entries is not None
+        query, weights = indexer.query(hidden, q_latent, self.angles.rows)
+        chosen = ops.indexer_topk(query, weights, cache.index_entries, index.visible, indexer.topk)
+        return cache.entries, chosen
 
     def _store(
         self,
@@ -175,23 +180,14 @@ class _CachedAttention:
         entries: Tensor | None,
         hidden: Tensor,
         positions: Tensor,
-    ) -> Tensor:
-        """Write raw rows, pool the windows that close, write their entries; returns all entries."""
+    ) -> None:
+        """Write raw rows, pool the windows that close, write their entries."""
         assert self.compressed is not None and raw is not None and entries is not None
-        index = self.compressed
-        rows = _through_ring(raw, compressor.raw_rows(hidden, positions), index.ring)
+        index, pool, angles = self.compressed, self.compressed.pool, self.angles.entries
+        compressor.store_raw(hidden, positions, raw, pool.slots)
         if len(index.store_entries):
-            keys, angles = index.ring.keys, self.angles.entries
             assert angles is not None
-            pooled = compressor.pool(rows[keys.clamp_min(0)], keys >= 0, angles, entries.dtype)
-            if entries is self.cache.entries:
-                pooled = self.attention.stored(pooled)
-            entries[index.store_entries] = pooled
-        return entries
-
-
-def _through_ring(ring: Tensor, own: Tensor, index: RingIndex) -> Tensor:
-    """[history ++ own rows], after which the youngest own rows are in the ring."""
-    rows = torch.cat((ring[index.history], own.to(ring.dtype)))
-    ring[index.store_slots] = own[index.store_rows].to(ring.dtype)
-    return rows
+            quantise = self.attention.config.kv_fake_quant and entries is self.cache.entries
+            compressor.store_entries(raw, pool.keys, angles, entries, index.store_entries, quantise)
+        if pool.moves is not None:
+            pool.moves.apply(raw)

@@ -1,12 +1,19 @@
 """What one forward works on: the flattened rows of many sequences, and where each finds its keys.
 
-A sequence brings rows at positions start .. start+n-1 (a verify block or a prefill chunk; the code is the same).
-Keys older than `start` come from its ring, younger ones are rows of this very forward:
+Cache tensors that slide (window keys, raw compressor rows) are pools: a ring per sequence, then staging.
+
+    pool    | ring of slot 0 | ring of slot 1 | ... | staging: one place per row of a forward |
+
+A block (an anchor and its drafts) writes its rows into its ring, at position mod ring length, and reads afterwards: the
+ring is long enough that nothing still needed is overwritten. A longer segment (a chunk of a prompt) may be longer than
+its ring. Its rows are written to staging, keys before its start come from the ring, and when everything has
+been read, its last rows move into the ring:
 
     positions      start-W+1 ........ start-1 | start ........ start+n-1
-    where          the ring, by p mod ring    | this forward's own rows
+    where          the ring, by p mod ring    | staging, by row of the forward
 
-All of it is computed once, on the CPU, from integers; every layer of a kind shares it.
+Only integers of the segments come from the host. The indices are worked out on the device that needs them, once per
+forward, and every layer of a kind shares them.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ class Segment:
     """Consecutive tokens of one sequence: positions start .. start + len(token_ids) - 1."""
 
     slot: int
-    """Row of the rings that belongs to the sequence."""
+    """The sequence's ring in every pool."""
     start: int
     """Position of the first token; everything before it is in the cache."""
     token_ids: list[int]
@@ -35,27 +42,38 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class RingIndex:
-    """How rows meet a ring of `length` slots per sequence: what to read, which keys to see, what to store."""
+class Moves:
+    """Rows to move from staging to the rings when all layers' reads of a pool are done."""
 
-    history: Tensor
-    """[h] flat ring slots read before anything is stored."""
+    sources: Tensor
+    """[s] pool rows"""
+    targets: Tensor
+    """[s] pool rows"""
+
+    def apply(self, pool: Tensor) -> None:
+        pool[self.targets] = pool[self.sources]
+
+
+@dataclass(frozen=True)
+class PoolIndex:
+    """How rows meet a pool: where each is written, and which keys are read afterwards."""
+
+    slots: Tensor
+    """[N] pool row of each row."""
     keys: Tensor
-    """[N, K] into [history ++ own rows], -1 where there is no key."""
-    store_slots: Tensor
-    """[s] flat ring slots written afterwards ..."""
-    store_rows: Tensor
-    """[s] ... with these rows of the forward."""
+    """[Q, K] pool rows, oldest first, -1 where there is no key."""
+    moves: Moves | None
+    """None where every segment is a block."""
 
 
 @dataclass(frozen=True)
 class CompressIndex:
     """Entries of one compression ratio: those that close in this forward, and those each row may see."""
 
-    ring: RingIndex
+    pool: PoolIndex
     """keys [E, coff*r] are the raw rows that each of the E closing entries pools."""
     store_entries: Tensor
-    """[E] flat entries written."""
+    """[E] flat entries written, -1 for none."""
     entry_positions: Tensor
     """[E] position of each entry's first token."""
     visible: Tensor
@@ -70,14 +88,14 @@ class Rows:
     """[N]"""
     positions: Tensor
     """[N]"""
-    window: RingIndex
+    window: PoolIndex
     compressed: dict[int, CompressIndex]
     """By compression ratio."""
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Ring lengths and paging, from the model and the longest verify block (specification 3.2)."""
+    """Ring lengths, staging and paging, from the model and the longest block (specification 3.2)."""
 
     window: int
     window_ring: int
@@ -86,131 +104,182 @@ class CacheShape:
     pooled_rows: dict[int, int]
     """Raw rows under one entry: 2r where windows overlap (CSA), else r."""
     page_size: int
+    block: int
+    """Longest segment that may write its rows before it reads."""
+    num_slots: int
+    max_rows: int
+    """Rows of the largest forward."""
 
     @staticmethod
-    def of(config: ModelConfig, gamma: int, page_size: int) -> CacheShape:
-        """The tight lengths: one slot fewer and a rejected row would overwrite a row still needed.
+    def of(config: ModelConfig, gamma: int, page_size: int, num_slots: int, max_rows: int) -> CacheShape:
+        """The tight lengths: one slot fewer and a block's last row would overwrite a row still needed.
 
-        The youngest row of a block of 1+gamma may be `gamma` positions ahead of the first kept one. A forward
-        that wrote its rows before reading the ring would need one slot more.
+        The youngest row of a block of 1+gamma is `gamma` positions ahead of the first, which itself looks back over
+        a whole window.
         """
         ratios = sorted(set(config.compress_ratios) - {0})
         pooled = {ratio: 2 * ratio if ratio == CSA_RATIO else ratio for ratio in ratios}
         return CacheShape(
             window=config.sliding_window,
-            window_ring=config.sliding_window - 1 + gamma,
-            raw_rings={ratio: pooled[ratio] - 1 + gamma for ratio in ratios},
+            window_ring=config.sliding_window + gamma,
+            raw_rings={ratio: pooled[ratio] + gamma for ratio in ratios},
             pooled_rows=pooled,
             page_size=page_size,
+            block=1 + gamma,
+            num_slots=num_slots,
+            max_rows=max_rows,
         )
+
+    def pool_rows(self, ring: int) -> int:
+        """Rows of a pool with rings of this length."""
+        return self.num_slots * ring + self.max_rows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a forward as integers on one device, from which every index follows."""
+
+    token_ids: Tensor
+    """[N]"""
+    positions: Tensor
+    """[N]"""
+    slots: Tensor
+    """[N] ring of each row's sequence"""
+    owners: Tensor
+    """[N] row of `pages`"""
+    pages: Tensor
+    """[R, P]"""
+    staged_from: Tensor | None
+    """[N] position from which on the row's sequence is in staging, beyond every position for a block; None if all
+    are blocks."""
 
 
 def build_rows(segments: SequenceOf[Segment], shape: CacheShape, device: torch.device | str = "cpu") -> Rows:
     """Flatten `segments` and work out every index of the forward."""
-    layout = _Layout.of(segments)
+    flat = _Flat.of(segments, shape)
 
     def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return torch.from_numpy(array).to(device)
 
-    def ring(wanted: np.ndarray, owners: np.ndarray, length: int) -> RingIndex:
-        return RingIndex(*(tensor(part) for part in _ring_index(layout, wanted, owners, length)))
+    layout = Layout(
+        token_ids=tensor(flat.token_ids),
+        positions=tensor(flat.positions),
+        slots=tensor(flat.slots),
+        owners=tensor(flat.owners),
+        pages=tensor(flat.pages),
+        staged_from=None if flat.staged_from is None else tensor(flat.staged_from),
+    )
 
-    window = np.arange(1 - shape.window, 1) + layout.positions[:, None]
+    def moves(ring: int) -> Moves | None:
+        if flat.staged_from is None:
+            return None
+        kept = np.flatnonzero(flat.kept_from(ring) <= flat.positions)
+        targets = flat.slots[kept] * ring + flat.positions[kept] % ring
+        return Moves(tensor(kept + shape.num_slots * ring), tensor(targets))
+
     compressed = {}
-    for ratio, length in shape.raw_rings.items():
-        closing = _closing_entries(layout, ratio)
-        ends = (closing.window + 1) * ratio
-        pooled = np.arange(-shape.pooled_rows[ratio], 0) + ends[:, None]
-        entries_per_page = shape.page_size // ratio
-        compressed[ratio] = CompressIndex(
-            ring=ring(pooled, closing.owner, length),
-            store_entries=tensor(_flat_entries(layout, closing.owner, closing.window, entries_per_page)),
-            entry_positions=tensor(closing.window * ratio),
-            visible=tensor(_visible_entries(layout, ratio, entries_per_page)),
-        )
+    for ratio, ring in shape.raw_rings.items():
+        closing = tensor(np.flatnonzero((flat.positions + 1) % ratio == 0))
+        num_visible = (int(flat.positions.max()) + 1) // ratio
+        compressed[ratio] = compress_index(layout, shape, ratio, closing, num_visible, moves(ring))
     return Rows(
-        token_ids=tensor(layout.token_ids),
-        positions=tensor(layout.positions),
-        window=ring(window, layout.owners, shape.window_ring),
+        token_ids=layout.token_ids,
+        positions=layout.positions,
+        window=window_index(layout, shape, moves(shape.window_ring)),
         compressed=compressed,
     )
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """The segments as arrays: per segment [R], per row [N]."""
+class _Flat:
+    """The segments as arrays per row [N], and their pages [R, P], padded with 0."""
 
-    slots: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    first_rows: np.ndarray
-    pages: np.ndarray  # [R, P], padded with 0
     token_ids: np.ndarray
     positions: np.ndarray
+    slots: np.ndarray
     owners: np.ndarray
+    pages: np.ndarray
+    ends: np.ndarray
+    """Position behind the row's segment."""
+    staged_from: np.ndarray | None
 
     @staticmethod
-    def of(segments: SequenceOf[Segment]) -> _Layout:
+    def of(segments: SequenceOf[Segment], shape: CacheShape) -> _Flat:
         lengths = np.array([len(segment.token_ids) for segment in segments], dtype=np.int64)
         starts = np.array([segment.start for segment in segments], dtype=np.int64)
-        first_rows = np.cumsum(lengths) - lengths
+        slots = np.array([segment.slot for segment in segments], dtype=np.int64)
         owners = np.repeat(np.arange(len(segments)), lengths)
+        first_rows = np.cumsum(lengths) - lengths
         pages = np.zeros((len(segments), max(len(segment.pages) for segment in segments) or 1), dtype=np.int64)
         for row, segment in zip(pages, segments, strict=True):
             row[: len(segment.pages)] = segment.pages
-        return _Layout(
-            slots=np.array([segment.slot for segment in segments], dtype=np.int64),
-            starts=starts,
-            lengths=lengths,
-            first_rows=first_rows,
-            pages=pages,
+        staged = lengths > shape.block
+        return _Flat(
             token_ids=np.array([token for segment in segments for token in segment.token_ids], dtype=np.int64),
-            positions=np.arange(len(owners)) - first_rows[owners] + starts[owners],
+            positions=np.arange(len(owners)) + (starts - first_rows)[owners],
+            slots=slots[owners],
             owners=owners,
+            pages=pages,
+            ends=(starts + lengths)[owners],
+            staged_from=np.where(staged, starts, _NEVER)[owners] if staged.any() else None,
         )
 
-
-@dataclass(frozen=True)
-class _Closing:
-    """Compressed windows whose last token is among the rows: window numbers and owning segments [E]."""
-
-    window: np.ndarray
-    owner: np.ndarray
+    def kept_from(self, ring: int) -> np.ndarray:
+        """[N] position from which on a staged segment's rows survive in its ring; never, in blocks."""
+        assert self.staged_from is not None
+        return np.where(self.staged_from == _NEVER, _NEVER, self.ends - ring)
 
 
-def _closing_entries(layout: _Layout, ratio: int) -> _Closing:
-    closes = (layout.positions + 1) % ratio == 0
-    return _Closing(window=layout.positions[closes] // ratio, owner=layout.owners[closes])
+_NEVER = 2**62
+"""Beyond every position."""
 
 
-def _ring_index(
-    layout: _Layout, wanted: np.ndarray, owners: np.ndarray, length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Resolve positions `wanted` [Q, K] of segments `owners` [Q] into ring slots and own rows."""
-    starts, slots = layout.starts[owners][:, None], layout.slots[owners][:, None]
-    own = wanted >= starts
-    old = (wanted >= 0) & ~own
-    # Many rows want the same old position: read each once.
-    history, where = np.unique((slots * length + wanted % length)[old], return_inverse=True)
-    keys = np.full(wanted.shape, -1, dtype=np.int64)
-    keys[old] = where
-    keys[own] = (wanted - starts + layout.first_rows[owners][:, None] + len(history))[own]
-    # Only the last `length` rows of a segment survive in its ring.
-    ends = layout.starts + layout.lengths
-    kept = layout.positions >= (ends - length)[layout.owners]
-    store_slots = layout.slots[layout.owners] * length + layout.positions % length
-    return history, keys, store_slots[kept], np.flatnonzero(kept)
+def window_index(layout: Layout, shape: CacheShape, moves: Moves | None) -> PoolIndex:
+    """The sliding window of every row."""
+    rows = torch.arange(len(layout.positions), device=layout.positions.device)
+    return _pool_index(layout, shape, rows, shape.window, shape.window_ring, moves)
 
 
-def _flat_entries(layout: _Layout, owners: np.ndarray, window: np.ndarray, entries_per_page: int) -> np.ndarray:
-    page = layout.pages[owners, window // entries_per_page]
-    return page * entries_per_page + window % entries_per_page
+def compress_index(
+    layout: Layout, shape: CacheShape, ratio: int, closing: Tensor, num_visible: int, moves: Moves | None
+) -> CompressIndex:
+    """Entries of `ratio`; `closing` [E] are the rows looked at for entries to write: at least all that end a window.
+
+    `num_visible` is the most entries that any row sees.
+    """
+    entries_per_page = shape.page_size // ratio
+    positions = layout.positions[closing]
+    entry = positions // ratio
+    stored = _flat_entries(layout.pages, layout.owners[closing], entry, entries_per_page)
+    window = torch.arange(num_visible, device=layout.positions.device)
+    visible = (layout.pages * entries_per_page)[:, window // entries_per_page] + window % entries_per_page  # [R, K]
+    counts = (layout.positions + 1).div(ratio, rounding_mode="floor").unsqueeze(1)
+    return CompressIndex(
+        pool=_pool_index(layout, shape, closing, shape.pooled_rows[ratio], shape.raw_rings[ratio], moves),
+        store_entries=torch.where((positions + 1) % ratio == 0, stored, -1),
+        entry_positions=entry * ratio,
+        # An entry is visible to a position iff its last token is not younger.
+        visible=torch.where(window < counts, visible[layout.owners], -1),
+    )
 
 
-def _visible_entries(layout: _Layout, ratio: int, entries_per_page: int) -> np.ndarray:
-    """Entry w is visible to position p iff its last token is not younger: w < (p + 1) // ratio."""
-    counts = (layout.positions + 1) // ratio
-    window = np.arange(counts.max(initial=0))
-    pages = layout.pages[:, window // entries_per_page]  # [R, K]
-    flat = (pages * entries_per_page + window % entries_per_page)[layout.owners]
-    return np.where(window < counts[:, None], flat, -1)
+def _pool_index(
+    layout: Layout, shape: CacheShape, readers: Tensor, num_keys: int, ring: int, moves: Moves | None
+) -> PoolIndex:
+    """Where all rows are written; the `num_keys` positions up to each of the rows `readers` [Q] as pool rows."""
+    offsets = torch.arange(1 - num_keys, 1, device=readers.device)
+    positions, slots = layout.positions[readers].unsqueeze(1), layout.slots[readers].unsqueeze(1)
+    wanted = positions + offsets
+    keys = slots * ring + wanted % ring
+    written = layout.slots * ring + layout.positions % ring
+    if layout.staged_from is not None:
+        staging = shape.num_slots * ring
+        rows = torch.arange(len(layout.positions), device=readers.device)
+        own = wanted >= layout.staged_from[readers].unsqueeze(1)
+        keys = torch.where(own, staging + readers.unsqueeze(1) + offsets, keys)
+        written = torch.where(layout.positions >= layout.staged_from, staging + rows, written)
+    return PoolIndex(written, torch.where(wanted >= 0, keys, -1), moves)
+
+
+def _flat_entries(pages: Tensor, owners: Tensor, entry: Tensor, entries_per_page: int) -> Tensor:
+    return pages[owners, entry // entries_per_page] * entries_per_page + entry % entries_per_page

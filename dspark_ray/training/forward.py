@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import dspark_kernels as ops
 from dspark_ray.drafters.dspark import BlockOutput, DSparkModule
 from dspark_ray.model.blocks import Attention, Block, Compressor
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
@@ -92,7 +93,7 @@ def _attend(
     values = torch.einsum("bjhqk,bjkd->bjqhd", probabilities[..., : 2 * window], keys)
     if attention.ratio:
         values = values + torch.einsum("bjhqk,bkd->bjqhd", probabilities[..., 2 * window : -1], entries)
-    return attention.output(values.flatten(0, 2), angles)
+    return attention.output(ops.rope(values.flatten(0, 2), angles.cos, angles.sin, inverse=True))
 
 
 def _band(length: int, window: int) -> Tensor:
@@ -113,7 +114,9 @@ def _entries(
 ) -> Tensor:
     """All entries [B, T/r, D]; entry 0 of an overlapping compressor has no window before it."""
     ratio = compressor.ratio
-    raw = compressor.raw_rows(hidden, positions).unflatten(0, (num_sequences, -1, ratio))  # [B, K, r, C]
+    kv, gate = (rows.float() for rows in compressor.raw(hidden))
+    raw = torch.cat((kv, gate + compressor.ape[positions % ratio]), dim=-1)
+    raw = raw.unflatten(0, (num_sequences, -1, ratio))  # [B, K, r, C]
     valid = None
     if compressor.num_series == 2:
         before = torch.nn.functional.pad(raw, (0, 0, 0, 0, 1, 0))[:, :-1]
@@ -122,7 +125,8 @@ def _entries(
         valid[:, 0, :ratio] = False
         valid = valid.flatten(0, 1)
     repeated = Angles(angles.cos.repeat(num_sequences, 1), angles.sin.repeat(num_sequences, 1))
-    pooled = compressor.pool(raw.flatten(0, 1), valid, repeated, hidden.dtype)
+    kv, gate = raw.flatten(0, 1).chunk(2, dim=-1)
+    pooled = compressor.pooled(kv, gate, valid, repeated, hidden.dtype)
     return attention.stored(pooled).unflatten(0, (num_sequences, -1))
 
 

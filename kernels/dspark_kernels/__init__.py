@@ -1,38 +1,104 @@
 """Operations of a DSpark round. `dspark_kernels.<op>` is what the engine calls.
 
-Today every op is its plain-torch reference, which runs on any device.
+Each is a plain-torch function of `reference.py` and a kernel of the same name and signature in `gpu/`. CPU tensors take
+the reference. CUDA tensors take the kernel, except while gradients are recorded: kernels have none.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import reference
 from .philox import gumbel_noise, philox_4x32, uniform_noise
-from .reference import (
-    compress,
-    fake_quant_fp8,
-    indexer_topk,
-    mhc_head,
-    mhc_read,
-    mhc_write,
-    moe,
-    rms_norm,
-    rope,
-    route,
-    sparse_attention,
-    swiglu,
-)
+from .reference import fake_quant_fp8, overlapping, softmax_pool
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def takes_kernel(tensor: Tensor) -> bool:
+    """Whether an operation on `tensor` runs as a kernel."""
+    return tensor.is_cuda and not torch.is_grad_enabled()
+
+
+def _operation(reference_op: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """The operation that decides by its first argument, a tensor, where it runs."""
+    kernel: Callable[_Arguments, _Result] | None = None
+
+    @wraps(reference_op)
+    def operation(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        nonlocal kernel
+        if not takes_kernel(args[0]):  # type: ignore[arg-type]
+            return reference_op(*args, **kwargs)
+        if kernel is None:
+            # Triton is imported when a kernel is wanted, and not on machines that have none.
+            from . import gpu
+
+            kernel = getattr(gpu, reference_op.__name__)
+        return kernel(*args, **kwargs)
+
+    return operation
+
+
+accept_coupled = _operation(reference.accept_coupled)
+accept_rejection = _operation(reference.accept_rejection)
+admit_prefixes = _operation(reference.admit_prefixes)
+compress = _operation(reference.compress)
+edit_logits = _operation(reference.edit_logits)
+gumbel_argmax = _operation(reference.gumbel_argmax)
+indexer_topk = _operation(reference.indexer_topk)
+linear_float32 = _operation(reference.linear_float32)
+linear_fp8 = _operation(reference.linear_fp8)
+lowest_kept_logit = _operation(reference.lowest_kept_logit)
+markov_sample = _operation(reference.markov_sample)
+mhc_head = _operation(reference.mhc_head)
+mhc_read = _operation(reference.mhc_read)
+mhc_write = _operation(reference.mhc_write)
+moe = _operation(reference.moe)
+norm_rope = _operation(reference.norm_rope)
+pack_rows = _operation(reference.pack_rows)
+rms_norm = _operation(reference.rms_norm)
+rope = _operation(reference.rope)
+route = _operation(reference.route)
+sparse_attention = _operation(reference.sparse_attention)
+store_raw = _operation(reference.store_raw)
+store_window = _operation(reference.store_window)
+swiglu = _operation(reference.swiglu)
 
 __all__ = [
+    "accept_coupled",
+    "accept_rejection",
+    "admit_prefixes",
     "compress",
+    "edit_logits",
     "fake_quant_fp8",
+    "gumbel_argmax",
     "gumbel_noise",
     "indexer_topk",
+    "linear_float32",
+    "linear_fp8",
+    "lowest_kept_logit",
+    "markov_sample",
     "mhc_head",
     "mhc_read",
     "mhc_write",
     "moe",
+    "norm_rope",
+    "overlapping",
+    "pack_rows",
     "philox_4x32",
     "rms_norm",
     "rope",
     "route",
+    "softmax_pool",
     "sparse_attention",
+    "store_raw",
+    "store_window",
     "swiglu",
     "uniform_noise",
 ]

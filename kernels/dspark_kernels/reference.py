@@ -1,9 +1,10 @@
 """The operations of a DSpark round in plain torch: what every kernel of the same name must reproduce.
 
-Every function is differentiable where that makes sense, allocates its result, and computes in float32 where the
-official program does; activations keep the dtype they came in.
+Functions allocate their results, except the three that write the cache (`store_window`, `store_raw`, `compress`).
+They compute in float32 where the official program does; activations keep the dtype they came in.
 
-Letters: N rows, H heads, D head_dim, d hidden size, m streams, E experts, I expert width, K keys per row.
+Letters: N rows, R requests, G gamma, H heads, D head_dim, Dr rotary channels of it, d hidden size, m streams,
+V vocabulary, r rank of the Markov head, E experts, I expert width, K keys per row, P rows of a pool (a cache tensor).
 """
 
 from __future__ import annotations
@@ -12,8 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_FP8_MAX = 448.0
-_FP8_AMAX_FLOOR = 1e-4
+from .formats import (
+    ACTIVATION_GROUP,
+    KEY_GROUP,
+    dequantise_fp4,
+    dequantise_fp8,
+    pack_keys,
+    round_fp8,
+    unpack_keys,
+)
+from .philox import STREAM_ACCEPT, STREAM_RECOVER, STREAM_SAMPLE, gumbel_noise, uniform_noise
+
 # Below both, computing every expert for every row costs less than the launches that choosing would take.
 _DENSE_MAX_EXPERTS, _DENSE_MAX_ROWS = 16, 64
 
@@ -39,6 +49,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     return torch.cat((plain, turned.to(x.dtype)), dim=-1)
 
 
+def norm_rope(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rms_norm`, then `rope`: x [N, D] or [N, H, D] over its last dimension."""
+    return rope(rms_norm(x, weight, eps), cos, sin)
+
+
 def _mhc_project(streams: Tensor, fn: Tensor, rms_eps: float) -> tuple[Tensor, Tensor]:
     flat = streams.float().flatten(-2)  # [N, m*d], stream-major
     inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + rms_eps)
@@ -46,11 +61,19 @@ def _mhc_project(streams: Tensor, fn: Tensor, rms_eps: float) -> tuple[Tensor, T
 
 
 def mhc_read(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float, rms_eps: float
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm: Tensor,
+    iters: int,
+    eps: float,
+    rms_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Collapse residual streams [N, m, d] to a sublayer input and the two mixes that `mhc_write` needs.
 
-    Returns (u [N, d] in the streams' dtype, post [N, m] float32, comb [N, m, m] float32, doubly stochastic).
+    fn [(2+m)m, m*d], base [(2+m)m], scale [3], all float32; norm [d] is the weight of the sublayer's own RMS norm.
+    Returns (u [N, d] normed, in the streams' dtype, post [N, m] float32, comb [N, m, m] float32, doubly stochastic).
     Source: DeepSeek-V4 specification 2.1 (one row softmax, `iters` column steps, `iters - 1` row steps).
     """
     m = streams.shape[-2]
@@ -63,8 +86,8 @@ def mhc_read(
     for _ in range(iters - 1):
         comb = comb / (comb.sum(-1, keepdim=True) + eps)
         comb = comb / (comb.sum(-2, keepdim=True) + eps)
-    collapsed = torch.bmm(pre.unsqueeze(1), streams.float()).squeeze(1)
-    return collapsed.to(streams.dtype), post, comb
+    collapsed = torch.bmm(pre.unsqueeze(1), streams.float()).squeeze(1).to(streams.dtype)
+    return rms_norm(collapsed, norm, rms_eps), post, comb
 
 
 def mhc_write(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -80,21 +103,53 @@ def mhc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: floa
     return torch.bmm(weights.unsqueeze(1), streams.float()).squeeze(1).to(streams.dtype)
 
 
-def fake_quant_fp8(x: Tensor, num_channels: int, group_size: int = 64) -> Tensor:
+def fake_quant_fp8(x: Tensor, num_channels: int, group_size: int = KEY_GROUP) -> Tensor:
     """Round the first `num_channels` of x's last dimension to E4M3 with a power-of-two scale per `group_size`.
 
     Source: KV rounding of the official program (DSpark module specification, section 4).
     """
     head, tail = x.split((num_channels, x.shape[-1] - num_channels), dim=-1)
-    groups = head.float().unflatten(-1, (-1, group_size))
-    amax = groups.abs().amax(-1, keepdim=True).clamp_min(_FP8_AMAX_FLOOR)
-    scale = torch.exp2(torch.ceil(torch.log2(amax / _FP8_MAX)))
-    rounded = (groups / scale).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).float() * scale
-    return torch.cat((rounded.flatten(-2).to(x.dtype), tail), dim=-1)
+    values, scale = round_fp8(head, group_size)
+    return torch.cat(((values.float() * scale).flatten(-2).to(x.dtype), tail), dim=-1)
 
 
-def compress(kv: Tensor, gate: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Pool raw rows kv, gate [E, S, D] into entries [E, D] by a softmax over the S slots, channel by channel.
+def store_window(
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    quantise: bool = False,
+) -> None:
+    """Write keys of N tokens into rows slots [N] of `pool`: norm, rotation, and rounding to FP8 where asked for.
+
+    kv [N, D] as projected; pool [P, D], or uint8 [P, packed_key_bytes], which holds the rounded values themselves.
+    Source: DeepSeek-V4 specification 2.2 and 5.
+    """
+    _store_keys(norm_rope(kv, weight, eps, cos, sin), pool, slots, 2 * cos.shape[-1], quantise)
+
+
+def _store_keys(keys: Tensor, pool: Tensor, slots: Tensor, rotary_dims: int, quantise: bool) -> None:
+    if pool.dtype == torch.uint8:
+        pool[slots] = pack_keys(keys, rotary_dims)
+    else:
+        keys = fake_quant_fp8(keys, keys.shape[-1] - rotary_dims) if quantise else keys
+        pool[slots] = keys.to(pool.dtype)
+
+
+def store_raw(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, pool: Tensor, slots: Tensor) -> None:
+    """Write compressor rows of N tokens: pool[slots] = [kv | gate + ape[position mod ratio]] in float32.
+
+    kv, gate [N, C]; ape [ratio, C] float32; pool [P, 2C] float32; positions, slots [N].
+    Source: DeepSeek-V4 specification 2.3.
+    """
+    pool[slots] = torch.cat((kv.float(), gate.float() + ape[positions % len(ape)]), dim=-1)
+
+
+def softmax_pool(kv: Tensor, gate: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Pool raw rows kv, gate [E, S, D] into [E, D] by a softmax over the S slots, channel by channel.
 
     `valid` [E, S] marks the slots that exist; the others may hold anything, NaN included.
     Source: DeepSeek-V4 specification 2.3.
@@ -105,18 +160,57 @@ def compress(kv: Tensor, gate: Tensor, valid: Tensor | None = None) -> Tensor:
     return (torch.softmax(gate, dim=1) * kv).sum(1)
 
 
+def overlapping(rows: Tensor) -> Tensor:
+    """Of rows [E, 2r, 2D], series A (first D channels) of the first r, then series B of the others: [E, 2r, D]."""
+    first, second = rows.chunk(2, dim=1)
+    width = rows.shape[-1] // 2
+    return torch.cat((first[..., :width], second[..., width:]), dim=1)
+
+
+def compress(
+    pool: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    entries: Tensor,
+    store_entries: Tensor,
+    quantise: bool = False,
+) -> None:
+    """Write entries of E closing windows: pool their raw rows, norm, rotate, round to FP8 where asked for.
+
+    pool [P, 2C] float32 as `store_raw` writes it; index [E, S] its rows of each window, -1 before the text begins;
+    C is D, or 2D where windows overlap (S = 2r: series A of the first r rows, series B of the others).
+    weight [D] of the norm; cos, sin [E, Dr/2] of each window's first token. entries [Q, D] or uint8 packed;
+    store_entries [E] its rows to write, -1 for a window that does not close.
+    Source: DeepSeek-V4 specification 2.3.
+    """
+    closes = store_entries >= 0
+    index, cos, sin = index[closes], cos[closes], sin[closes]
+    kv, gate = pool[index.clamp_min(0)].chunk(2, dim=-1)
+    if kv.shape[-1] == 2 * len(weight):
+        kv, gate = overlapping(kv), overlapping(gate)
+    dtype = weight.dtype if entries.dtype == torch.uint8 else entries.dtype
+    pooled = softmax_pool(kv, gate, index >= 0).to(dtype)
+    keys = norm_rope(pooled, weight, eps, cos, sin)
+    _store_keys(keys, entries, store_entries[closes], 2 * cos.shape[-1], quantise)
+
+
 def indexer_topk(query: Tensor, head_weights: Tensor, keys: Tensor, entry_index: Tensor, topk: int) -> Tensor:
     """Choose the `topk` best-scoring visible entries of every row.
 
-    query [N, Hi, Di], head_weights [N, Hi], keys [P, Di], entry_index [N, K] into keys with -1 for invisible.
-    Returns [N, min(topk, K)] of entry_index's values, -1 where a row sees fewer. Ties go to the lower entry.
+    query [N, Hi, Di], head_weights [N, Hi], keys [P, Di], entry_index [N, K] into keys, -1 behind the visible ones.
+    score = sum over h of head_weights[h] * relu(query[h] . key). Ties go to the earlier entry.
+    Returns [N, min(topk, K)] of entry_index's values in their order, -1 behind them where a row sees fewer.
+    Source: DeepSeek-V4 specification 2.5.
     """
     gathered = keys[entry_index.clamp_min(0)].to(query.dtype)  # [N, K, Di]
-    scores = torch.einsum("nhd,nkd->nhk", query, gathered).relu()
-    scores = torch.einsum("nh,nhk->nk", head_weights.to(scores.dtype), scores).float()
+    scores = torch.einsum("nhd,nkd->nhk", query, gathered).float().relu()
+    scores = torch.einsum("nh,nhk->nk", head_weights.float(), scores)
     scores = scores.masked_fill(entry_index < 0, float("-inf"))
     order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
-    return entry_index.gather(1, order)
+    return entry_index.gather(1, order.sort(dim=-1).values)
 
 
 def sparse_attention(
@@ -127,29 +221,39 @@ def sparse_attention(
     entry_index: Tensor | None,
     sink: Tensor,
     softmax_scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Tensor:
     """Attention of query [N, H, D] over keys chosen by index, each key being its own value.
 
-    window_index [N, Kw] points into window_keys [P, D], entry_index [N, Ke] into entry_keys; -1 is no key.
-    `sink` [H] is one more logit that only enters the denominator. Returns [N, H, D].
-    Source: DeepSeek-V4 specification 2.2.
+    window_index [N, Kw] points into window_keys [P, D], entry_index [N, Ke] into entry_keys [Q, D]; -1 is no key, and
+    in entry_index stands behind all keys. Keys may be packed (uint8). `sink` [H] is one more logit that only enters
+    the denominator. With cos, sin [N, Dr/2] the results' last Dr channels are rotated back by those angles.
+    Returns [N, H, D]. Source: DeepSeek-V4 specification 2.2.
     """
-    keys, index = _chosen(window_keys, window_index), window_index
+    head_dim, rotary_dims = query.shape[-1], 0 if cos is None else 2 * cos.shape[-1]
+    keys, index = _chosen(window_keys, window_index, head_dim, rotary_dims), window_index
     if entry_keys is not None and entry_index is not None and entry_index.shape[1]:
-        keys = torch.cat((keys, _chosen(entry_keys, entry_index).to(keys.dtype)), dim=1)
-        index = torch.cat((index, entry_index), dim=1)
+        entries = _chosen(entry_keys, entry_index, head_dim, rotary_dims)
+        keys, index = torch.cat((keys, entries.to(keys.dtype)), dim=1), torch.cat((index, entry_index), dim=1)
     missing = index < 0  # [N, K]
-    keys = keys.masked_fill(missing.unsqueeze(2), 0.0)  # a slot nobody wrote may hold NaN
+    keys = keys.to(query.dtype).masked_fill(missing.unsqueeze(2), 0.0)  # a slot nobody wrote may hold NaN
     logits = torch.bmm(query, keys.transpose(1, 2)).float() * softmax_scale
     logits = logits.masked_fill(missing.unsqueeze(1), float("-inf"))
     logits = torch.cat((logits, sink.float().view(1, -1, 1).expand(len(query), -1, 1)), dim=-1)
     probabilities = torch.softmax(logits, dim=-1)[..., :-1]
-    return torch.bmm(probabilities.to(query.dtype), keys)
+    values = torch.bmm(probabilities.to(query.dtype), keys)
+    if cos is None or sin is None:
+        return values
+    return rope(values, cos, sin, inverse=True)
 
 
-def _chosen(keys: Tensor, index: Tensor) -> Tensor:
-    """keys [P, D] at index [N, K]: [N, K, D], anything where the index is -1."""
-    return keys.index_select(0, index.clamp_min(0).flatten()).view(*index.shape, -1)
+def _chosen(keys: Tensor, index: Tensor, head_dim: int, rotary_dims: int) -> Tensor:
+    """keys [P, D], or packed ones, at index [N, K]: [N, K, D], anything where the index is -1."""
+    rows = keys.index_select(0, index.clamp_min(0).flatten())
+    if keys.dtype == torch.uint8:
+        rows = unpack_keys(rows, head_dim, rotary_dims)
+    return rows.view(*index.shape, -1)
 
 
 def route(
@@ -181,6 +285,25 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
+def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [N, in] times an FP8 weight [out, in] with block scales; x is rounded to FP8 per 128 channels first.
+
+    Returns [N, out] in x's dtype. Source: DSpark module specification 3.2 and 4.
+    """
+    rounded = _rounded_activations(x)
+    return F.linear(rounded.float(), dequantise_fp8(weight, scale)).to(x.dtype)
+
+
+def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, in] times weight [out, in], both as stored, summed and returned in float32: logits and routers."""
+    return F.linear(x.float(), weight.float())
+
+
+def _rounded_activations(x: Tensor) -> Tensor:
+    values, scale = round_fp8(x, ACTIVATION_GROUP)
+    return (values.float() * scale).flatten(-2).to(x.dtype)
+
+
 def moe(
     hidden: Tensor,
     weights: Tensor,
@@ -189,15 +312,51 @@ def moe(
     w2: Tensor,
     limit: float,
     first_expert: int = 0,
+    w13_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
 ) -> Tensor:
     """Routed experts of rows hidden [N, d]: sum over k of weights[:, k] * expert(experts[:, k]).
 
     w13 [E, 2I, d] holds the gate rows first, w2 [E, d, I]; E experts numbered from `first_expert`, the
     others belong to other ranks and add nothing. Returns [N, d] in float32.
+
+    Quantised weights come with scales: FP8 (E4M3, [E, ceil(2I/128), ceil(d/128)]) or FP4 (int8 [E, 2I, d/2] with
+    scales [E, 2I, d/32]). Then the inputs of both products are rounded to FP8 per 128 channels, as the official
+    program does; I must be a multiple of 128 so that no block of scales holds gate and up rows.
     """
+    if w13_scale is not None and w2_scale is not None:
+        return _moe_quantised(hidden, weights, experts, (w13, w13_scale), (w2, w2_scale), limit, first_expert)
     if w13.shape[0] <= _DENSE_MAX_EXPERTS and hidden.shape[0] <= _DENSE_MAX_ROWS:
         return _moe_dense(hidden, weights, experts, w13, w2, limit, first_expert)
     return _moe_grouped(hidden, weights, experts, w13, w2, limit, first_expert)
+
+
+def _moe_quantised(
+    hidden: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    w13: tuple[Tensor, Tensor],
+    w2: tuple[Tensor, Tensor],
+    limit: float,
+    first_expert: int,
+) -> Tensor:
+    """One expert at a time, dequantised when somebody chose it."""
+    out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    rounded = _rounded_activations(hidden).float()
+    for expert in range(len(w13[0])):
+        rows, places = (experts == first_expert + expert).nonzero(as_tuple=True)
+        if len(rows) == 0:
+            continue
+        gate, up = F.linear(rounded[rows], _dequantised(*w13, expert)).chunk(2, dim=-1)
+        inner = (swiglu(gate, up, limit) * weights[rows, places].unsqueeze(-1)).to(hidden.dtype)
+        inner = _rounded_activations(inner).float()
+        out = out.index_add(0, rows, F.linear(inner, _dequantised(*w2, expert)))
+    return out
+
+
+def _dequantised(weight: Tensor, scale: Tensor, expert: int) -> Tensor:
+    dequantise = dequantise_fp8 if weight.dtype == torch.float8_e4m3fn else dequantise_fp4
+    return dequantise(weight[expert], scale[expert])
 
 
 def _moe_dense(
@@ -234,3 +393,232 @@ def _moe_grouped(
         inner = swiglu(gate, up, limit) * weights.flatten()[chosen].unsqueeze(-1)
         out = out.index_add(0, rows, F.linear(inner.to(hidden.dtype), w2[expert]).float())
     return out
+
+
+def edit_logits(
+    logits: Tensor, rows: Tensor, token_ids: Tensor, factors: Tensor, offsets: Tensor, first_id: int = 0
+) -> Tensor:
+    """logits [n, V] with single ones changed: x -> (x / factor if x > 0 else x * factor) + offset.
+
+    rows, token_ids, factors, offsets [m], each pair (row, token) at most once; the columns stand for token ids
+    first_id .. first_id + V - 1, and pairs outside of them belong to other ranks. Returns float32 [n, V].
+    """
+    local = (token_ids >= first_id) & (token_ids < first_id + logits.shape[1])
+    where = (rows[local], token_ids[local] - first_id)
+    old, factors = logits.float()[where], factors[local]
+    new = torch.where(old > 0, old / factors, old * factors) + offsets[local]
+    return logits.float().index_put(where, new)
+
+
+def _temper(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """logits [n, V] / temperatures [n], where a temperature is not 0."""
+    divisors = torch.where(temperatures > 0, temperatures, 1.0)
+    return logits.float() / divisors.float().unsqueeze(1)
+
+
+def lowest_kept_logit(
+    logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, widest_top_k: int
+) -> Tensor:
+    """[n] lowest tempered logit that top_k, then top_p, then min_p leave in each row of logits [n, V].
+
+    top_k [n] int64, at most `widest_top_k` of which count; top_p, min_p [n] float64. The best token always stays. A
+    filter is a lowest logit: tokens that tie with a kept one stay, and how a device sorts equal logits does not matter.
+    """
+    width = min(widest_top_k, logits.shape[1])
+    best = _temper(logits, temperatures).topk(width).values  # [n, width], best first
+    last = top_k.clamp(max=width).unsqueeze(1) - 1
+    lowest = torch.maximum(best.gather(1, last), _lowest_of_top_p(best, last, top_p.unsqueeze(1)))
+    return torch.maximum(lowest, best[:, :1] + min_p.log().float().unsqueeze(1)).squeeze(1)
+
+
+def _lowest_of_top_p(best: Tensor, last: Tensor, top_p: Tensor) -> Tensor:
+    """[n, 1] the lowest logit among the fewest of the first last+1 tokens whose probability reaches top_p."""
+    outside = torch.arange(best.shape[1], device=best.device) > last
+    probabilities = best.masked_fill(outside, -torch.inf).double().softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    count = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
+    # Rounding must not cut the tail of rows without top_p.
+    return torch.where(top_p < 1, best.gather(1, count - 1), -torch.inf)
+
+
+def gumbel_argmax(
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    stream: int,
+    first_id: int = 0,
+    lowest: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One draw per row from a shard of the vocabulary: (values [n], token ids [n] int64, log-sum-exp [n]).
+
+    x = logits [n, V] / temperature, as it is at temperature 0. The value is the largest x + noise(seed, position,
+    token id), without noise at temperature 0, among tokens with x >= lowest [n]; of equal ones the lowest id wins.
+    The log-sum-exp is that of all x. Columns stand for token ids from first_id on. Values are float32.
+    """
+    tempered = _temper(logits, temperatures)
+    kept = tempered if lowest is None else tempered.masked_fill(tempered < lowest.unsqueeze(1), -torch.inf)
+    sampled = temperatures > 0
+    if sampled.any():
+        noise = gumbel_noise(seeds, positions, stream, first_id, logits.shape[1])
+        kept = kept + noise * sampled.unsqueeze(1)
+    values, ids = kept.max(-1)
+    return values, ids + first_id, tempered.logsumexp(-1)
+
+
+def markov_sample(
+    base_logits: Tensor,
+    anchors: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    stream: int,
+) -> tuple[Tensor, Tensor]:
+    """Draft left to right: token k = argmax(x_k + noise), x_k = (base_logits[:, k] + W2 . W1[token k-1]) / temperature.
+
+    base_logits [R, G, V]; anchors [R] are the tokens before; w1, w2 [V, r]; temperatures, seeds [R]; positions [R]
+    of the first drafted token, whose noise is that of the target at the same positions. Returns (tokens [R, G]
+    int64, log-sum-exp of x_k [R, G] float32). Source: DSpark module specification 8.
+    """
+    num_requests, num_positions, vocab_size = base_logits.shape
+    noise = None
+    if (temperatures > 0).any():
+        # At once: Philox in torch is many small calls.
+        addresses = positions.unsqueeze(1) + torch.arange(num_positions, device=positions.device)
+        noise = gumbel_noise(seeds.repeat_interleave(num_positions), addresses.flatten(), stream, 0, vocab_size)
+        noise = noise.view(num_requests, num_positions, vocab_size) * (temperatures > 0).view(-1, 1, 1)
+    previous, tokens, log_sums = anchors, [], []
+    for k in range(num_positions):
+        bias = F.linear(w1[previous].float(), w2.float())
+        logits = _temper(base_logits[:, k].float() + bias, temperatures)
+        previous = (logits if noise is None else logits + noise[:, k]).argmax(-1)
+        tokens.append(previous)
+        log_sums.append(logits.logsumexp(-1))
+    return torch.stack(tokens, 1), torch.stack(log_sums, 1)
+
+
+def admit_prefixes(confidences: Tensor, limits: Tensor, thresholds: Tensor, budget: Tensor) -> Tensor:
+    """How many drafts of each request to verify: lengths [R] int64.
+
+    survival = running product of confidences [R, G] in float64. The best `budget` (int64, no dimensions) of the
+    survivals at positions below limits [R] are admitted; of equal ones the earlier request, and within a request the
+    earlier position, comes first. Then positions with survival below thresholds [R] are dropped.
+    Source: paper 3.2.2 and 5.2.
+    """
+    num_requests, gamma = confidences.shape
+    survival = confidences.double().cumprod(-1)
+    places = torch.arange(gamma, device=confidences.device)
+    allowed = torch.where(places < limits.unsqueeze(1), survival, -1.0)
+    order = allowed.flatten().sort(descending=True, stable=True).indices
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    admitted = (rank.view(num_requests, gamma) < budget) & (allowed >= 0)
+    return torch.minimum(admitted.sum(-1), (survival >= thresholds.unsqueeze(1)).sum(-1))
+
+
+def pack_rows(
+    lengths: Tensor, anchors: Tensor, drafts: Tensor, starts: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Flatten [anchor, first `length` drafts] of R requests into `num_rows` rows, of which the last may stay empty.
+
+    lengths, anchors, starts (position of the anchor) [R]; drafts [R, G]; R + sum(lengths) <= num_rows.
+    Returns int64 (token_ids, positions, owners [num_rows], first_rows [R + 1]). Empty rows have token 0, position 0
+    and owner -1; request r has rows first_rows[r] .. first_rows[r + 1] - 1.
+    """
+    first_rows = F.pad((lengths + 1).cumsum(0), (1, 0))
+    rows = torch.arange(num_rows, device=lengths.device)
+    owners = torch.searchsorted(first_rows, rows, right=True) - 1
+    used = owners < len(lengths)
+    owner = owners.clamp(max=len(lengths) - 1)
+    offset = rows - first_rows[owner]
+    blocks = torch.cat((anchors.unsqueeze(1), drafts), dim=1)
+    token_ids = blocks[owner, offset.clamp(max=drafts.shape[1])]
+    return (
+        torch.where(used, token_ids, 0),
+        torch.where(used, starts[owner] + offset, 0),
+        torch.where(used, owners, -1),
+        first_rows,
+    )
+
+
+def accept_coupled(row_tokens: Tensor, target_tokens: Tensor, first_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Which drafts stand, and the token behind them: (num_accepted [R], next_anchors [R]), both int64.
+
+    Request r has rows first_rows[r] .. first_rows[r + 1] - 1 of row_tokens [N] (the anchor, then its drafts) and of
+    target_tokens [N] (what the target says behind each). A draft stands if it is what the target said before it and
+    all drafts before it stand. A request without rows accepts 0 and has next anchor -1.
+    """
+    owners = _owners(first_rows, len(row_tokens))
+    stands = torch.zeros(len(row_tokens), dtype=torch.int64, device=row_tokens.device)
+    stands[1:] = row_tokens[1:] == target_tokens[:-1]
+    return _accepted(stands, owners, target_tokens, first_rows)
+
+
+def _owners(first_rows: Tensor, num_rows: int) -> Tensor:
+    """[N] request of each row."""
+    rows = torch.arange(num_rows, device=first_rows.device)
+    return torch.searchsorted(first_rows, rows, right=True) - 1
+
+
+def _accepted(stands: Tensor, owners: Tensor, after: Tensor, first_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Leading ones of stands [N] behind each request's first row, and `after` [N] at the last of them."""
+    num_requests, num_rows = len(first_rows) - 1, len(stands)
+    first = first_rows[:-1]
+    rows = torch.arange(num_rows, device=stands.device)
+    inside = (owners >= 0) & (owners < num_requests)
+    owner = owners.clamp(0, num_requests - 1)
+    falls = inside & (stands == 0) & (rows > first[owner])
+    # The first row that does not stand, or the end: what lies between it and the anchor is accepted.
+    end = first_rows[1:].clone()
+    end = end.scatter_reduce(0, owner[falls], rows[falls], "amin")
+    num_accepted = (end - first - 1).clamp_min(0)
+    empty = first_rows[1:] == first
+    last = (first + num_accepted).clamp(max=num_rows - 1)
+    return num_accepted, torch.where(empty, -1, after[last])
+
+
+def accept_rejection(
+    row_tokens: Tensor,
+    logits: Tensor,
+    q_ids: Tensor,
+    q_probabilities: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    first_rows: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Speculative sampling over ragged rows: (num_accepted [R], next_anchors [R]), both int64.
+
+    Rows as in `accept_coupled`; logits [N, V] are the target's behind each row, processed and filtered; positions [N]
+    those of the tokens that the rows predict; seeds [R]. q_probabilities [N, K] over q_ids are what the draft in the
+    NEXT row was drawn from; those of a request's last row are not read. A draft stands where u * q(draft) <
+    p(draft); behind the first that falls comes a draw from max(p - q, 0), behind all of them one from p. The test, the
+    recovery and the token behind the last draft have a noise stream each. A request without rows accepts 0, -1.
+    """
+    num_rows = len(row_tokens)
+    owners = _owners(first_rows, num_rows)
+    row_seeds = seeds[owners.clamp(0, len(seeds) - 1)]
+    p = logits.double().softmax(-1)
+    stands = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)
+    draft = row_tokens[1:].unsqueeze(1)
+    q_draft = (q_probabilities[:-1].double() * (q_ids[:-1] == draft)).sum(-1)
+    uniform = uniform_noise(row_seeds, positions, STREAM_ACCEPT)[:-1]
+    stands[1:] = uniform * q_draft < p[:-1].gather(1, draft).squeeze(1)
+    following = _draw(p, row_seeds, positions, STREAM_SAMPLE)
+    recovered = _draw(_residual(p, q_ids, q_probabilities), row_seeds, positions, STREAM_RECOVER)
+    is_last = torch.zeros(num_rows + 1, dtype=torch.bool, device=logits.device)
+    is_last[first_rows[1:]] = True
+    return _accepted(stands, owners, torch.where(is_last[1:], following, recovered), first_rows)
+
+
+def _residual(p: Tensor, q_ids: Tensor, q_probabilities: Tensor) -> Tensor:
+    """[N, V] max(p - q, 0), which need not sum to 1 to be drawn from."""
+    residual = p.scatter_add(-1, q_ids, -q_probabilities.double()).clamp(min=0)
+    # Where p equals q up to rounding nothing is left, and hardly anything is ever rejected: p is right there.
+    return torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
+
+
+def _draw(weights: Tensor, seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
+    """[N] token ids from unnormalised weights [N, V]."""
+    return (weights.log() + gumbel_noise(seeds, positions, stream, 0, weights.shape[-1])).argmax(-1)

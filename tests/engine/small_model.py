@@ -85,8 +85,8 @@ def build_small_engine(
     model, module = small_modules()
     assert config.gamma is not None
     assert config.num_pages is not None
-    shape = CacheShape.of(SMALL, config.gamma, config.page_size)
-    cache_tensors = CacheTensors(SMALL, shape, config.max_num_seqs, config.num_pages)
+    shape = CacheShape.of(SMALL, config.gamma, config.page_size, config.max_num_seqs, config.max_num_batched_tokens)
+    cache_tensors = CacheTensors(SMALL, shape, config.num_pages)
     projector = FeatureProjector(SMALL)
     projector.load_state_dict({name: module.state_dict()[name] for name in projector.state_dict()})
     target = LocalTarget(TargetRank(model, cache_tensors, projector.requires_grad_(False)))

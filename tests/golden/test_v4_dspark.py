@@ -85,8 +85,9 @@ class Replay:
         self.drafter.load_state_dict(stacked(load_file(path.parent / "weights_mtp.safetensors")))
         self.drafter.share(target_weights["embed.weight"], target_weights["head.weight"])
         self.batch = len(self.case.tensors["prompt_ids"])
-        self.shape = CacheShape.of(config, self.drafter.gamma, page_size=128)
-        self.cache = CacheTensors(config, self.shape, num_slots=self.batch, num_pages=1)
+        num_tokens = self.case.tensors["prompt_ids"].numel()
+        self.shape = CacheShape.of(config, self.drafter.gamma, 128, num_slots=self.batch, max_rows=num_tokens)
+        self.cache = CacheTensors(config, self.shape, num_pages=1)
         window = torch.zeros(self.batch, config.sliding_window, config.head_dim)
         self.rings = [window.clone() for _ in self.drafter.stages]
         self.computed: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ from golden_files import GoldenCase, case_files
 from torch import Tensor
 
 import dspark_kernels as ops
-from dspark_ray.checkpoint.quantisation import dequantise_fp4, dequantise_fp8
+from dspark_kernels.formats import dequantise_fp4, dequantise_fp8
 
 CASES = [GoldenCase.load(path) for path in case_files("v4_quant*/*.json")]
 

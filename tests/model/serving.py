@@ -27,9 +27,9 @@ class Serving:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
-        self.shape = shape or CacheShape.of(model.config, gamma, page_size)
+        self.shape = shape or CacheShape.of(model.config, gamma, page_size, num_sequences, num_sequences * max_length)
         num_pages = num_sequences * -(-max_length // page_size)
-        self.cache = CacheTensors(model.config, self.shape, num_sequences, num_pages, dtype)
+        self.cache = CacheTensors(model.config, self.shape, num_pages, dtype)
         poison(self.cache)
         generator = torch.Generator().manual_seed(num_sequences)
         self.slots = torch.randperm(num_sequences, generator=generator).tolist()

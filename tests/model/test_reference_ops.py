@@ -19,9 +19,9 @@ def test_pooling_ignores_what_invalid_slots_hold() -> None:
     kv, gate = random(2, 8, 5, seed=1), random(2, 8, 5, seed=2)
     valid = torch.ones(2, 8, dtype=torch.bool)
     valid[0, :4] = False
-    expected = torch.stack((ops.compress(kv[:1, 4:], gate[:1, 4:])[0], ops.compress(kv[1:], gate[1:])[0]))
+    expected = torch.stack((ops.softmax_pool(kv[:1, 4:], gate[:1, 4:])[0], ops.softmax_pool(kv[1:], gate[1:])[0]))
     kv[~valid], gate[~valid] = NAN, NAN
-    torch.testing.assert_close(ops.compress(kv, gate, valid), expected)
+    torch.testing.assert_close(ops.softmax_pool(kv, gate, valid), expected)
 
 
 def test_attention_ignores_keys_that_are_not_indexed() -> None:

@@ -116,7 +116,7 @@ def shortened(shape: CacheShape, state: str) -> CacheShape:
 @pytest.mark.parametrize("state", ["window", "4", "16"])
 def test_one_slot_fewer_in_any_ring_loses_a_row_still_needed(pair: TargetPair, state: str) -> None:
     gamma = 3
-    shape = CacheShape.of(pair.ours.config, gamma, PAGE_SIZE)
+    shape = CacheShape.of(pair.ours.config, gamma, PAGE_SIZE, num_slots=4, max_rows=4 * TEXT_LENGTH)
     work = workload(pair, gamma, num_requests=4, shape=shortened(shape, state))
     for _ in range(60):
         work.round()

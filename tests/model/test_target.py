@@ -132,5 +132,6 @@ def test_both_dialects_of_the_config_give_the_same_shape() -> None:
 
 def test_cache_lengths_follow_the_longest_block() -> None:
     config = build_pair().ours.config
-    shape = CacheShape.of(config, gamma=5, page_size=16)
-    assert (shape.window_ring, shape.raw_rings) == (11 + 5, {4: 7 + 5, 16: 15 + 5})
+    shape = CacheShape.of(config, gamma=5, page_size=16, num_slots=3, max_rows=100)
+    assert (shape.window_ring, shape.raw_rings) == (12 + 5, {4: 8 + 5, 16: 16 + 5})
+    assert shape.pool_rows(shape.window_ring) == 3 * 17 + 100

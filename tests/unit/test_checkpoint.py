@@ -17,7 +17,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from dspark_ray.checkpoint.inspect import describe
 from dspark_ray.checkpoint.layout import FP8_WEIGHTS, local_name, official_name
-from dspark_ray.checkpoint.quantisation import (
+from dspark_kernels.formats import (
     decode_scale,
     dequantise_fp4,
     dequantise_fp8,

@@ -1,7 +1,9 @@
-"""The two storage formats of quantised weights (layout specification, section 3).
+"""How quantised numbers are stored: weights (layout specification, section 3), keys and activations.
 
-FP8   E4M3, one power-of-two scale per block of 128 x 128 (output x input channels)
-FP4   two E2M1 codes per byte, low nibble first, one power-of-two scale per output channel and 32 inputs
+FP8 weight   E4M3, one power-of-two scale per block of 128 x 128 (output x input channels)
+FP4 weight   two E2M1 codes per byte, low nibble first, one power-of-two scale per output channel and 32 inputs
+packed key   bytes: E4M3 outside the rotary part, the rotary part as bfloat16, one E8M0 scale per 64 of the former
+activation   E4M3 with one power-of-two scale per row and 128 channels; never stored, only rounded to
 """
 
 from __future__ import annotations
@@ -17,6 +19,13 @@ _FP8_LARGEST = 448.0
 _FP4_LARGEST = 6.0
 _FP4_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E8M0_BIAS = 127
+
+KEY_GROUP = 64
+"""Channels of a packed key under one scale."""
+ACTIVATION_GROUP = 128
+_AMAX_FLOOR = 1e-4
+_SCALES_ALIGNMENT = 8
+"""A packed key's scales are padded to a multiple of this many bytes, so that rows stay aligned."""
 
 
 def decode_scale(scale: Tensor) -> Tensor:
@@ -88,3 +97,43 @@ def _scale_exponent(maximum: Tensor, largest: float) -> Tensor:
 
 def _encode_exponent(exponent: Tensor) -> Tensor:
     return (exponent + _E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def round_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """(E4M3 values [..., groups, group_size], float32 scales [..., groups, 1]) of x, as the official program rounds.
+
+    Scales are powers of two, of at least 1e-4 / 448.
+    """
+    groups = x.float().unflatten(-1, (-1, group_size))
+    amax = groups.abs().amax(-1, keepdim=True).clamp_min(_AMAX_FLOOR)
+    scale = torch.exp2(torch.ceil(torch.log2(amax / _FP8_LARGEST)))
+    return (groups / scale).clamp(-_FP8_LARGEST, _FP8_LARGEST).to(torch.float8_e4m3fn), scale
+
+
+def packed_key_bytes(head_dim: int, rotary_dims: int) -> int:
+    """Bytes of one packed key; 584 for DeepSeek-V4 (448 + 2 * 64 + 8)."""
+    plain = head_dim - rotary_dims
+    return plain + 2 * rotary_dims + _padded_scales(plain)
+
+
+def _padded_scales(plain: int) -> int:
+    return -(-(plain // KEY_GROUP) // _SCALES_ALIGNMENT) * _SCALES_ALIGNMENT
+
+
+def pack_keys(keys: Tensor, rotary_dims: int) -> Tensor:
+    """Bytes uint8 [..., packed_key_bytes] of keys [..., D] whose last `rotary_dims` channels are rotary."""
+    plain, rotary = keys.split((keys.shape[-1] - rotary_dims, rotary_dims), dim=-1)
+    values, scale = round_fp8(plain, KEY_GROUP)
+    exponents = (torch.log2(scale).round() + _E8M0_BIAS).to(torch.uint8).flatten(-2)
+    exponents = torch.nn.functional.pad(exponents, (0, _padded_scales(plain.shape[-1]) - exponents.shape[-1]))
+    parts = (values.flatten(-2).view(torch.uint8), rotary.to(torch.bfloat16).contiguous().view(torch.uint8), exponents)
+    return torch.cat(parts, dim=-1)
+
+
+def unpack_keys(packed: Tensor, head_dim: int, rotary_dims: int) -> Tensor:
+    """float32 keys [..., D] of bytes [..., packed_key_bytes]."""
+    plain = head_dim - rotary_dims
+    values, rotary, exponents = packed.split((plain, 2 * rotary_dims, _padded_scales(plain)), dim=-1)
+    scale = decode_scale(exponents[..., : plain // KEY_GROUP].contiguous().view(torch.float8_e8m0fnu)).unsqueeze(-1)
+    values = values.contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (-1, KEY_GROUP)) * scale
+    return torch.cat((values.flatten(-2), rotary.contiguous().view(torch.bfloat16).float()), dim=-1)
