@@ -8,7 +8,7 @@ drafter --DraftProposal--> schedule --VerifyPlan--> target --samples--> verifica
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +26,7 @@ from dspark_ray.sampling.rows import RowContext, build_sampling_rows
 from dspark_ray.sampling.sampler import DraftSampling, Samples
 from dspark_ray.scheduler import Scheduler, StepPlan
 from dspark_ray.sequence import Sequence
-from dspark_ray.speculative.acceptance import Acceptance, DraftSource, build_verification
+from dspark_ray.speculative.acceptance import Acceptance, DraftSource, VerifiedBlock, build_verification
 from dspark_ray.speculative.planner import Batch, DraftedRows, Planner, StepOutcome
 from dspark_ray.timing import StepTiming, Stopwatch
 from dspark_ray.types import (
@@ -282,13 +282,12 @@ class Engine:
         self, works: list[_Work], drafted: _Drafted | None, result: ForwardResult
     ) -> tuple[list[SequenceOutput], dict[Sequence, _Judged]]:
         """Accept, append, finish, and keep the features of what was committed; also what was said of each block."""
-        outputs, judged, committed, first_row, first_sample = [], {}, [], 0, 0
+        accepted = self._accept(works, drafted, result.samples)
+        outputs, judged, committed, first_row = [], {}, [], 0
         for work in works:
             num_kept = work.num_committed
             if work.samples:
-                rows = slice(first_sample, first_sample + len(work.drafts) + 1)
-                acceptance, logprobs = self._accept(work, drafted, result.samples.of(rows))
-                first_sample = rows.stop
+                acceptance, logprobs = next(accepted)
                 num_kept += acceptance.num_accepted
                 work.sequence.num_computed += num_kept
                 outputs.append(self._append(work, acceptance, logprobs))
@@ -353,13 +352,17 @@ class Engine:
         )
 
     def _accept(
-        self, work: _Work, drafted: _Drafted | None, samples: Samples
-    ) -> tuple[Acceptance, tuple[TokenLogprobs, ...]]:
-        """Judge the drafts by the samples of their rows; also what to report of each committed token."""
-        acceptance = self._verification.verify(work.drafts, samples, self._draft_source(work, drafted))
-        tokens = (*work.drafts[: acceptance.num_accepted], acceptance.next_anchor)
-        reports = (samples.logprobs_of(row, token) for row, token in enumerate(tokens))
-        return acceptance, tuple(report for report in reports if report is not None)
+        self, works: list[_Work], drafted: _Drafted | None, samples: Samples
+    ) -> Iterator[tuple[Acceptance, tuple[TokenLogprobs, ...]]]:
+        """For every work that samples: its drafts judged, and what to report of each committed token."""
+        sampling = [work for work in works if work.samples]
+        blocks = [VerifiedBlock(work.drafts, self._draft_source(work, drafted)) for work in sampling]
+        first_row = 0
+        for block, acceptance in zip(blocks, self._verification.verify(blocks, samples), strict=True):
+            tokens = (*block.draft_tokens[: acceptance.num_accepted], acceptance.next_anchor)
+            reports = (samples.logprobs_of(first_row + row, token) for row, token in enumerate(tokens))
+            yield acceptance, tuple(report for report in reports if report is not None)
+            first_row += block.num_rows
 
     def _draft_source(self, work: _Work, drafted: _Drafted | None) -> DraftSource | None:
         """What the drafts were drawn from, where the verification asks for it."""

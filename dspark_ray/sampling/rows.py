@@ -82,6 +82,11 @@ class Draws(Packed):
         return self.floats[2]
 
     @property
+    def is_sampled(self) -> Tensor:
+        """[n, 1] whether a row is drawn with noise."""
+        return (self.temperatures > 0).unsqueeze(1)
+
+    @property
     def num_rows(self) -> int:
         return self.integers.shape[1]
 

@@ -9,11 +9,12 @@ Letters: n rows of logits, R requests, G gamma, K kept draft tokens, V vocabular
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+import dspark_kernels as ops
 from dspark_kernels import gumbel_noise
 from dspark_kernels.philox import STREAM_DRAFT, STREAM_SAMPLE
 from dspark_ray.config import VerificationMode
@@ -22,69 +23,42 @@ from dspark_ray.sampling.rows import Draws, SamplingRows, pack_draws
 from dspark_ray.types import SamplingParams, TokenLogprobs
 
 
-def process_logits(local_logits: Tensor, rows: SamplingRows, first_token: int) -> Tensor:
-    """[n, Vlocal] float32: penalties, bias and forbidden tokens, then temperature where it is not 0."""
-    logits = local_logits.float()
-    if rows.edits is not None:
-        logits = _apply_edits(logits, rows, first_token)
-    return _temper(logits, rows)
+def edit_logits(local_logits: Tensor, rows: SamplingRows, first_token: int) -> Tensor:
+    """[n, Vlocal] with penalties, bias and forbidden tokens applied; not yet tempered."""
+    edits = rows.edits
+    if edits is None:
+        return local_logits
+    return ops.edit_logits(local_logits, edits.rows, edits.token_ids, edits.factors, edits.offsets, first_token)
 
 
-def _apply_edits(logits: Tensor, rows: SamplingRows, first_token: int) -> Tensor:
-    assert rows.edits is not None
-    local = (rows.edits.token_ids >= first_token) & (rows.edits.token_ids < first_token + logits.shape[1])
-    edits = rows.edits.select(local)
-    where = (edits.rows, edits.token_ids - first_token)
-    old = logits[where]
-    new = torch.where(old > 0, old / edits.factors, old * edits.factors) + edits.offsets
-    return logits.index_put(where, new)
-
-
-def _temper(logits: Tensor, draws: Draws) -> Tensor:
+def temper(logits: Tensor, draws: Draws) -> Tensor:
+    """float32 logits [n, V] / temperature, where it is not 0."""
     if not draws.any_sampled:
-        return logits
+        return logits.float()
     divisors = torch.where(draws.temperatures > 0, draws.temperatures, 1.0)
-    return logits / divisors.float().unsqueeze(1)
+    return logits.float() / divisors.float().unsqueeze(1)
 
 
-def filter_logits(processed: Tensor, draws: Draws) -> Tensor:
-    """[n, V] with -inf where top_k, then top_p, then min_p remove a token; never the best one.
-
-    A filter is a lowest logit: tokens that tie with a kept one stay, and neither the order in which a device
-    sorts equal logits nor the other rows matter.
-    """
+def lowest_kept(logits: Tensor, draws: Draws) -> Tensor | None:
+    """[n] lowest tempered logit that the filters leave in rows of untempered logits; None without filters."""
     if not draws.any_filtered:
-        return processed
-    width = min(draws.widest_top_k, processed.shape[1])
-    best = processed.topk(width).values  # [n, width], best first
-    last = draws.top_k.clamp(max=width).unsqueeze(1) - 1
-    lowest = torch.maximum(best.gather(1, last), _lowest_of_top_p(best, last, draws.top_p.unsqueeze(1)))
-    lowest = torch.maximum(lowest, best[:, :1] + draws.min_p.log().float().unsqueeze(1))
-    return processed.masked_fill(processed < lowest, -torch.inf)
+        return None
+    widest = min(draws.widest_top_k, logits.shape[1])
+    return ops.lowest_kept_logit(logits, draws.temperatures, draws.top_k, draws.top_p, draws.min_p, widest)
 
 
-def _lowest_of_top_p(best: Tensor, last: Tensor, top_p: Tensor) -> Tensor:
-    """[n, 1] the lowest logit among the fewest of the first last+1 tokens whose probability reaches top_p."""
-    outside = torch.arange(best.shape[1], device=best.device) > last
-    probabilities = best.masked_fill(outside, -torch.inf).double().softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    count = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
-    # Rounding must not cut the tail of rows without top_p.
-    return torch.where(top_p < 1, best.gather(1, count - 1), -torch.inf)
+def filtered_logits(logits: Tensor, draws: Draws) -> Tensor:
+    """[n, V] tempered, and -inf where a filter removes a token: softmax gives the distribution that is drawn from."""
+    tempered, lowest = temper(logits, draws), lowest_kept(logits, draws)
+    return tempered if lowest is None else tempered.masked_fill(tempered < lowest.unsqueeze(1), -torch.inf)
 
 
-def _add_noise(logits: Tensor, draws: Draws, noise: Tensor) -> Tensor:
-    """Rows with temperature 0 stay as they are."""
-    return logits + noise * (draws.temperatures > 0).unsqueeze(1)
-
-
-def noisy_argmax(processed: Tensor, rows: Draws, first_token: int, stream: int) -> tuple[Tensor, Tensor]:
-    """(values, token ids) [n]: this shard's best processed logit plus noise; of equal ones the lowest id."""
-    if rows.any_sampled:
-        noise = gumbel_noise(rows.seeds, rows.positions, stream, first_token, processed.shape[1])
-        processed = _add_noise(processed, rows, noise)
-    ids = processed.argmax(-1, keepdim=True)
-    return processed.gather(1, ids).squeeze(1), ids.squeeze(1) + first_token
+def draw(logits: Tensor, draws: Draws, stream: int, first_token: int = 0) -> tuple[Tensor, Tensor]:
+    """(values, token ids) [n]: the best of this shard's tempered and filtered logits plus noise."""
+    values, ids, _ = ops.gumbel_argmax(
+        logits, draws.temperatures, draws.seeds, draws.positions, stream, first_token, lowest_kept(logits, draws)
+    )
+    return values, ids
 
 
 @dataclass(frozen=True)
@@ -132,8 +106,8 @@ class Sampler:
         self, local_logits: Tensor, rows: SamplingRows, places: Sequence[int], samples: Samples
     ) -> None:
         """Each rank offers its best token; the best offer is the draw."""
-        processed = process_logits(local_logits, rows, self._first_token)
-        values, ids = noisy_argmax(processed, rows, self._first_token, STREAM_SAMPLE)
+        logits = edit_logits(local_logits, rows, self._first_token)
+        values, ids = draw(logits, rows, STREAM_SAMPLE, self._first_token)
         # One collective for both: float64 holds every float32 and every token id exactly.
         offers = self._group.gather_to_first(torch.stack((values.double(), ids.double())))
         if offers is None:
@@ -148,8 +122,9 @@ class Sampler:
         logits = self._gather_vocabulary(local_logits.float())
         if logits is None:
             return
-        filtered = filter_logits(process_logits(logits, rows, 0), rows)
-        token_ids = noisy_argmax(filtered, rows, 0, STREAM_SAMPLE)[1].tolist()
+        edited = edit_logits(logits, rows, 0)
+        token_ids = draw(edited, rows, STREAM_SAMPLE)[1].tolist()
+        filtered = filtered_logits(edited, rows) if any(rows.wants_distribution) else edited
         reports = any(num_top is not None for num_top in rows.logprobs)
         log_softmax = logits.log_softmax(-1) if reports else None
         for row, place in enumerate(places):
@@ -192,6 +167,10 @@ class DraftSampling(Draws):
         """One row per request."""
         return DraftSampling(**pack_draws(params, [0] * len(params)))
 
+    def at(self, positions: Tensor) -> DraftSampling:
+        """The same draws at positions [R]."""
+        return replace(self, integers=torch.stack((self.seeds, positions, self.top_k)))
+
 
 class DraftChooser:
     """Picks the drafted tokens of R blocks: call with k = 0, 1, ... and that position's logits [R, V]."""
@@ -214,43 +193,40 @@ class DraftChooser:
         self._sampling = sampling.to(starts.device)
         self._num_kept = min(top_k, vocab_size)
         self._choose = self._coupled if mode == "coupled" else self._truncated
-        self._noise = _block_noise(self._sampling, starts, gamma, vocab_size, mode)
+        self._noise_positions = _noise_positions(starts, gamma, mode)
         if mode == "rejection":
             self.ids = starts.new_zeros(len(starts), gamma, self._num_kept)
             self.probabilities = self.ids.float()
 
     def __call__(self, k: int, logits: Tensor) -> Tensor:
         """Token ids [R]."""
-        return self._choose(k, filter_logits(_temper(logits.float(), self._sampling), self._sampling))
+        return self._choose(k, logits)
 
-    def _coupled(self, k: int, filtered: Tensor) -> Tensor:
+    def _coupled(self, k: int, logits: Tensor) -> Tensor:
         """With the noise that the target will use at the same position."""
-        return self._perturb(filtered, k).argmax(-1)
+        return draw(logits, self._draws_at(k), STREAM_SAMPLE)[1]
 
-    def _truncated(self, k: int, filtered: Tensor) -> Tensor:
+    def _truncated(self, k: int, logits: Tensor) -> Tensor:
         """From the best K tokens, whose distribution, not the full row, is what the draft comes from."""
-        best = filtered.topk(self._num_kept)
-        choice = self._perturb(filtered, k).gather(1, best.indices).argmax(-1, keepdim=True)
+        draws = self._draws_at(k)
+        best = filtered_logits(logits, draws).topk(self._num_kept)
+        noisy = best.values + self._noise_of(best.indices, draws, logits.shape[1])
+        choice = noisy.argmax(-1, keepdim=True)
         certain = torch.zeros_like(best.values).scatter(1, choice, 1.0)
-        sampled = self._sampling.temperatures.unsqueeze(1) > 0
         self.ids[:, k] = best.indices
-        self.probabilities[:, k] = torch.where(sampled, best.values.softmax(-1), certain)
+        self.probabilities[:, k] = torch.where(draws.is_sampled, best.values.softmax(-1), certain)
         return best.indices.gather(1, choice).squeeze(1)
 
-    def _perturb(self, logits: Tensor, k: int) -> Tensor:
-        return logits if self._noise is None else _add_noise(logits, self._sampling, self._noise[:, k])
+    def _draws_at(self, k: int) -> DraftSampling:
+        """The requests' draws at position k of their blocks."""
+        return self._sampling.at(self._noise_positions[:, k])
 
-
-def _block_noise(
-    sampling: DraftSampling, starts: Tensor, gamma: int, vocab_size: int, mode: VerificationMode
-) -> Tensor | None:
-    """[R, G, V] at once: Philox in torch is many small calls. None where nobody samples."""
-    if not sampling.any_sampled:
-        return None
-    seeds = sampling.seeds.unsqueeze(1).expand(-1, gamma)
-    addresses = _noise_positions(starts, gamma, mode)
-    stream = STREAM_SAMPLE if mode == "coupled" else STREAM_DRAFT
-    return gumbel_noise(seeds.flatten(), addresses.flatten(), stream, 0, vocab_size).unflatten(0, (-1, gamma))
+    def _noise_of(self, token_ids: Tensor, draws: DraftSampling, vocab_size: int) -> Tensor:
+        """Noise [R, K] of token_ids, 0 where nothing is sampled."""
+        if not draws.any_sampled:
+            return torch.zeros_like(token_ids, dtype=torch.float32)
+        noise = gumbel_noise(draws.seeds, draws.positions, STREAM_DRAFT, 0, vocab_size)
+        return noise.gather(1, token_ids) * draws.is_sampled
 
 
 def _noise_positions(starts: Tensor, gamma: int, mode: VerificationMode) -> Tensor:

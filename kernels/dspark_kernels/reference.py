@@ -550,33 +550,29 @@ def accept_coupled(row_tokens: Tensor, target_tokens: Tensor, first_rows: Tensor
     target_tokens [N] (what the target says behind each). A draft stands if it is what the target said before it and
     all drafts before it stand. A request without rows accepts 0 and has next anchor -1.
     """
-    owners = _owners(first_rows, len(row_tokens))
-    stands = torch.zeros(len(row_tokens), dtype=torch.int64, device=row_tokens.device)
-    stands[1:] = row_tokens[1:] == target_tokens[:-1]
-    return _accepted(stands, owners, target_tokens, first_rows)
+    num_accepted, last_rows = _leading(row_tokens[1:] == target_tokens[:-1], first_rows)
+    return num_accepted, _unless_empty(target_tokens[last_rows], first_rows)
 
 
-def _owners(first_rows: Tensor, num_rows: int) -> Tensor:
-    """[N] request of each row."""
-    rows = torch.arange(num_rows, device=first_rows.device)
-    return torch.searchsorted(first_rows, rows, right=True) - 1
+def _leading(stands: Tensor, first_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(how many of each request's drafts stand, the row behind which its next token is drawn), both [R].
 
-
-def _accepted(stands: Tensor, owners: Tensor, after: Tensor, first_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Leading ones of stands [N] behind each request's first row, and `after` [N] at the last of them."""
-    num_requests, num_rows = len(first_rows) - 1, len(stands)
-    first = first_rows[:-1]
-    rows = torch.arange(num_rows, device=stands.device)
-    inside = (owners >= 0) & (owners < num_requests)
+    stands [N - 1] says of every row but the first whether the draft in it stands.
+    """
+    num_rows, num_requests, device = len(stands) + 1, len(first_rows) - 1, stands.device
+    rows = torch.arange(1, num_rows, device=device)
+    owners = torch.searchsorted(first_rows, rows, right=True) - 1
     owner = owners.clamp(0, num_requests - 1)
-    falls = inside & (stands == 0) & (rows > first[owner])
-    # The first row that does not stand, or the end: what lies between it and the anchor is accepted.
-    end = first_rows[1:].clone()
-    end = end.scatter_reduce(0, owner[falls], rows[falls], "amin")
-    num_accepted = (end - first - 1).clamp_min(0)
-    empty = first_rows[1:] == first
-    last = (first + num_accepted).clamp(max=num_rows - 1)
-    return num_accepted, torch.where(empty, -1, after[last])
+    falls = (owners == owner) & ~stands & (rows > first_rows[owner])
+    # The first row that falls, or the end: what lies between it and the anchor is accepted.
+    ends = first_rows[1:].clone().scatter_reduce(0, owner[falls], rows[falls], "amin")
+    num_accepted = (ends - first_rows[:-1] - 1).clamp_min(0)
+    return num_accepted, (first_rows[:-1] + num_accepted).clamp(max=num_rows - 1)
+
+
+def _unless_empty(tokens: Tensor, first_rows: Tensor) -> Tensor:
+    """tokens [R], -1 for requests without rows."""
+    return torch.where(first_rows[1:] > first_rows[:-1], tokens, -1)
 
 
 def accept_rejection(
@@ -594,22 +590,29 @@ def accept_rejection(
     those of the tokens that the rows predict; seeds [R]. q_probabilities [N, K] over q_ids are what the draft in the
     NEXT row was drawn from; those of a request's last row are not read. A draft stands where u * q(draft) <
     p(draft); behind the first that falls comes a draw from max(p - q, 0), behind all of them one from p. The test, the
-    recovery and the token behind the last draft have a noise stream each. A request without rows accepts 0, -1.
+    recovery and the token behind the last draft have a noise stream each, so that none share a number. A request
+    without rows accepts 0 and has next anchor -1.
     """
-    num_rows = len(row_tokens)
-    owners = _owners(first_rows, num_rows)
-    row_seeds = seeds[owners.clamp(0, len(seeds) - 1)]
     p = logits.double().softmax(-1)
-    stands = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)
-    draft = row_tokens[1:].unsqueeze(1)
-    q_draft = (q_probabilities[:-1].double() * (q_ids[:-1] == draft)).sum(-1)
-    uniform = uniform_noise(row_seeds, positions, STREAM_ACCEPT)[:-1]
-    stands[1:] = uniform * q_draft < p[:-1].gather(1, draft).squeeze(1)
-    following = _draw(p, row_seeds, positions, STREAM_SAMPLE)
-    recovered = _draw(_residual(p, q_ids, q_probabilities), row_seeds, positions, STREAM_RECOVER)
-    is_last = torch.zeros(num_rows + 1, dtype=torch.bool, device=logits.device)
-    is_last[first_rows[1:]] = True
-    return _accepted(stands, owners, torch.where(is_last[1:], following, recovered), first_rows)
+    owners = torch.searchsorted(first_rows, torch.arange(len(p), device=p.device), right=True) - 1
+    row_seeds = seeds[owners.clamp(0, len(seeds) - 1)]
+    before = (tensor[:-1] for tensor in (p, q_ids, q_probabilities, row_seeds, positions))
+    num_accepted, last_rows = _leading(_stands(row_tokens[1:], *before), first_rows)
+    p_next, position = p[last_rows], positions[last_rows]
+    residual = _residual(p_next, q_ids[last_rows], q_probabilities[last_rows])
+    recovered = _draw(residual, seeds, position, STREAM_RECOVER)
+    following = _draw(p_next, seeds, position, STREAM_SAMPLE)
+    tokens = torch.where(last_rows + 1 == first_rows[1:], following, recovered)
+    return num_accepted, _unless_empty(tokens, first_rows)
+
+
+def _stands(
+    drafts: Tensor, p: Tensor, q_ids: Tensor, q_probabilities: Tensor, seeds: Tensor, positions: Tensor
+) -> Tensor:
+    """[n] whether a uniform is below p(draft) / q(draft), for drafts [n] by the rows before them."""
+    draft = drafts.unsqueeze(1)
+    q_draft = (q_probabilities.double() * (q_ids == draft)).sum(-1)
+    return uniform_noise(seeds, positions, STREAM_ACCEPT) * q_draft < p.gather(1, draft).squeeze(1)
 
 
 def _residual(p: Tensor, q_ids: Tensor, q_probabilities: Tensor) -> Tensor:

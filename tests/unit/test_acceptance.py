@@ -10,20 +10,21 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from equal_blocks import accept_equal_blocks
 from torch import Tensor
 
+from dspark_kernels import reference
 from dspark_kernels.philox import STREAM_DRAFT, STREAM_RECOVER
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.sampling import sampler
 from dspark_ray.sampling.rows import RowContext, build_sampling_rows
 from dspark_ray.sampling.sampler import DraftChooser, DraftSampling, Sampler, Samples
-from dspark_ray.speculative import acceptance
 from dspark_ray.speculative.acceptance import (
     Acceptance,
     DraftSource,
+    VerifiedBlock,
     accept_coupled,
     accept_rejection,
-    accept_rejection_blocks,
     build_verification,
 )
 from dspark_ray.types import SamplingParams
@@ -73,7 +74,7 @@ def coupled_text(num_tokens: int, draft: DraftRule) -> list[int]:
         logits = TARGET[[tokens[-1], *drafts]]
         samples = Sampler(ParallelGroup(), 0, VOCAB).sample(logits, build_sampling_rows(rows, VOCAB))
         assert samples is not None
-        accepted = verification.verify(drafts, samples, None)
+        (accepted,) = verification.verify([VerifiedBlock(drafts)], samples)
         tokens += [*drafts[: accepted.num_accepted], accepted.next_anchor]
         number += 1
     return tokens[: num_tokens + 1]
@@ -123,7 +124,7 @@ def verify(seeds: Tensor, start: int, anchors: Tensor, block: Block, target: Ten
     k = block.tokens.shape[1]
     logits = target[torch.cat((anchors.unsqueeze(1), block.tokens), dim=1)]
     positions = start + 1 + torch.arange(k + 1).expand(len(seeds), -1)
-    return accept_rejection_blocks(block.tokens, logits, block.ids, block.probabilities, seeds, positions)
+    return accept_equal_blocks(block.tokens, logits, block.ids, block.probabilities, seeds, positions)
 
 
 def two_tokens(top_k: int = VOCAB, target: Tensor = TARGET, draft: Callable[..., Block] = draft_block) -> Tensor:
@@ -167,14 +168,17 @@ BREAKAGES = {
     "the test shares the draft's noise": ("STREAM_ACCEPT", STREAM_DRAFT),
     "the test shares the recovery's noise": ("STREAM_ACCEPT", STREAM_RECOVER),
     "recovery draws from p, not from max(p - q, 0)": ("_residual", lambda p, q_ids, q: p),
-    "every draft stands": ("_stands", lambda drafts, *_: torch.ones_like(drafts)),
-    "no draft stands, but recovery leaves q out": ("_stands", lambda drafts, *_: torch.zeros_like(drafts)),
+    "every draft stands": ("_stands", lambda drafts, *_: torch.ones_like(drafts, dtype=torch.bool)),
+    "no draft stands, but recovery leaves q out": (
+        "_stands",
+        lambda drafts, *_: drafts < 0,
+    ),
 }
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES.values(), ids=BREAKAGES.keys())
 def test_the_law_exposes_a_broken_acceptance(breakage: tuple[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acceptance, *breakage)
+    monkeypatch.setattr(reference, *breakage)
     assert distance(two_tokens()) > 3 * BOUND
 
 
@@ -209,7 +213,7 @@ def target_tokens(seeds: Tensor, position: int, previous: Tensor) -> Tensor:
     """What the target says without drafts."""
     rows = DraftSampling.of([SamplingParams()] * len(seeds))
     rows.integers[0], rows.integers[1] = seeds, position
-    return sampler.noisy_argmax(TARGET[previous], rows, 0, sampler.STREAM_SAMPLE)[1]
+    return sampler.draw(TARGET[previous], rows, sampler.STREAM_SAMPLE)[1]
 
 
 def test_a_budget_may_come_from_an_earlier_rounds_drafts() -> None:
@@ -239,6 +243,12 @@ def source(probabilities: list[list[float]], seed: int = 3) -> DraftSource:
     return DraftSource(torch.arange(q.shape[1]).expand_as(q), q, seed, START + 1)
 
 
+def judged(draft_tokens: list[int], rows: list[list[float]], q: list[list[float]], seed: int) -> Acceptance:
+    """One block by the target's probabilities behind its rows and those it was drawn from."""
+    (accepted,) = accept_rejection([VerifiedBlock(draft_tokens, source(q, seed))], logits_of(rows))
+    return accepted
+
+
 def logits_of(probabilities: list[list[float]]) -> Tensor:
     return torch.tensor(probabilities).log()
 
@@ -246,42 +256,36 @@ def logits_of(probabilities: list[list[float]]) -> Tensor:
 def test_drafts_from_the_targets_own_distribution_always_stand() -> None:
     rows = [[0.5, 0.5, 0.0], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]
     for seed in range(100):
-        q = source(rows[:2])
-        accepted = accept_rejection([1, 0], logits_of(rows), q.ids, q.probabilities, seed, [41, 42, 43])
-        assert accepted.num_accepted == 2
+        assert judged([1, 0], rows, rows[:2], seed).num_accepted == 2
 
 
 def test_a_draft_that_the_target_excludes_never_stands() -> None:
     rows = [[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]
     for seed in range(100):
-        q = source([[0.0, 0.0, 1.0]])
-        accepted = accept_rejection([2], logits_of(rows), q.ids, q.probabilities, seed, [41, 42])
+        accepted = judged([2], rows, [[0.0, 0.0, 1.0]], seed)
         assert accepted.num_accepted == 0
         assert accepted.next_anchor in (0, 1)
 
 
 def test_where_nothing_is_left_of_p_minus_q_recovery_draws_from_p(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acceptance, "_stands", lambda drafts, *_: torch.zeros_like(drafts))
-    q, rows = source([[0.0, 0.5, 0.5]]), logits_of([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
-    tokens = {accept_rejection([1], rows, q.ids, q.probabilities, seed, [41, 42]).next_anchor for seed in range(50)}
+    monkeypatch.setattr(reference, "_stands", lambda drafts, *_: drafts < 0)
+    rows = [[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]
+    tokens = {judged([1], rows, rows[:1], seed).next_anchor for seed in range(50)}
     assert tokens == {1, 2}
 
 
 def test_one_request_gets_what_it_gets_among_many() -> None:
     seeds, zeros = torch.arange(50), torch.zeros(50, dtype=torch.int64)
-    block = draft_block(seeds, START, zeros, 3)
-    num_accepted, anchors = verify(seeds, START, zeros, block, TARGET)
+    drawn = draft_block(seeds, START, zeros, 3)
+    # Of different lengths, some without any draft.
+    blocks, logits = [], []
     for row in range(50):
-        drafts = block.tokens[row].tolist()
-        alone = accept_rejection(
-            drafts,
-            TARGET[[0, *drafts]],
-            block.ids[row],
-            block.probabilities[row],
-            row,
-            range(START + 1, START + 5),
-        )
-        assert alone == Acceptance(int(num_accepted[row]), int(anchors[row]))
+        drafts = drawn.tokens[row, : row % 4].tolist()
+        blocks.append(VerifiedBlock(drafts, DraftSource(drawn.ids[row], drawn.probabilities[row], row, START + 1)))
+        logits.append(TARGET[[0, *drafts]])
+    together = accept_rejection(blocks, torch.cat(logits))
+    assert together == [accept_rejection([block], rows)[0] for block, rows in zip(blocks, logits, strict=True)]
+    assert {accepted.num_accepted for accepted in together} == {0, 1, 2, 3}
 
 
 def samples_of(logits: Tensor, token_ids: list[int], sampled: bool = True) -> Samples:
@@ -292,7 +296,8 @@ def samples_of(logits: Tensor, token_ids: list[int], sampled: bool = True) -> Sa
 def test_fewer_drafts_may_be_verified_than_were_drawn() -> None:
     rows = [[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]
     verification = build_verification("rejection")
-    accepted = verification.verify([1], samples_of(logits_of(rows), [0, 0]), source([rows[0]] * 3))
+    block = VerifiedBlock([1], source([rows[0]] * 3))
+    (accepted,) = verification.verify([block], samples_of(logits_of(rows), [0, 0]))
     assert accepted.num_accepted == 1
 
 
@@ -302,14 +307,15 @@ def test_the_token_behind_accepted_drafts_is_the_samplers_own() -> None:
         contexts = [RowContext(params, START + 1 + k, (0,), (), (), True) for k in range(2)]
         own = Sampler(ParallelGroup(), 0, VOCAB).sample(TARGET[:2], build_sampling_rows(contexts, VOCAB))
         assert own is not None
-        q = source([TARGET[0].softmax(-1).tolist()], seed)
-        assert build_verification("rejection").verify([1], own, q) == Acceptance(1, own.token_ids[1])
+        block = VerifiedBlock([1], source([TARGET[0].softmax(-1).tolist()], seed))
+        assert build_verification("rejection").verify([block], own) == [Acceptance(1, own.token_ids[1])]
 
 
 def test_greedy_blocks_and_rows_without_drafts_take_the_targets_tokens_in_rejection_too() -> None:
     verification = build_verification("rejection")
-    assert verification.verify([4, 5], samples_of(TARGET[:3], [4, 1, 2], sampled=False), None) == Acceptance(1, 1)
-    assert verification.verify([], samples_of(TARGET[:1], [3], sampled=False), None) == Acceptance(0, 3)
+    samples = samples_of(TARGET[:4], [4, 1, 2, 3], sampled=False)
+    blocks = [VerifiedBlock([4, 5]), VerifiedBlock([])]
+    assert verification.verify(blocks, samples) == [Acceptance(1, 1), Acceptance(0, 3)]
 
 
 def test_only_rejection_needs_whole_distributions() -> None:

@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from dspark_ray.checkpoint.inspect import describe
-from dspark_ray.checkpoint.layout import FP8_WEIGHTS, local_name, official_name
 from dspark_kernels.formats import (
     decode_scale,
     dequantise_fp4,
@@ -24,6 +22,8 @@ from dspark_kernels.formats import (
     quantise_fp4,
     quantise_fp8,
 )
+from dspark_ray.checkpoint.inspect import describe
+from dspark_ray.checkpoint.layout import FP8_WEIGHTS, local_name, official_name
 from dspark_ray.checkpoint.reader import Checkpoint, CheckpointError, load_drafter, load_projector, load_target
 from dspark_ray.checkpoint.writer import save_checkpoint
 from dspark_ray.config import ModelConfig

@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from equal_blocks import accept_equal_blocks
 from torch import Tensor
 
 from dspark_kernels.philox import STREAM_SAMPLE
 from dspark_ray.config import ConfigError, EngineConfig
 from dspark_ray.sampling import sampler
 from dspark_ray.sampling.sampler import DraftChooser, DraftSampling
-from dspark_ray.speculative.acceptance import accept_rejection, accept_rejection_blocks
 from dspark_ray.speculative.prefix_schedule import (
     CausalSchedule,
     FixedSchedule,
@@ -95,7 +95,7 @@ def verify(seeds: Tensor, tokens: Tensor, ids: Tensor, probabilities: Tensor) ->
     behind = TARGET_BEHIND[tokens[:, 0]].unsqueeze(1).expand(-1, k, -1)
     logits = torch.cat((TARGET.expand(num_texts, 1, -1), behind), 1)
     positions = START + 1 + torch.arange(k + 1).expand(num_texts, -1)
-    num_accepted, anchors = accept_rejection_blocks(tokens, logits, ids[:, :k], probabilities[:, :k], seeds, positions)
+    num_accepted, anchors = accept_equal_blocks(tokens, logits, ids[:, :k], probabilities[:, :k], seeds, positions)
     return torch.where(num_accepted > 0, tokens[:, 0], anchors)
 
 
@@ -103,7 +103,7 @@ def target_tokens(seeds: Tensor) -> Tensor:
     """What the target says without drafts."""
     rows = DraftSampling.of([SamplingParams()] * len(seeds))
     rows.integers[0], rows.integers[1] = seeds, START + 1
-    return sampler.noisy_argmax(TARGET.expand(len(seeds), -1), rows, 0, STREAM_SAMPLE)[1]
+    return sampler.draw(TARGET.expand(len(seeds), -1), rows, STREAM_SAMPLE)[1]
 
 
 def share_of_a(tokens: Tensor) -> float:
@@ -139,11 +139,12 @@ def test_a_schedule_that_peeks_says_a_more_often_than_the_target() -> None:
 
 def test_a_drafted_a_always_stands() -> None:
     tokens, ids, probabilities = drafts(SEEDS[:200], START)
-    for row in torch.nonzero(tokens[:, 0] == A).flatten().tolist():
-        logits = torch.stack((TARGET, TARGET_BEHIND[A], TARGET_BEHIND[A]))
-        positions = range(START + 1, START + 4)
-        accepted = accept_rejection(tokens[row].tolist(), logits, ids[row], probabilities[row], row, positions)
-        assert accepted.num_accepted >= 1
+    drafted_a = tokens[:, 0] == A
+    logits = torch.stack((TARGET, TARGET_BEHIND[A], TARGET_BEHIND[A])).expand(200, -1, -1)
+    positions = torch.arange(START + 1, START + 4).expand(200, -1)
+    num_accepted, _ = accept_equal_blocks(tokens, logits, ids, probabilities, SEEDS[:200], positions)
+    assert drafted_a.any()
+    assert (num_accepted[drafted_a] >= 1).all()
 
 
 def test_the_config_refuses_a_peeking_schedule_with_rejection_and_says_why() -> None:

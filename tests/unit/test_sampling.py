@@ -22,9 +22,10 @@ from dspark_ray.sampling.sampler import (
     DraftSampling,
     Sampler,
     Samples,
-    filter_logits,
-    noisy_argmax,
-    process_logits,
+    draw,
+    edit_logits,
+    filtered_logits,
+    temper,
 )
 from dspark_ray.types import SamplingParams
 
@@ -49,7 +50,8 @@ def sample(logits: Tensor, contexts: list[RowContext]) -> Samples:
 
 def processed_row(logits: Tensor, **changes: Any) -> list[float]:
     """One row after the processors, the slow way round."""
-    return process_logits(logits, build_sampling_rows([context(**changes)], VOCAB), 0)[0].tolist()
+    rows = build_sampling_rows([context(**changes)], VOCAB)
+    return temper(edit_logits(logits, rows, 0), rows)[0].tolist()
 
 
 # Processors
@@ -86,7 +88,7 @@ def test_forbidden_tokens_are_impossible_also_with_a_bias() -> None:
 def test_processing_leaves_the_logits_it_was_given() -> None:
     logits = random_logits(1)
     before = logits.clone()
-    process_logits(logits, build_sampling_rows([context(repetition_penalty=2.0, temperature=0.3)], VOCAB), 0)
+    edit_logits(logits, build_sampling_rows([context(repetition_penalty=2.0, temperature=0.3)], VOCAB), 0)
     assert torch.equal(logits, before)
 
 
@@ -95,7 +97,7 @@ def test_processing_leaves_the_logits_it_was_given() -> None:
 
 def kept(logits: Tensor, **changes: Any) -> set[int]:
     rows = build_sampling_rows([context(**changes), context()], VOCAB)
-    filtered = filter_logits(logits.expand(2, -1), rows)
+    filtered = filtered_logits(logits.expand(2, -1), rows)
     return set(filtered[0].isfinite().nonzero().flatten().tolist())
 
 
@@ -149,15 +151,15 @@ def test_tokens_that_tie_at_the_limit_all_stay() -> None:
 
 def test_rows_without_a_filter_keep_everything_beside_rows_with_one() -> None:
     rows = build_sampling_rows([context(top_k=2), context()], VOCAB)
-    assert filter_logits(random_logits(2), rows).isfinite().sum(-1).tolist() == [2, VOCAB]
+    assert filtered_logits(random_logits(2), rows).isfinite().sum(-1).tolist() == [2, VOCAB]
 
 
 def test_a_filtered_row_does_not_depend_on_the_rows_beside_it() -> None:
     logits = random_logits(4)
     contexts = [context(top_p=0.7), context(top_k=3, top_p=0.9), context(min_p=0.1), context()]
-    together = filter_logits(logits, build_sampling_rows(contexts, VOCAB))
+    together = filtered_logits(logits, build_sampling_rows(contexts, VOCAB))
     for row in range(4):
-        alone = filter_logits(logits[row : row + 1], build_sampling_rows(contexts[row : row + 1], VOCAB))
+        alone = filtered_logits(logits[row : row + 1], build_sampling_rows(contexts[row : row + 1], VOCAB))
         assert torch.equal(together[row], alone[0])
 
 
@@ -232,7 +234,7 @@ def test_a_distribution_is_the_processed_and_filtered_row() -> None:
     samples = sample(logits, contexts)
     assert samples.distributions[0] is None
     rows = build_sampling_rows(contexts, VOCAB)
-    expected = filter_logits(process_logits(logits, rows, 0), rows)[1]
+    expected = filtered_logits(edit_logits(logits, rows, 0), rows)[1]
     assert torch.equal(samples.distributions[1], expected)  # type: ignore[arg-type]
 
 
@@ -387,5 +389,5 @@ def test_noise_of_a_block_is_made_in_the_stream_of_its_mode() -> None:
     start, logits = torch.tensor([5]), torch.zeros(1, VOCAB)
     for mode, stream in (("coupled", STREAM_SAMPLE), ("rejection", STREAM_DRAFT)):
         rows = build_sampling_rows([context(position=6, seed=3)], VOCAB)
-        expected = noisy_argmax(logits, rows, 0, stream)[1]
+        expected = draw(logits, rows, stream)[1]
         assert DraftChooser(sampling, start, 1, VOCAB, mode, VOCAB)(0, logits) == expected  # type: ignore[arg-type]
