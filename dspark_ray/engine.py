@@ -152,6 +152,11 @@ class Engine:
         """Whether there is a drafter, and drafts to make with it."""
         return self._drafter is not None
 
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Rows to which the target's decode steps are filled up; empty where none are."""
+        return self._target.graph_sizes
+
     def has_unfinished(self) -> bool:
         """Whether another step has something to do or to report."""
         return bool(self.scheduler.running or self.scheduler.waiting or self._aborted)

@@ -64,21 +64,28 @@ def profile(engine: Engine, progress: Progress | None = None) -> CostTable:
     for done, size in enumerate(sizes):
         if progress is not None:
             progress(done, len(sizes))
-        rows = size.num_requests * (1 + (size.num_drafts or 0))
+        rows = _run_as(size.num_requests * (1 + (size.num_drafts or 0)), engine.graph_sizes)
         for timing in _timings(engine, size):
             targets[size.context][rows].append(timing.total - timing.draft)
             if size.num_drafts is not None:
                 drafts[size.num_requests].append(timing.draft)
     if progress is not None:
         progress(len(sizes), len(sizes))
-    curves = {context: _curve(seconds) for context, seconds in targets.items()}
+    padded_to = engine.graph_sizes[-1] if engine.graph_sizes else 0
+    curves = {context: _curve(seconds, padded_to) for context, seconds in targets.items()}
     draft = _curve(drafts) if drafts else Curve((1,), (0.0,))
     return CostTable(curves, draft).without_needless_contexts()
 
 
-def _curve(seconds: dict[int, list[float]]) -> Curve:
+def _run_as(rows: int, graph_sizes: tuple[int, ...]) -> int:
+    """The rows that a step of `rows` really has, where it is filled up to a recorded size."""
+    return next((size for size in graph_sizes if size >= rows), rows)
+
+
+def _curve(seconds: dict[int, list[float]], padded_to: int = 0) -> Curve:
     sizes = sorted(seconds)
-    return Curve(tuple(sizes), tuple(_rising([statistics.median(seconds[size]) for size in sizes])))
+    medians = [statistics.median(seconds[size]) for size in sizes]
+    return Curve(tuple(sizes), tuple(_rising(medians)), padded_to)
 
 
 def _rising(values: list[float]) -> list[float]:

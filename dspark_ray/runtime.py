@@ -31,6 +31,8 @@ from dspark_ray.model.executor import Follower, LeadingTarget, LocalTarget, Targ
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.model.rows import CacheShape
 from dspark_ray.profiler import Progress, load_or_profile
+from dspark_ray.runner.decode import TargetGraphs
+from dspark_ray.runner.graphs import Capture, CudaCapture
 from dspark_ray.speculative.calibration import Temperatures
 from dspark_ray.speculative.cost import CostTable
 from dspark_ray.speculative.planner import Planner
@@ -217,14 +219,26 @@ def _load_target_rank(
         model = DeepSeekV4(model_config, group)
         if with_projector:
             projector = FeatureProjector(model_config)
-    load_target(model, checkpoint, device=config.device)
+    load_target(model, checkpoint, config.device, config.keeps_quantised)
     if projector is not None:
-        load_projector(projector, checkpoint, device=config.device)
+        load_projector(projector, checkpoint, config.device, config.keeps_quantised)
     shape = CacheShape.of(
         model_config, config.gamma, config.page_size, config.max_num_seqs, config.max_num_batched_tokens
     )
     cache = CacheTensors(model_config, shape, config.num_pages, getattr(torch, config.dtype), config.device)
-    return TargetRank(model.eval(), cache, projector)
+    capture, graphs = _capture(config), None
+    if capture is not None:
+        graphs = TargetGraphs(model.eval(), cache, config.max_num_seqs, config.max_model_len, capture)
+        with torch.inference_mode():
+            graphs.record_all()
+    return TargetRank(model.eval(), cache, projector, graphs)
+
+
+def _capture(config: EngineConfig) -> Capture | None:
+    """What records steps; None where each is launched anew."""
+    if torch.device(config.device).type != "cuda" or config.enforce_eager:
+        return None
+    return CudaCapture()
 
 
 def _drafter_of(spec: GangSpec, checkpoint: Checkpoint, target: DeepSeekV4, config: EngineConfig) -> Drafter | None:
@@ -245,8 +259,8 @@ def _load_draft_worker(
 ) -> DraftWorker:
     with _unfilled(config):
         module = DSparkModule(model_config)
-    load_drafter(module, checkpoint, device=config.device, shared=shared)
-    return DraftWorker(module.eval(), config)
+    load_drafter(module, checkpoint, config.device, shared, config.keeps_quantised)
+    return DraftWorker(module.eval(), config, _capture(config))
 
 
 @contextmanager

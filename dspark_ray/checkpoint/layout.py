@@ -33,6 +33,9 @@ FP8_WEIGHTS = frozenset(
 )
 """Weights of a layer or stage that a release keeps in FP8."""
 
+SCALES_OF_EXPERTS = ("ffn.experts.w13_scale", "ffn.experts.w2_scale")
+"""Parameters that hold the scales of quantised experts."""
+
 _PREFIX = re.compile(r"^(?:layers|mtp)\.\d+\.")
 
 # Other programs' spellings of official names; applied in order, at most once each.
@@ -97,6 +100,8 @@ def pieces_of(
     shards = _shards(config)
     for name, parameter in module.state_dict(keep_vars=True).items():
         local = local_name(name)
+        if local.endswith((".scale", *SCALES_OF_EXPERTS)):
+            continue  # comes with its weight
         if local == "ffn.experts.w13":
             pieces = _gate_up_pieces(name, parameter, config, _experts_of(name, config, group), stored)
         elif local == "ffn.experts.w2":

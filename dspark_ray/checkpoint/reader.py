@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dspark_kernels.formats import FP4_BLOCK, FP8_BLOCK, dequantise_fp4, dequantise_fp8
+from dspark_kernels.formats import dequantise_fp4, dequantise_fp8
 from dspark_ray.checkpoint.layout import Piece, Range, official_name, pieces_of, scale_name, whole
+from dspark_ray.checkpoint.stored import BLOCKS, is_quantised, keep_stored, scale_attribute, scale_target
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
@@ -32,7 +33,6 @@ MAX_PROBLEMS = 10
 _PLAIN_DTYPES = ("F32", "BF16", "F16")
 _TABLE_DTYPES = ("I64", "I32")
 _SCALE_DTYPES = ("F8_E8M0", "F32")
-_BLOCKS = {"F8_E4M3": FP8_BLOCK, "I8": FP4_BLOCK}
 
 
 class CheckpointError(ValueError):
@@ -97,9 +97,29 @@ class Checkpoint:
     def read(self, piece: Piece) -> Tensor:
         """The piece's region; float32 where the file holds it quantised, else in the file's dtype."""
         tensor = self.tensors[piece.name]
-        if tensor.dtype not in _BLOCKS:
+        if tensor.dtype not in BLOCKS:
             return self._slice(tensor, piece.region)
         return self._read_quantised(tensor, self.tensors[scale_name(piece.name)], piece.region)
+
+    def read_stored(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """(weights, scales) of a quantised piece as the file holds them; its region is of whole blocks."""
+        tensor, scale = self.tensors[piece.name], self.tensors[scale_name(piece.name)]
+        rows, (first, stop) = piece.region
+        row_block, column_block = BLOCKS[tensor.dtype]
+        packed = 2 if tensor.dtype == "I8" else 1
+        scale_region = (
+            (rows[0] // row_block, -(-rows[1] // row_block)),
+            (first // column_block, -(-stop // column_block)),
+        )
+        return self._slice(tensor, (rows, (first // packed, stop // packed))), self._slice(scale, scale_region)
+
+    def dtype_of(self, name: str) -> str | None:
+        """Of a tensor as safetensors spells it; None for one that is not there, or whose scales are not E8M0."""
+        tensor = self.tensors.get(name)
+        if tensor is None or tensor.dtype not in BLOCKS:
+            return None if tensor is None else tensor.dtype
+        scale = self.tensors.get(scale_name(name))
+        return tensor.dtype if scale is not None and scale.dtype == "F8_E8M0" else None
 
     def _problem(self, piece: Piece) -> str | None:
         tensor = self.tensors.get(piece.name)
@@ -111,11 +131,11 @@ class Checkpoint:
         shape = _stored_shape(piece.shape, tensor.dtype)
         if tensor.shape != shape:
             return _mismatch(tensor, piece.name, f"shape {list(shape)}", list(tensor.shape))
-        return self._scale_problem(piece) if tensor.dtype in _BLOCKS else None
+        return self._scale_problem(piece) if tensor.dtype in BLOCKS else None
 
     def _scale_problem(self, piece: Piece) -> str | None:
         weight, name = self.tensors[piece.name], scale_name(piece.name)
-        shape = tuple(-(-size // block) for size, block in zip(piece.shape, _BLOCKS[weight.dtype], strict=True))
+        shape = tuple(-(-size // block) for size, block in zip(piece.shape, BLOCKS[weight.dtype], strict=True))
         scale = self.tensors.get(name)
         if scale is None:
             return _mismatch(weight, name, f"scales of shape {list(shape)} for {weight.dtype}", "no such tensor")
@@ -127,7 +147,7 @@ class Checkpoint:
 
     def _read_quantised(self, weight: StoredTensor, scale: StoredTensor, region: tuple[Range, ...]) -> Tensor:
         """Read whole blocks around the region, dequantise, cut."""
-        block = _BLOCKS[weight.dtype]
+        block = BLOCKS[weight.dtype]
         blocks = tuple((start // size, -(-stop // size)) for (start, stop), size in zip(region, block, strict=True))
         rows, columns = (
             (first * size, min(stop * size, total))
@@ -148,12 +168,15 @@ class Checkpoint:
         return stored[tuple(slice(*bounds) for bounds in region)]
 
 
-def load_target(model: DeepSeekV4, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+def load_target(
+    model: DeepSeekV4, checkpoint: Checkpoint, device: torch.device | str = "cpu", keep_quantised: bool = False
+) -> None:
     """Fill this rank's parameters; those on the meta device are first allocated on `device`.
 
-    Raises CheckpointError before anything is allocated.
+    With `keep_quantised`, weights that an operation can use as they are stored stay so. Raises CheckpointError before
+    anything is allocated.
     """
-    _fill(model, model.config, model.group, checkpoint, device)
+    _fill(model, model.config, model.group, checkpoint, device, keep_quantised)
 
 
 def load_drafter(
@@ -161,22 +184,26 @@ def load_drafter(
     checkpoint: Checkpoint,
     device: torch.device | str = "cpu",
     shared: tuple[Tensor, Tensor] | None = None,
+    keep_quantised: bool = False,
 ) -> None:
     """Fill the draft stages and share the target's whole embedding and head.
 
     `shared` are those two [V, d] where the process already holds them; otherwise they are read too.
     """
     embed, head = (_table(name, module.config) for name in ("embed.weight", "head.weight"))
-    _fill(module, module.config, ParallelGroup(), checkpoint, device, extra=() if shared else (embed, head))
+    extra = () if shared else (embed, head)
+    _fill(module, module.config, ParallelGroup(), checkpoint, device, keep_quantised, extra)
     if shared is None:
-        like = module.stages[0].main_proj.weight
+        like = module.stages[0].main_norm.weight
         shared = (checkpoint.read(embed).to(like), checkpoint.read(head).to(like))
     module.share(*shared)
 
 
-def load_projector(module: FeatureProjector, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+def load_projector(
+    module: FeatureProjector, checkpoint: Checkpoint, device: torch.device | str = "cpu", keep_quantised: bool = False
+) -> None:
     """Fill the part of the drafter that runs on the verifier."""
-    _fill(module, module.config, ParallelGroup(), checkpoint, device)
+    _fill(module, module.config, ParallelGroup(), checkpoint, device, keep_quantised)
 
 
 def _table(name: str, config: ModelConfig) -> Piece:
@@ -190,17 +217,32 @@ def _fill(
     group: ParallelGroup,
     checkpoint: Checkpoint,
     device: torch.device | str,
+    keep_quantised: bool,
     extra: tuple[Piece, ...] = (),
 ) -> None:
     plan = list(pieces_of(module, config, group, checkpoint.tensors))
     checkpoint.require([*(piece for _, piece in plan), *extra])
     if any(tensor.is_meta for tensor in module.state_dict().values()):
+        if keep_quantised:
+            keep_stored(module, config, group, checkpoint.dtype_of)
         module.to_empty(device=device)
     parameters = module.state_dict()
     for name, piece in plan:
+        if is_quantised(parameters[name]):
+            _copy_stored(parameters, name, piece, checkpoint)
+            continue
         values = checkpoint.read(piece)
         _check_values(values, piece, checkpoint, config)
         parameters[name][piece.target].copy_(values)
+
+
+def _copy_stored(parameters: dict[str, Tensor], name: str, piece: Piece, checkpoint: Checkpoint) -> None:
+    """Weights and scales as bytes, because copies between some of these dtypes would convert."""
+    owner, _, attribute = name.rpartition(".")
+    weights, scales = checkpoint.read_stored(piece)
+    targets = piece.target, scale_target(piece, checkpoint.tensors[piece.name].dtype)
+    for parameter, values, target in zip((name, f"{owner}.{scale_attribute(attribute)}"), (weights, scales), targets):
+        parameters[parameter].view(torch.uint8)[target].copy_(values.view(torch.uint8))
 
 
 def _check_values(values: Tensor, piece: Piece, checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -220,7 +262,7 @@ def _is_table(piece: Piece) -> bool:
 def _allowed_dtypes(piece: Piece) -> tuple[str, ...]:
     if _is_table(piece):
         return _TABLE_DTYPES
-    quantised = tuple(_BLOCKS) if piece.name.endswith(".weight") and len(piece.shape) == 2 else ()
+    quantised = tuple(BLOCKS) if piece.name.endswith(".weight") and len(piece.shape) == 2 else ()
     return _PLAIN_DTYPES + quantised
 
 

@@ -45,9 +45,9 @@ class Stage(Block):
             self.confidence_head = ConfidenceHead(d, dspark.markov_rank)
 
 
-def project_features(features: Tensor, main_proj: Tensor, main_norm: Tensor, eps: float) -> Tensor:
+def project_features(features: Tensor, main_proj: Weight, main_norm: Weight, eps: float) -> Tensor:
     """main_x [N, d] of target features [N, T*d] (specification 6)."""
-    return ops.rms_norm(nn.functional.linear(features, main_proj), main_norm, eps)
+    return ops.rms_norm(main_proj(features), main_norm.weight, eps)
 
 
 class FeatureProjector(nn.Module):
@@ -64,7 +64,9 @@ class FeatureProjector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """main_x [N, d] of target features [N, T*d]."""
-        main_proj, main_norm = (self.get_parameter(f"mtp.0.{name}.weight") for name in ("main_proj", "main_norm"))
+        main_proj, main_norm = (self.get_submodule(f"mtp.0.{name}") for name in ("main_proj", "main_norm"))
+        assert isinstance(main_proj, Weight)
+        assert isinstance(main_norm, Weight)
         return project_features(features, main_proj, main_norm, self.config.rms_norm_eps)
 
 
@@ -129,7 +131,7 @@ class DSparkModule(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """main_x [N, d] of target features [N, T*d]; when serving, the verifier's FeatureProjector does it."""
         first = self.stages[0]
-        return project_features(features, first.main_proj.weight, first.main_norm.weight, self.config.rms_norm_eps)
+        return project_features(features, first.main_proj, first.main_norm, self.config.rms_norm_eps)
 
     def context_keys(self, main_x: Tensor, positions: Tensor) -> list[Tensor]:
         """Per stage the context keys [N, D] of committed tokens at `positions`; not through norms or mHC."""

@@ -8,31 +8,30 @@ from torch import Tensor
 
 from dspark_ray.config import EngineConfig
 from dspark_ray.drafters.dspark import BlockOutput, DSparkModule
+from dspark_ray.drafters.pools import DraftPools
 from dspark_ray.drafters.protocol import (
     ContextUpdate,
     DraftProposal,
     DraftRequest,
     TruncatedDistributions,
 )
-from dspark_ray.model.rows import PoolIndex
+from dspark_ray.runner.decode import DraftGraphs
+from dspark_ray.runner.graphs import Capture
 from dspark_ray.sampling.sampler import DraftChooser, DraftSampling
 
 
 class DraftWorker:
-    """Answers draft requests. Its whole state is W context keys per stage and sequence: it can be rebuilt.
+    """Answers draft requests. Its whole state is W context keys per stage and sequence: it can be rebuilt."""
 
-    The pool of a stage is a ring of W rows per sequence, then one place for every row of the blocks being drafted.
-    """
-
-    def __init__(self, module: DSparkModule, config: EngineConfig) -> None:
+    def __init__(self, module: DSparkModule, config: EngineConfig, capture: Capture | None = None) -> None:
+        """With `capture`, drafts are recorded here and replayed later."""
         self.module, self.config = module, config
-        model, window = module.config, module.config.sliding_window
-        self.window = window
-        weight = module.stages[0].main_norm.weight
-        num_rows = config.max_num_seqs * (window + module.gamma)
-        self._pools = [
-            torch.zeros(num_rows, model.head_dim, dtype=weight.dtype, device=weight.device) for _ in module.stages
-        ]
+        self._pools = DraftPools(module, config.max_num_seqs)
+        self._graphs: DraftGraphs | None = None
+        if capture is not None and config.verification == "coupled" and module.is_vanilla:
+            self._graphs = DraftGraphs(module, self._pools, config.max_num_seqs, capture)
+            with torch.inference_mode():
+                self._graphs.record_all()
 
     @torch.inference_mode()
     def draft(self, request: DraftRequest) -> DraftProposal:
@@ -40,18 +39,25 @@ class DraftWorker:
         self.store(request.context)
         if not len(request.slots):
             return _nothing(request.num_positions)
-        device = self._pools[0].device
         anchors, starts, slots = (
-            torch.from_numpy(x).to(device) for x in (request.anchors, request.starts, request.slots)
+            torch.from_numpy(x).to(self._pools.device) for x in (request.anchors, request.starts, request.slots)
         )
-        block = self.module.cached_block(anchors, starts, self._pools, self._index(slots, starts))
-        if self._is_coupled_alone(request.sampling):
-            sampling = request.sampling.to(device)
-            tokens, logits = self.module.sample(
-                block, anchors, starts, sampling.temperatures, sampling.seeds, request.num_positions
-            )
-            return DraftProposal(tokens.cpu().numpy(), torch.sigmoid(logits).cpu().numpy())
-        return self._draft_by_rows(request, block, anchors, starts)
+        if not self._is_coupled_alone(request.sampling):
+            block = self.module.cached_block(anchors, starts, self._pools.tensors, self._pools.index(slots, starts))
+            return self._draft_by_rows(request, block, anchors, starts)
+        tokens, logits = self._draft_coupled(request, anchors, starts, slots)
+        return DraftProposal(tokens.cpu().numpy(), torch.sigmoid(logits).cpu().numpy())
+
+    def _draft_coupled(
+        self, request: DraftRequest, anchors: Tensor, starts: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(tokens, confidence logits), both [R, num_positions]."""
+        sampling, wanted = request.sampling.to(self._pools.device), request.num_positions
+        if self._graphs is not None:
+            whole = self._graphs.run(anchors, starts, slots, sampling.seeds, sampling.temperatures)
+            return whole[0][:, :wanted], whole[1][:, :wanted]
+        block = self.module.cached_block(anchors, starts, self._pools.tensors, self._pools.index(slots, starts))
+        return self.module.sample(block, anchors, starts, sampling.temperatures, sampling.seeds, wanted)
 
     def _is_coupled_alone(self, sampling: DraftSampling) -> bool:
         """Whether temperature and noise are all there is between logits and tokens."""
@@ -81,18 +87,10 @@ class DraftWorker:
         """Write the context keys of committed tokens into the rings, by position."""
         if not len(update.slots):
             return
-        pool = self._pools[0]
-        positions = torch.from_numpy(update.positions).to(pool.device)
-        slots = torch.from_numpy(update.slots).to(pool.device) * self.window + positions % self.window
-        self.module.store_context(update.main_x.to(pool.dtype).to(pool.device), positions, self._pools, slots)
-
-    def _index(self, slots: Tensor, starts: Tensor) -> PoolIndex:
-        """Where block rows go, and the keys each request sees: the W positions before its anchor, then its block."""
-        num_requests, gamma = len(slots), self.module.gamma
-        wanted = starts.unsqueeze(1) + torch.arange(-self.window, 0, device=slots.device)
-        context = torch.where(wanted >= 0, slots.unsqueeze(1) * self.window + wanted % self.window, -1)
-        own = self.config.max_num_seqs * self.window + torch.arange(num_requests * gamma, device=slots.device)
-        return PoolIndex(own, torch.cat((context, own.view(num_requests, gamma)), dim=1), None)
+        device, dtype = self._pools.device, self._pools.tensors[0].dtype
+        positions, slots = (torch.from_numpy(x).to(device) for x in (update.positions, update.slots))
+        main_x = update.main_x.to(device, dtype)
+        self.module.store_context(main_x, positions, self._pools.tensors, self._pools.context_slots(slots, positions))
 
 
 class InlineDrafter:

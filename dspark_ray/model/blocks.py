@@ -20,14 +20,19 @@ def empty(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
 
 
 class Weight(nn.Module):
-    """A named weight [out, in] (or [width]) without bias: what the checkpoint calls `X.weight`."""
+    """A named weight [out, in] (or [width]) without bias: what the checkpoint calls `X.weight`.
+
+    One that stays as a checkpoint quantised it has a `scale` too (`checkpoint/stored.py`).
+    """
+
+    scale: nn.Parameter | None = None
 
     def __init__(self, *shape: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = empty(*shape, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight) if self.scale is None else ops.linear_fp8(x, self.weight, self.scale)
 
 
 def hyper_connection(config: ModelConfig) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
@@ -210,7 +215,13 @@ class SharedExpert(nn.Module):
 
 
 class Experts(nn.Module):
-    """This rank's routed experts, stacked so that one product can serve several."""
+    """This rank's routed experts, stacked so that one product can serve several.
+
+    Those that stay as a checkpoint quantised them have scales too (`checkpoint/stored.py`).
+    """
+
+    w13_scale: nn.Parameter | None = None
+    w2_scale: nn.Parameter | None = None
 
     def __init__(self, config: ModelConfig, group: ParallelGroup) -> None:
         super().__init__()
@@ -233,7 +244,17 @@ class MoE(nn.Module):
     def forward(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         weights, chosen = self.gate(hidden, token_ids)
         experts = self.experts
-        routed = ops.moe(hidden, weights, chosen, experts.w13, experts.w2, self.limit, experts.first)
+        routed = ops.moe(
+            hidden,
+            weights,
+            chosen,
+            experts.w13,
+            experts.w2,
+            self.limit,
+            experts.first,
+            experts.w13_scale,
+            experts.w2_scale,
+        )
         return self.group.sum((routed + self.shared_experts(hidden)).to(hidden.dtype))
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.drafters.dspark import FeatureProjector
 from dspark_ray.model.channel import Broadcast
-from dspark_ray.model.deepseek_v4 import DeepSeekV4
+from dspark_ray.model.deepseek_v4 import DeepSeekV4, TargetOutput
 from dspark_ray.model.rows import Segment, build_rows
+from dspark_ray.runner.decode import TargetGraphs
 from dspark_ray.sampling.rows import SamplingRows
 from dspark_ray.sampling.sampler import Sampler, Samples
 
@@ -43,6 +44,9 @@ class ForwardResult:
 class Target(Protocol):
     """A target that can run a command, however many ranks it has."""
 
+    @property
+    def graph_sizes(self) -> tuple[int, ...]: ...
+
     def run(self, command: ForwardCommand) -> ForwardResult: ...
 
     def project(self, features: Tensor) -> Tensor: ...
@@ -55,20 +59,37 @@ class Target(Protocol):
 class TargetRank:
     """One rank's model and cache."""
 
-    def __init__(self, model: DeepSeekV4, cache: CacheTensors, projector: FeatureProjector | None) -> None:
-        self.model, self.cache, self._project = model, cache, projector
+    def __init__(
+        self,
+        model: DeepSeekV4,
+        cache: CacheTensors,
+        projector: FeatureProjector | None,
+        graphs: TargetGraphs | None = None,
+    ) -> None:
+        """`graphs` of the same model and cache run the steps that fit them."""
+        self.model, self.cache, self._project, self._graphs = model, cache, projector, graphs
         self._sampler = Sampler(model.group, model.first_token, model.config.vocab_size)
 
     @torch.inference_mode()
     def run(self, command: ForwardCommand) -> ForwardResult | None:
         """Forward and sample; the result is rank 0's."""
         device = self.model.norm.weight.device
-        output = self.model(build_rows(command.segments, self.cache.shape, device), self.cache)
+        output = self._forward(command.segments)
         sampled = torch.from_numpy(command.sampled_rows).to(device)
         samples = self._sampler.sample(self.model.logits(output.hidden[sampled]), command.sampling)
         if samples is None:
             return None
         return ForwardResult(samples, output.features if command.wants_features else None)
+
+    def _forward(self, segments: tuple[Segment, ...]) -> TargetOutput:
+        if self._graphs is not None and self._graphs.fits(segments):
+            return self._graphs.run(segments)
+        return self.model(build_rows(segments, self.cache.shape, self.model.norm.weight.device), self.cache)
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Rows to which decode steps are filled up; empty where every step runs with its own."""
+        return self._graphs.sizes if self._graphs is not None else ()
 
     @torch.inference_mode()
     def project(self, features: Tensor) -> Tensor:
@@ -82,6 +103,10 @@ class LocalTarget:
 
     def __init__(self, rank: TargetRank) -> None:
         self._rank = rank
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        return self._rank.graph_sizes
 
     def run(self, command: ForwardCommand) -> ForwardResult:
         result = self._rank.run(command)

@@ -221,16 +221,16 @@ class _Flat:
             owners=owners,
             pages=pages,
             ends=(starts + lengths)[owners],
-            staged_from=np.where(staged, starts, _NEVER)[owners] if staged.any() else None,
+            staged_from=np.where(staged, starts, NEVER)[owners] if staged.any() else None,
         )
 
     def kept_from(self, ring: int) -> np.ndarray:
         """[N] position from which on a staged segment's rows survive in its ring; never, in blocks."""
         assert self.staged_from is not None
-        return np.where(self.staged_from == _NEVER, _NEVER, self.ends - ring)
+        return np.where(self.staged_from == NEVER, NEVER, self.ends - ring)
 
 
-_NEVER = 2**62
+NEVER = 2**62
 """Beyond every position."""
 
 

@@ -119,7 +119,10 @@ def accept_rejection(blocks: Sequence[VerifiedBlock], target_logits: Tensor) -> 
     """Judge sampled blocks, each with its source, by their rows of processed and filtered logits [N, V]."""
     device = target_logits.device
     first_rows = _first_rows(blocks)
-    q_ids, q_probabilities, row_tokens, positions, seeds = [], [], [], [], []
+    q_ids, q_probabilities = [], []
+    row_tokens: list[int] = []
+    positions: list[int] = []
+    seeds: list[int] = []
     for block in blocks:
         source, count = block.source, len(block.draft_tokens)
         assert source is not None, "sampled drafts come with what they were drawn from"

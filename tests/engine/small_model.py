@@ -19,6 +19,8 @@ from dspark_ray.engine import Engine
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.executor import LocalTarget, TargetRank
 from dspark_ray.model.rows import CacheShape
+from dspark_ray.runner.decode import TargetGraphs
+from dspark_ray.runner.graphs import Capture
 from dspark_ray.training.initial import initialise
 from dspark_ray.types import Request, SamplingParams, SequenceOutput, SpeculativeParams
 
@@ -78,9 +80,15 @@ def small_config(**changes: object) -> EngineConfig:
 
 
 def build_small_engine(
-    drafter: Drafter | None = None, clock: Callable[[], float] = time.perf_counter, **changes: object
+    drafter: Drafter | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    capture: Capture | None = None,
+    **changes: object,
 ) -> Engine:
-    """An engine in this process with an inline drafter, or with the one given; it knows no costs."""
+    """An engine in this process with an inline drafter, or with the one given; it knows no costs.
+
+    With `capture`, decode steps of target and drafter are recorded and replayed.
+    """
     config = small_config(**changes)
     model, module = small_modules()
     assert config.gamma is not None
@@ -89,8 +97,11 @@ def build_small_engine(
     cache_tensors = CacheTensors(SMALL, shape, config.num_pages)
     projector = FeatureProjector(SMALL)
     projector.load_state_dict({name: module.state_dict()[name] for name in projector.state_dict()})
-    target = LocalTarget(TargetRank(model, cache_tensors, projector.requires_grad_(False)))
-    return Engine(config, SMALL, target, drafter or InlineDrafter(DraftWorker(module, config)), clock=clock)
+    graphs = None
+    if capture is not None:
+        graphs = TargetGraphs(model, cache_tensors, config.max_num_seqs, config.max_model_len, capture)
+    target = LocalTarget(TargetRank(model, cache_tensors, projector.requires_grad_(False), graphs))
+    return Engine(config, SMALL, target, drafter or InlineDrafter(DraftWorker(module, config, capture)), clock=clock)
 
 
 def request(prompt: tuple[int, ...], request_id: str = "r", speculate: bool = True, **sampling: object) -> Request:

@@ -1,0 +1,43 @@
+"""The drafter's memory: context keys of every stage, by slot and position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dspark_ray.drafters.dspark import DSparkModule
+from dspark_ray.model.rows import PoolIndex
+
+
+class DraftPools:
+    """Per stage a ring of W rows per sequence, then one place for every row of the blocks being drafted.
+
+    Block keys are read in the round that writes them; they never enter the rings, which hold committed tokens alone.
+    """
+
+    def __init__(self, module: DSparkModule, num_slots: int) -> None:
+        weight = module.stages[0].main_norm.weight
+        self.window, self.gamma, self.num_slots, self.device = (
+            module.config.sliding_window,
+            module.gamma,
+            num_slots,
+            weight.device,
+        )
+        num_rows = num_slots * (self.window + self.gamma)
+        self.tensors = [
+            torch.zeros(num_rows, module.config.head_dim, dtype=weight.dtype, device=weight.device)
+            for _ in module.stages
+        ]
+
+    def context_slots(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """[n] pool rows of committed tokens at positions [n] of sequences in slots [n]."""
+        return slots * self.window + positions % self.window
+
+    def index(self, slots: Tensor, starts: Tensor) -> PoolIndex:
+        """Where the rows of R blocks go, and the keys each request sees: the W positions before its anchor, then
+        its block. slots, starts [R]; `starts` are the anchors' positions."""
+        num_requests = len(slots)
+        wanted = starts.unsqueeze(1) + torch.arange(-self.window, 0, device=slots.device)
+        context = torch.where(wanted >= 0, self.context_slots(slots.unsqueeze(1), wanted), -1)
+        own = self.num_slots * self.window + torch.arange(num_requests * self.gamma, device=slots.device)
+        return PoolIndex(own, torch.cat((context, own.view(num_requests, self.gamma)), dim=1), None)

@@ -1,0 +1,1 @@
+"""How forwards run that come again and again."""

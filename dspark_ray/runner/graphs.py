@@ -1,0 +1,81 @@
+"""CUDA graphs by size: a forward is recorded once per size, and a step replays the next size that holds it.
+
+On a GPU a decode step is some hundred kernels that are shorter than the time it takes to launch them. A recorded step
+is launched at once, but always does the very same: same memory, same shapes. So what changes from step to step comes in
+through tensors that stay where they are, and a step that is smaller than its graph is filled up with rows that
+belong to nobody.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, ...]
+Key = TypeVar("Key")
+
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], Outputs]], tuple[Replay, Outputs]]
+"""Runs a function for good: returns what runs it again, and the tensors in which its results then are."""
+
+_WARM_UPS = 2
+"""Runs before recording: kernels are compiled, libraries choose and allocate."""
+_STEPS_PER_DOUBLING = 4
+
+
+def graph_sizes(largest: int) -> tuple[int, ...]:
+    """1, 2, 3, ... and from 8 on four sizes per doubling, up to `largest`: at most a fourth of a step is filling."""
+    sizes, size = [], 1
+    while size < largest:
+        sizes.append(size)
+        size += max(1, (1 << (size.bit_length() - 1)) // _STEPS_PER_DOUBLING)
+    return (*sizes, largest)
+
+
+def holding(sizes: tuple[int, ...], wanted: int) -> int:
+    """The smallest of `sizes` that holds `wanted`, which must not be above the largest."""
+    return sizes[bisect_left(sizes, wanted)]
+
+
+class CudaCapture:
+    """Records CUDA graphs that share one pool of memory: only one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, function: Callable[[], Outputs]) -> tuple[Replay, Outputs]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UPS):
+                function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = function()
+        return graph.replay, outputs
+
+
+class GraphSet(Generic[Key]):
+    """Recordings of one function, by key."""
+
+    def __init__(self, function: Callable[[Key], Outputs], capture: Capture) -> None:
+        """`function` must read its inputs from tensors that stay in place, and must not wait for the device."""
+        self._function, self._capture = function, capture
+        self._recorded: dict[Key, tuple[Replay, Outputs]] = {}
+
+    def record(self, key: Key) -> None:
+        """Make the recording for `key`, if there is none yet."""
+        if key not in self._recorded:
+            self._recorded[key] = self._capture(lambda: self._function(key))
+
+    def run(self, key: Key) -> Outputs:
+        """Replay; the results stay valid until the next replay of any recording that shares their memory."""
+        self.record(key)
+        replay, outputs = self._recorded[key]
+        replay()
+        return outputs
