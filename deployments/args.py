@@ -21,7 +21,7 @@ from pydantic import (
 
 from autoscale.controller import ControllerConfig
 from autoscale.presets import controller_config
-from dspark_ray.config import ConfigError, DType, EngineConfig, ModelConfig, ScheduleKind, VerificationMode
+from dspark_ray.config import CacheDType, ConfigError, DType, EngineConfig, ModelConfig, ScheduleKind, VerificationMode
 
 _ENGINE = EngineConfig()
 Resources = dict[str, Annotated[float, Field(gt=0)]]
@@ -41,6 +41,9 @@ class EngineArgs(_Block):
     page_size: PositiveInt = _ENGINE.page_size
     max_waiting: PositiveInt = _ENGINE.max_waiting
     dtype: DType = _ENGINE.dtype
+    keep_quantised: bool | None = _ENGINE.keep_quantised
+    kv_cache_dtype: CacheDType = _ENGINE.kv_cache_dtype
+    enforce_eager: bool = _ENGINE.enforce_eager
 
 
 class SpeculativeArgs(_Block):

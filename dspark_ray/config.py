@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dspark_kernels.formats import KEY_GROUP
+
 AttentionKind = Literal["sliding", "csa", "hca"]
 MarkovHeadType = Literal["vanilla", "gated", "rnn"]
 VerificationMode = Literal["coupled", "rejection"]
@@ -279,6 +281,7 @@ def _dspark(raw: dict[str, Any], num_stages: int) -> DSparkConfig | None:
 
 
 DType = Literal["float32", "bfloat16"]
+CacheDType = Literal["auto", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +309,9 @@ class EngineConfig:
     keep_quantised: bool | None = None
     """Keep FP8 and FP4 weights as a checkpoint stores them, instead of dequantising them when they are read. They
     take a half or a quarter of the memory, and a step reads that much less of it. None does so on GPUs alone."""
+    kv_cache_dtype: CacheDType = "auto"
+    """`auto` keeps keys in `dtype`; `fp8` rounds them outside their rotary part, as DeepSeek-V4 was trained with, and
+    takes little more than half of bfloat16's memory."""
     enforce_eager: bool = False
     """Launch every kernel of a decode step anew, instead of replaying a captured CUDA graph. No effect on a CPU."""
     rejection_top_k: int = 64
@@ -364,6 +370,12 @@ class EngineConfig:
         for ratio in set(model.compress_ratios) - {0}:
             if self.page_size % ratio:
                 raise ConfigError(f"page_size={self.page_size}: expected a multiple of compression ratio {ratio}")
+        plain = model.head_dim - model.qk_rope_head_dim
+        if self.kv_cache_dtype == "fp8" and plain % KEY_GROUP:
+            raise ConfigError(
+                f"kv_cache_dtype='fp8': keys have {plain} channels outside their rotary part: expected a multiple of"
+                f" {KEY_GROUP}"
+            )
         pages_per_sequence = -(-self.max_model_len // self.page_size)
         num_pages = self.num_pages if self.num_pages is not None else pages_per_sequence * self.max_num_seqs
         if num_pages < pages_per_sequence:

@@ -180,7 +180,17 @@ def deployment_key(model: ModelConfig, config: EngineConfig, checkpoint: Path, g
     """Everything that changes what a step costs."""
     engine = {
         name: getattr(config, name)
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "gamma", "dtype")
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "page_size",
+            "gamma",
+            "dtype",
+            "keeps_quantised",
+            "kv_cache_dtype",
+            "enforce_eager",
+        )
     }
     return {
         "model": checkpoint.name,

@@ -225,7 +225,14 @@ def _load_target_rank(
     shape = CacheShape.of(
         model_config, config.gamma, config.page_size, config.max_num_seqs, config.max_num_batched_tokens
     )
-    cache = CacheTensors(model_config, shape, config.num_pages, getattr(torch, config.dtype), config.device)
+    cache = CacheTensors(
+        model_config,
+        shape,
+        config.num_pages,
+        getattr(torch, config.dtype),
+        config.device,
+        packed=config.kv_cache_dtype == "fp8",
+    )
     capture, graphs = _capture(config), None
     if capture is not None:
         graphs = TargetGraphs(model.eval(), cache, config.max_num_seqs, config.max_model_len, capture)

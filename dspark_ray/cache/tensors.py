@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dspark_kernels.formats import packed_key_bytes
 from dspark_ray.config import CSA_RATIO, ModelConfig
 from dspark_ray.model.rows import CacheShape
 
@@ -17,11 +18,11 @@ class LayerCache:
     """State of one target layer for all sequences, flat over (slot, ring) and staging, or over (page, entry)."""
 
     window: Tensor
-    """[P, D] keys, normed and rotated: a ring per slot, then staging (`model/rows.py`)."""
+    """[P, D] keys, normed and rotated, or [P, bytes] packed: a ring per slot, then staging (`model/rows.py`)."""
     raw: Tensor | None = None
     """[P, 2 * width] float32 compressor rows: kv, then gate + position bias."""
     entries: Tensor | None = None
-    """[pages * entries_per_page, D]"""
+    """[pages * entries_per_page, D], or bytes"""
     index_raw: Tensor | None = None
     index_entries: Tensor | None = None
 
@@ -33,11 +34,17 @@ class LayerCache:
         num_pages: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        packed: bool,
     ) -> None:
         def rows(count: int, width: int, row_dtype: torch.dtype) -> Tensor:
             return torch.zeros(count, width, dtype=row_dtype, device=device)
 
-        self.window = rows(shape.pool_rows(shape.window_ring), config.head_dim, dtype)
+        def key_rows(count: int) -> Tensor:
+            if not packed:
+                return rows(count, config.head_dim, dtype)
+            return rows(count, packed_key_bytes(config.head_dim, config.qk_rope_head_dim), torch.uint8)
+
+        self.window = key_rows(shape.pool_rows(shape.window_ring))
         ratio = config.compress_ratio(layer)
         if ratio == 0:
             return
@@ -45,7 +52,7 @@ class LayerCache:
         num_entries = num_pages * (shape.page_size // ratio)
         series = 2 if ratio == CSA_RATIO else 1
         self.raw = rows(num_raw, 2 * series * config.head_dim, torch.float32)
-        self.entries = rows(num_entries, config.head_dim, dtype)
+        self.entries = key_rows(num_entries)
         if ratio == CSA_RATIO:
             self.index_raw = rows(num_raw, 2 * series * config.index_head_dim, torch.float32)
             self.index_entries = rows(num_entries, config.index_head_dim, dtype)
@@ -61,10 +68,13 @@ class CacheTensors:
         num_pages: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        packed: bool = False,
     ) -> None:
+        """With `packed`, keys and entries are stored in FP8 (`dspark_kernels.formats`); the indexer's stay in dtype."""
         self.shape = shape
         self.layers = [
-            LayerCache(config, layer, shape, num_pages, dtype, device) for layer in range(config.num_hidden_layers)
+            LayerCache(config, layer, shape, num_pages, dtype, device, packed)
+            for layer in range(config.num_hidden_layers)
         ]
 
     @property
