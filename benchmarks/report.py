@@ -56,14 +56,16 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
 
 def provenance(root: Path, command: str) -> dict[str, Any]:
     """What a number needs beside it: command, commit, date, machine, versions."""
-    packages = ("torch", "ray", "transformers", "numpy", "fastapi", "pyzmq")
+    packages = ("torch", "triton", "ray", "transformers", "numpy", "fastapi", "pyzmq")
+    installed = {distribution.name.lower() for distribution in metadata.distributions()}
     return {
         "command": command,
         "commit": _git(root, "rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _machine(),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in packages if name in installed},
     }
 
 
@@ -150,7 +152,10 @@ def _format(value: float, unit: str) -> str:
 
 
 def _machine() -> dict[str, Any]:
+    import torch
+
     return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "processor": _processor_name(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dspark_kernels.formats import FP4_BLOCK, FP8_BLOCK
+from dspark_kernels.formats import ACTIVATION_GROUP, FP4_BLOCK, FP8_BLOCK
 from dspark_ray.checkpoint.layout import FP8_WEIGHTS, Piece, local_name, pieces_of
 from dspark_ray.config import ModelConfig
 from dspark_ray.model.parallel import ParallelGroup
@@ -33,35 +33,41 @@ StoredDtype = Callable[[str], str | None]
 
 def keep_stored(module: nn.Module, config: ModelConfig, group: ParallelGroup, dtype_of: StoredDtype) -> None:
     """Give parameters of `module`, which must be on the meta device, the form that their tensors are stored in."""
-    plans: dict[str, list[Piece]] = {}
+    pieces_by_name: dict[str, list[Piece]] = {}
     for name, piece in pieces_of(module, config, group):
-        plans.setdefault(name, []).append(piece)
-    for name, pieces in plans.items():
-        dtypes = {dtype_of(piece.name) for piece in pieces}
-        dtype = dtypes.pop()
-        if dtypes or dtype is None or not _can_stay(name, dtype, pieces):
-            continue
-        owner, attribute = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        dense = owner.get_parameter(attribute)
-        setattr(owner, attribute, _empty(_stored_shape(dense.shape, dtype), _DTYPES[dtype]))
-        setattr(owner, scale_attribute(attribute), _empty(scale_shape(dense.shape, dtype), torch.float8_e8m0fnu))
+        pieces_by_name.setdefault(name, []).append(piece)
+    stay = {name: dtype for name, pieces in pieces_by_name.items() if (dtype := _staying_dtype(name, pieces, dtype_of))}
+    for name, dtype in stay.items():
+        # Both products of an expert are quantised, or none is.
+        if all(name.replace(*pair) in stay for pair in ((".w13", ".w2"), (".w2", ".w13")) if pair[0] in name):
+            _keep(module, name, dtype)
 
 
-def _can_stay(name: str, dtype: str, pieces: list[Piece]) -> bool:
-    if dtype not in BLOCKS:
-        return False
-    local = local_name(name)
+def _staying_dtype(name: str, pieces: list[Piece], dtype_of: StoredDtype) -> str | None:
+    """The stored dtype of a parameter that can stay as it is stored; None of another."""
+    dtypes = {dtype_of(piece.name) for piece in pieces}
+    dtype, local = dtypes.pop(), local_name(name)
+    if dtypes or dtype not in BLOCKS:
+        return None
     known = local in _EXPERTS or (local in _LINEAR and dtype == "F8_E4M3")
-    return known and all(_is_whole_blocks(piece, dtype) for piece in pieces)
+    return dtype if known and all(_is_computable(piece, dtype) for piece in pieces) else None
 
 
-def _is_whole_blocks(piece: Piece, dtype: str) -> bool:
-    """Whether a rank's part begins and ends with a block of scales, in the tensor and in the parameter."""
+def _is_computable(piece: Piece, dtype: str) -> bool:
+    """Whether a part begins and ends with a block of scales, in tensor and parameter, and its inputs can be rounded."""
     for (start, stop), size, total in zip(piece.region, BLOCKS[dtype], piece.shape, strict=True):
         if start % size or (stop % size and stop != total):
             return False
+    first, stop = piece.region[-1]
     stacked = [part.start % BLOCKS[dtype][0] == 0 for part in piece.target if isinstance(part, slice)]
-    return all(stacked)
+    return (stop - first) % ACTIVATION_GROUP == 0 and all(stacked)
+
+
+def _keep(module: nn.Module, name: str, dtype: str) -> None:
+    owner, attribute = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    dense = owner.get_parameter(attribute).shape
+    setattr(owner, attribute, _empty(_stored_shape(dense, dtype), _DTYPES[dtype]))
+    setattr(owner, scale_attribute(attribute), _empty(scale_shape(dense, dtype), torch.float8_e8m0fnu))
 
 
 def scale_attribute(weight: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dspark_kernels.formats import FP8_BLOCK, quantise_fp4, quantise_fp8
 from dspark_ray.checkpoint.layout import FP8_WEIGHTS, local_name, scale_name
 from dspark_ray.checkpoint.reader import INDEX_FILE
+from dspark_ray.checkpoint.stored import is_quantised
 from dspark_ray.drafters.dspark import DSparkModule
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 
@@ -40,13 +41,17 @@ def save_checkpoint(
 ) -> None:
     """Write shards, index and config.json; `quantise` stores linears in FP8 and routed experts in FP4.
 
-    Plain weights become BF16. Raises ValueError for one rank of several, which holds only a part.
+    Plain weights become BF16. Raises ValueError for one rank of several, which holds only a part, and for weights that
+    were kept as a checkpoint stored them.
     """
     if model.group.size != 1:
         raise ValueError(f"tensor-parallel rank {model.group.rank} of {model.group.size}: expected the whole target")
+    modules = [model] if drafter is None else [model, drafter]
+    for name, parameter in (pair for module in modules for pair in module.named_parameters()):
+        if is_quantised(parameter):
+            raise ValueError(f"{name} is kept as it was stored ({parameter.dtype}): expected dequantised weights")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    modules = [model] if drafter is None else [model, drafter]
     bundles = (bundle for module in modules for bundle in _bundles(module, quantise))
     _write_shards(directory, bundles, max_shard_bytes)
     _write_json(directory / "config.json", _config(raw_config, quantise))

@@ -25,11 +25,12 @@ class Weight(nn.Module):
     One that stays as a checkpoint quantised it has a `scale` too (`checkpoint/stored.py`).
     """
 
-    scale: nn.Parameter | None = None
+    scale: nn.Parameter | None
 
     def __init__(self, *shape: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = empty(*shape, dtype=dtype)
+        self.register_parameter("scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) if self.scale is None else ops.linear_fp8(x, self.weight, self.scale)
@@ -220,8 +221,8 @@ class Experts(nn.Module):
     Those that stay as a checkpoint quantised them have scales too (`checkpoint/stored.py`).
     """
 
-    w13_scale: nn.Parameter | None = None
-    w2_scale: nn.Parameter | None = None
+    w13_scale: nn.Parameter | None
+    w2_scale: nn.Parameter | None
 
     def __init__(self, config: ModelConfig, group: ParallelGroup) -> None:
         super().__init__()
@@ -229,6 +230,8 @@ class Experts(nn.Module):
         self.first = first
         self.w13 = empty(stop - first, 2 * config.moe_intermediate_size, config.hidden_size)
         self.w2 = empty(stop - first, config.hidden_size, config.moe_intermediate_size)
+        self.register_parameter("w13_scale", None)
+        self.register_parameter("w2_scale", None)
 
 
 class MoE(nn.Module):
