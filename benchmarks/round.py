@@ -7,8 +7,8 @@
 Weights are random, in the precision of a release: FP8 linears, FP4 experts, bfloat16 elsewhere. For every number of
 requests three numbers stand side by side, measured in one run, taking turns: milliseconds of a round launched kernel by
 kernel, of the same round as one CUDA graph, and of its kernels alone. The rest is time outside kernels. Results are
-written after every number of requests, and a second run of the same commit goes on from there. `--picture` draws what was
-written, on any machine.
+written after every number of requests, and a second run of the same commit goes on from there. `--picture` draws what
+was written, on any machine.
 """
 
 from __future__ import annotations
@@ -300,16 +300,17 @@ def draw(content: dict[str, Any], path: Path) -> None:
             totals[name] += value / sum(figures["kernel_ms"].values())
     shown = sorted(totals, key=lambda name: -totals[name])[:10]
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    greys = {"other kernels": "grey", "outside kernels": "lightgrey"}
     places, bottom = range(len(results)), [0.0] * len(results)
     for name in [*shown, "other kernels", "outside kernels"]:
         values = [_part(figures, name, shown) for figures in results]
-        axes.bar(places, values, bottom=bottom, label=name, color="lightgrey" if name == "outside kernels" else None)
+        axes.bar(places, values, bottom=bottom, label=name, color=greys.get(name))
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     axes.set_xticks(places, [str(figures["requests"]) for figures in results])
     axes.set_xlabel("requests")
     axes.set_ylabel("milliseconds of a round")
     axes.set_title(f"{content['settings']['layers']} layers, {content['origin']['machine']['gpu']}")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=120)
 
 
