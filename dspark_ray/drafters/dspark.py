@@ -95,6 +95,9 @@ class Draft:
 Choose = Callable[[int, Tensor], Tensor]
 """(position k of the block, logits [R, V]) -> token ids [R]."""
 
+Filters = tuple[Tensor, Tensor, Tensor, int]
+"""top_k, top_p, min_p [R] and the widest top_k, as `dspark_kernels.lowest_kept_logit` takes them."""
+
 KeysOf = Callable[[int, Tensor, Angles], tuple[Tensor, Tensor]]
 """(stage, normed rows [R*G, d], their angles) -> keys [P, D] and the rows [R, W + G] of them that each request sees."""
 
@@ -225,16 +228,17 @@ class DSparkModule(nn.Module):
         temperatures: Tensor,
         seeds: Tensor,
         num_positions: int,
+        filters: Filters | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(tokens [R, G], confidence logits [R, G]) of the first G positions, with the noise of coupled verification.
 
-        What `run_heads` does with a `Choose` that perturbs tempered logits, in one operation.
+        What `run_heads` does with a `Choose` that perturbs tempered and filtered logits, in one operation.
         """
         last = self.stages[-1]
         assert isinstance(last.markov_head, MarkovHead)
         w1, w2 = last.markov_head.markov_w1.weight, last.markov_head.markov_w2.weight
         logits = block.base_logits[:, :num_positions]
-        tokens, _ = ops.markov_sample(logits, anchors, w1, w2, temperatures, seeds, starts + 1, STREAM_SAMPLE)
+        tokens, _ = ops.markov_sample(logits, anchors, w1, w2, temperatures, seeds, starts + 1, STREAM_SAMPLE, filters)
         previous = torch.cat((anchors.unsqueeze(1), tokens[:, :-1]), dim=1)
         return tokens, last.confidence_head(block.hidden[:, :num_positions], w1[previous])
 

@@ -17,7 +17,7 @@ from dspark_ray.drafters.protocol import (
 )
 from dspark_ray.runner.decode import DraftGraphs
 from dspark_ray.runner.graphs import Capture
-from dspark_ray.sampling.sampler import DraftChooser, DraftSampling
+from dspark_ray.sampling.sampler import DraftChooser
 
 
 class DraftWorker:
@@ -42,7 +42,7 @@ class DraftWorker:
         anchors, starts, slots = (
             torch.from_numpy(x).to(self._pools.device) for x in (request.anchors, request.starts, request.slots)
         )
-        if not self._is_coupled_alone(request.sampling):
+        if self.config.verification != "coupled" or not self.module.is_vanilla:
             block = self.module.cached_block(anchors, starts, self._pools.tensors, self._pools.index(slots, starts))
             return self._draft_by_rows(request, block, anchors, starts)
         tokens, logits = self._draft_coupled(request, anchors, starts, slots)
@@ -53,20 +53,17 @@ class DraftWorker:
     ) -> tuple[Tensor, Tensor]:
         """(tokens, confidence logits), both [R, num_positions]."""
         sampling, wanted = request.sampling.to(self._pools.device), request.num_positions
-        if self._graphs is not None:
+        filters = sampling.filters(self.module.config.vocab_size)
+        if self._graphs is not None and filters is None:
             whole = self._graphs.run(anchors, starts, slots, sampling.seeds, sampling.temperatures)
             return whole[0][:, :wanted], whole[1][:, :wanted]
         block = self.module.cached_block(anchors, starts, self._pools.tensors, self._pools.index(slots, starts))
-        return self.module.sample(block, anchors, starts, sampling.temperatures, sampling.seeds, wanted)
-
-    def _is_coupled_alone(self, sampling: DraftSampling) -> bool:
-        """Whether temperature and noise are all there is between logits and tokens."""
-        return self.config.verification == "coupled" and self.module.is_vanilla and not sampling.any_filtered
+        return self.module.sample(block, anchors, starts, sampling.temperatures, sampling.seeds, wanted, filters)
 
     def _draft_by_rows(
         self, request: DraftRequest, block: BlockOutput, anchors: Tensor, starts: Tensor
     ) -> DraftProposal:
-        """With whole rows of logits at every position: filters, other Markov heads, rejection verification."""
+        """With whole rows of logits at every position: other Markov heads, rejection verification."""
         choose = DraftChooser(
             request.sampling,
             starts,

@@ -86,6 +86,12 @@ class Draws(Packed):
         """[n, 1] whether a row is drawn with noise."""
         return (self.temperatures > 0).unsqueeze(1)
 
+    def filters(self, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, int] | None:
+        """The last arguments of `dspark_kernels.lowest_kept_logit`; None where no row has a filter."""
+        if not self.any_filtered:
+            return None
+        return self.top_k, self.top_p, self.min_p, min(self.widest_top_k, vocab_size)
+
     @property
     def num_rows(self) -> int:
         return self.integers.shape[1]

@@ -41,10 +41,8 @@ def temper(logits: Tensor, draws: Draws) -> Tensor:
 
 def lowest_kept(logits: Tensor, draws: Draws) -> Tensor | None:
     """[n] lowest tempered logit that the filters leave in rows of untempered logits; None without filters."""
-    if not draws.any_filtered:
-        return None
-    widest = min(draws.widest_top_k, logits.shape[1])
-    return ops.lowest_kept_logit(logits, draws.temperatures, draws.top_k, draws.top_p, draws.min_p, widest)
+    filters = draws.filters(logits.shape[1])
+    return None if filters is None else ops.lowest_kept_logit(logits, draws.temperatures, *filters)
 
 
 def filtered_logits(logits: Tensor, draws: Draws) -> Tensor:

@@ -475,12 +475,14 @@ def markov_sample(
     seeds: Tensor,
     positions: Tensor,
     stream: int,
+    filters: tuple[Tensor, Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draft left to right: token k = argmax(x_k + noise), x_k = (base_logits[:, k] + W2 . W1[token k-1]) / temperature.
 
     base_logits [R, G, V]; anchors [R] are the tokens before; w1, w2 [V, r]; temperatures, seeds [R]; positions [R]
-    of the first drafted token, whose noise is that of the target at the same positions. Returns (tokens [R, G]
-    int64, log-sum-exp of x_k [R, G] float32). Source: DSpark module specification 8.
+    of the first drafted token, whose noise is that of the target at the same positions. `filters` are the last four
+    arguments of `lowest_kept_logit`, below which no token is taken. Returns (tokens [R, G] int64, log-sum-exp of x_k
+    [R, G] float32). Source: DSpark module specification 8.
     """
     num_requests, num_positions, vocab_size = base_logits.shape
     noise = None
@@ -492,8 +494,12 @@ def markov_sample(
     previous, tokens, log_sums = anchors, [], []
     for k in range(num_positions):
         bias = F.linear(w1[previous].float(), w2.float())
-        logits = _temper(base_logits[:, k].float() + bias, temperatures)
-        previous = (logits if noise is None else logits + noise[:, k]).argmax(-1)
+        untempered = base_logits[:, k].float() + bias
+        logits = kept = _temper(untempered, temperatures)
+        if filters is not None:
+            lowest = lowest_kept_logit(untempered, temperatures, *filters)
+            kept = logits.masked_fill(logits < lowest.unsqueeze(1), -torch.inf)
+        previous = (kept if noise is None else kept + noise[:, k]).argmax(-1)
         tokens.append(previous)
         log_sums.append(logits.logsumexp(-1))
     return torch.stack(tokens, 1), torch.stack(log_sums, 1)
