@@ -39,8 +39,13 @@ def keep_stored(module: nn.Module, config: ModelConfig, group: ParallelGroup, dt
     stay = {name: dtype for name, pieces in pieces_by_name.items() if (dtype := _staying_dtype(name, pieces, dtype_of))}
     for name, dtype in stay.items():
         # Both products of an expert are quantised, or none is.
-        if all(name.replace(*pair) in stay for pair in ((".w13", ".w2"), (".w2", ".w13")) if pair[0] in name):
+        if all(name.removesuffix(local_name(name)) + partner in stay for partner in _partners(name)):
             _keep(module, name, dtype)
+
+
+def _partners(name: str) -> tuple[str, ...]:
+    """Parameters, as local names, without which this one cannot stay."""
+    return _EXPERTS if local_name(name) in _EXPERTS else ()
 
 
 def _staying_dtype(name: str, pieces: list[Piece], dtype_of: StoredDtype) -> str | None:
