@@ -1,0 +1,445 @@
+"""Routed experts: pairs (row, chosen expert) sorted by expert, two products over them, and a sum per row.
+
+Four launches. `_plan_kernel` lists each expert's pairs, cuts the lists into tiles of rows, and rounds hidden rows to
+FP8 where the weights are quantised. A program of a product takes one tile and some output channels: an expert's weights
+are read once per tile, and not at all where nobody chose it. The grid cannot depend on what was chosen; programs that
+find no tile leave at once. A pair has a row of its own until `_combine_kernel` adds up a row's pairs, first choice
+first, so that results do not depend on the order of programs.
+
+Where experts have few pairs each, reading weights is what takes the time, and the warps of a program share the input
+channels instead of the rows (`weights.multiply_add`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dspark_kernels.formats import ACTIVATION_GROUP
+
+from .weights import (
+    FP4,
+    FP8,
+    PLAIN,
+    format_of,
+    load_rows,
+    multiply_add,
+    nearest,
+    scale_bytes,
+    store_rounded,
+    whole_sum,
+    zero_sum,
+)
+
+_GROUP = tl.constexpr(ACTIVATION_GROUP)
+_PLAIN = tl.constexpr(PLAIN)
+_TILE_NUMBERS = 3
+_TILE = tl.constexpr(_TILE_NUMBERS)
+"""Numbers of a tile: its expert, and the first place of its pairs and the end of its expert's in the sorted list."""
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Sizes of one program of a product."""
+
+    rows: int
+    channels: int
+    columns: int
+    """Stored columns of the weight in one step."""
+    slices: int
+    warps: int
+    stages: int
+
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+_PLAN_PAIRS, _PLAN_GROUPS, _COMBINE_CHANNELS = 1024, 8, 512
+"""Pairs, groups of channels and channels that the small kernels take at a time."""
+_FEW_PAIRS = 6
+"""Pairs per expert up to which tiles of 8 rows are read best."""
+_FEW_BLOCKS = {
+    FP4: _Blocks(rows=8, channels=128, columns=128, slices=8, warps=8, stages=3),
+    FP8: _Blocks(rows=8, channels=128, columns=128, slices=4, warps=4, stages=3),
+    PLAIN: _Blocks(rows=8, channels=64, columns=128, slices=8, warps=8, stages=3),
+}
+_MANY_BLOCKS = {
+    FP4: _Blocks(rows=64, channels=128, columns=64, slices=1, warps=8, stages=3),
+    FP8: _Blocks(rows=64, channels=128, columns=128, slices=1, warps=8, stages=3),
+    PLAIN: _Blocks(rows=64, channels=128, columns=64, slices=1, warps=8, stages=3),
+}
+# Without tensor cores, and for tests only.
+_FLOAT32_BLOCKS = _Blocks(rows=16, channels=32, columns=32, slices=1, warps=4, stages=2)
+
+
+@triton.jit
+def _local_experts(p_experts, o_pairs, num_pairs, first_expert, E: tl.constexpr):
+    """Experts of pairs as this rank numbers them; E where they are another rank's."""
+    b_local = tl.load(p_experts + o_pairs, mask=o_pairs < num_pairs, other=-1) - first_expert
+    return tl.where((o_pairs < num_pairs) & (b_local >= 0) & (b_local < E), b_local, E).to(tl.int32)
+
+
+@triton.jit
+def _list_pairs(
+    i_expert,
+    p_experts,
+    p_pairs,
+    p_tiles,
+    p_num_tiles,
+    num_pairs,
+    first_expert,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Write one expert's pairs and tiles behind those of the experts before it."""
+    o_experts = tl.arange(0, BLOCK_E)
+    b_counts = tl.zeros((BLOCK_E,), tl.int32)
+    for i_pair in range(0, num_pairs, BLOCK_P):
+        o_pairs = i_pair + tl.arange(0, BLOCK_P)
+        b_counts += tl.histogram(_local_experts(p_experts, o_pairs, num_pairs, first_expert, E), BLOCK_E)
+    b_tiles = (b_counts + BLOCK_M - 1) // BLOCK_M
+    first = tl.sum(tl.where(o_experts < i_expert, b_counts, 0))
+    count = tl.sum(tl.where(o_experts == i_expert, b_counts, 0))
+    first_tile = tl.sum(tl.where(o_experts < i_expert, b_tiles, 0))
+    num_tiles = (count + BLOCK_M - 1) // BLOCK_M
+    for i_tile in range(num_tiles):
+        p_tile = p_tiles + (first_tile + i_tile) * _TILE
+        tl.store(p_tile, i_expert)
+        tl.store(p_tile + 1, first + i_tile * BLOCK_M)
+        tl.store(p_tile + 2, first + count)
+    if i_expert == E - 1:
+        tl.store(p_num_tiles, first_tile + num_tiles)
+    if count > 0:
+        place = first
+        for i_pair in range(0, num_pairs, BLOCK_P):
+            o_pairs = i_pair + tl.arange(0, BLOCK_P)
+            m_mine = _local_experts(p_experts, o_pairs, num_pairs, first_expert, E) == i_expert
+            b_places = place + tl.cumsum(m_mine.to(tl.int32), 0) - 1
+            tl.store(p_pairs + b_places, o_pairs, mask=m_mine)
+            place += tl.sum(m_mine.to(tl.int32))
+
+
+@triton.jit
+def _round_row(p_hidden, p_rounded, FORMAT: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr):
+    for i_channel in range(0, K, GROUPS * _GROUP):
+        o_groups = i_channel + tl.arange(0, GROUPS) * _GROUP
+        m_groups = o_groups < K
+        p_groups = p_hidden + o_groups[:, None] + tl.arange(0, _GROUP)[None, :]
+        b_groups = tl.load(p_groups, mask=m_groups[:, None], other=0.0).to(tl.float32)
+        # A group's row is the same for all of them.
+        store_rounded(p_rounded + o_groups * 0, b_groups, m_groups, o_groups, FORMAT, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "first_expert"])
+def _plan_kernel(
+    p_hidden,
+    p_experts,
+    p_rounded,
+    p_pairs,
+    p_tiles,
+    p_num_tiles,
+    num_pairs,
+    first_expert,
+    FORMAT: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    i_program = tl.program_id(0)
+    if i_program < E:
+        _list_pairs(
+            i_program, p_experts, p_pairs, p_tiles, p_num_tiles, num_pairs, first_expert, E, BLOCK_E, BLOCK_P, BLOCK_M
+        )
+    elif FORMAT != _PLAIN:
+        i_row = (i_program - E).to(tl.int64)
+        _round_row(p_hidden + i_row * K, p_rounded + i_row * K, FORMAT, K, COLUMNS, GROUPS)
+
+
+@triton.jit
+def _gate_up_kernel(
+    p_x,
+    p_weights,
+    p_pairs,
+    p_tiles,
+    p_num_tiles,
+    p_w13,
+    p_scale,
+    p_inner,
+    limit,
+    FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    SCALES: tl.constexpr,
+    INNER_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    CHANNEL_BLOCKS: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
+    i_tile = tl.program_id(0) // CHANNEL_BLOCKS
+    i_channel = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_N
+    if i_tile >= tl.load(p_num_tiles):
+        return
+    p_tile = p_tiles + i_tile * _TILE
+    i_expert = tl.load(p_tile).to(tl.int64)
+    o_places = tl.load(p_tile + 1) + tl.arange(0, BLOCK_M)
+    m_rows = o_places < tl.load(p_tile + 2)
+    o_pairs = tl.load(p_pairs + o_places, mask=m_rows, other=0)
+
+    o_channels = i_channel + tl.arange(0, BLOCK_N)
+    m_channels = o_channels < INNER
+    p_w13 += i_expert * (2 * INNER * COLUMNS)
+    if FORMAT != _PLAIN:
+        p_scale += i_expert * SCALES
+    p_x += (o_pairs // TOP_K).to(tl.int64) * K
+    b_gate = zero_sum(BLOCK_M, BLOCK_N, SLICES)
+    b_up = b_gate
+    for i_column in range(0, COLUMNS, BLOCK_C):
+        b_x, b_odd_x = load_rows(p_x, m_rows, i_column, FORMAT, COLUMNS, BLOCK_C)
+        b_gate = multiply_add(
+            b_gate,
+            b_x,
+            b_odd_x,
+            p_w13,
+            p_scale,
+            o_channels,
+            m_channels,
+            i_column,
+            FORMAT,
+            COLUMNS,
+            BLOCK_N,
+            BLOCK_C,
+            SLICES,
+        )
+        b_up = multiply_add(
+            b_up,
+            b_x,
+            b_odd_x,
+            p_w13,
+            p_scale,
+            INNER + o_channels,
+            m_channels,
+            i_column,
+            FORMAT,
+            COLUMNS,
+            BLOCK_N,
+            BLOCK_C,
+            SLICES,
+        )
+    b_gate = whole_sum(b_gate, FORMAT, SLICES)
+    b_up = whole_sum(b_up, FORMAT, SLICES)
+
+    if FORMAT == _PLAIN:
+        b_gate, b_up = nearest(b_gate, DTYPE).to(tl.float32), nearest(b_up, DTYPE).to(tl.float32)
+    b_gate = tl.minimum(b_gate, limit)
+    b_up = tl.minimum(tl.maximum(b_up, -limit), limit)
+    b_weights = tl.load(p_weights + o_pairs, mask=m_rows, other=0.0)
+    b_inner = nearest(b_gate * tl.sigmoid(b_gate) * b_up * b_weights[:, None], DTYPE)
+    p_inner += o_places.to(tl.int64) * INNER
+    if FORMAT == _PLAIN:
+        m_inner = m_rows[:, None] & m_channels[None, :]
+        tl.store(p_inner[:, None] + o_channels[None, :], b_inner, mask=m_inner)
+    else:
+        store_rounded(p_inner, b_inner.to(tl.float32), m_rows, i_channel, FORMAT, INNER_COLUMNS)
+
+
+@triton.jit
+def _down_kernel(
+    p_inner,
+    p_pairs,
+    p_tiles,
+    p_num_tiles,
+    p_w2,
+    p_scale,
+    p_out,
+    FORMAT: tl.constexpr,
+    K: tl.constexpr,
+    INNER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    CHANNEL_BLOCKS: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    i_tile = tl.program_id(0) // CHANNEL_BLOCKS
+    if i_tile >= tl.load(p_num_tiles):
+        return
+    p_tile = p_tiles + i_tile * _TILE
+    i_expert = tl.load(p_tile).to(tl.int64)
+    o_places = tl.load(p_tile + 1) + tl.arange(0, BLOCK_M)
+    m_rows = o_places < tl.load(p_tile + 2)
+    o_pairs = tl.load(p_pairs + o_places, mask=m_rows, other=0)
+
+    o_channels = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_channels = o_channels < K
+    p_w2 += i_expert * (K * COLUMNS)
+    if FORMAT != _PLAIN:
+        p_scale += i_expert * SCALES
+    p_inner += o_places.to(tl.int64) * INNER
+    b_sum = zero_sum(BLOCK_M, BLOCK_N, SLICES)
+    for i_column in range(0, COLUMNS, BLOCK_C):
+        b_x, b_odd_x = load_rows(p_inner, m_rows, i_column, FORMAT, COLUMNS, BLOCK_C)
+        b_sum = multiply_add(
+            b_sum,
+            b_x,
+            b_odd_x,
+            p_w2,
+            p_scale,
+            o_channels,
+            m_channels,
+            i_column,
+            FORMAT,
+            COLUMNS,
+            BLOCK_N,
+            BLOCK_C,
+            SLICES,
+        )
+    b_sum = whole_sum(b_sum, FORMAT, SLICES)
+    p_out = p_out + o_pairs.to(tl.int64)[:, None] * K + o_channels[None, :]
+    tl.store(p_out, b_sum, mask=m_rows[:, None] & m_channels[None, :])
+
+
+@triton.jit(do_not_specialize=["first_expert"])
+def _combine_kernel(
+    p_pairs_out,
+    p_experts,
+    p_out,
+    first_expert,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    o_channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    for i_choice in tl.static_range(TOP_K):
+        i_pair = i_row * TOP_K + i_choice
+        i_expert = tl.load(p_experts + i_pair) - first_expert
+        num_channels = tl.where((i_expert >= 0) & (i_expert < E), K, 0)
+        b_sum += tl.load(p_pairs_out + i_pair * K + o_channels, mask=o_channels < num_channels, other=0.0)
+    tl.store(p_out + i_row * K + o_channels, b_sum, mask=o_channels < K)
+
+
+def _blocks_of(weight_format: int, dtype: torch.dtype, few: bool) -> _Blocks:
+    if weight_format == PLAIN and dtype == torch.float32:
+        return _FLOAT32_BLOCKS
+    return (_FEW_BLOCKS if few else _MANY_BLOCKS)[weight_format]
+
+
+def moe(
+    hidden: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    limit: float,
+    first_expert: int = 0,
+    w13_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
+) -> Tensor:
+    """See `reference.moe`."""
+    num_rows, d = hidden.shape
+    top_k, num_experts, inner = experts.shape[1], len(w13), w13.shape[1] // 2
+    out = torch.empty(num_rows, d, dtype=torch.float32, device=hidden.device)
+    if num_rows == 0:
+        return out
+    quantised = w13_scale is not None and w2_scale is not None
+    weight_format = format_of(w13) if quantised else PLAIN
+    if quantised and (d % ACTIVATION_GROUP or inner % ACTIVATION_GROUP):
+        raise ValueError(f"quantised experts of {d} and {inner} channels: expected multiples of {ACTIVATION_GROUP}")
+    if not quantised and not hidden.dtype == w13.dtype == w2.dtype:
+        raise ValueError(f"rows are {hidden.dtype}, experts {w13.dtype} and {w2.dtype}: expected one dtype")
+    if weight_format == FP4:
+        w13, w2 = w13.view(torch.uint8), w2.view(torch.uint8)
+    assert w13.is_contiguous() and w2.is_contiguous(), "experts' weights have to be contiguous"
+    hidden, weights, experts = hidden.contiguous(), weights.contiguous(), experts.contiguous()
+
+    num_pairs = experts.numel()
+    blocks = _blocks_of(weight_format, hidden.dtype, few=num_pairs <= _FEW_PAIRS * num_experts)
+    max_tiles = min(num_pairs, num_experts) + num_pairs // blocks.rows
+    device, rows_dtype = hidden.device, torch.bfloat16 if quantised else hidden.dtype
+    pairs = torch.empty(num_pairs, dtype=torch.int32, device=device)
+    tiles = torch.empty(max_tiles, _TILE_NUMBERS, dtype=torch.int32, device=device)
+    num_tiles = torch.empty(1, dtype=torch.int32, device=device)
+    x = torch.empty(num_rows, d, dtype=rows_dtype, device=device) if quantised else hidden
+    activated = torch.empty(num_pairs, inner, dtype=rows_dtype, device=device)
+    pairs_out = torch.empty(num_pairs, d, dtype=torch.float32, device=device)
+
+    columns, inner_columns = w13.shape[2], w2.shape[2]
+    _plan_kernel[(num_experts + (num_rows if quantised else 0),)](
+        hidden,
+        experts,
+        x,
+        pairs,
+        tiles,
+        num_tiles,
+        num_pairs,
+        first_expert,
+        FORMAT=weight_format,
+        K=d,
+        COLUMNS=columns,
+        E=num_experts,
+        BLOCK_E=triton.next_power_of_2(num_experts + 1),
+        BLOCK_P=_PLAN_PAIRS,
+        BLOCK_M=blocks.rows,
+        GROUPS=_PLAN_GROUPS,
+    )
+    sizes = {
+        "FORMAT": weight_format,
+        "K": d,
+        "INNER": inner,
+        "BLOCK_M": blocks.rows,
+        "BLOCK_N": blocks.channels,
+        "BLOCK_C": blocks.columns,
+        "SLICES": blocks.slices,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
+    _gate_up_kernel[(max_tiles * triton.cdiv(inner, blocks.channels),)](
+        x,
+        weights,
+        pairs,
+        tiles,
+        num_tiles,
+        w13,
+        None if w13_scale is None else scale_bytes(w13_scale),
+        activated,
+        limit,
+        DTYPE=_DTYPES[hidden.dtype],
+        TOP_K=top_k,
+        COLUMNS=columns,
+        SCALES=0 if w13_scale is None else w13_scale[0].numel(),
+        INNER_COLUMNS=inner_columns,
+        **sizes,
+    )
+    _down_kernel[(max_tiles * triton.cdiv(d, blocks.channels),)](
+        activated,
+        pairs,
+        tiles,
+        num_tiles,
+        w2,
+        None if w2_scale is None else scale_bytes(w2_scale),
+        pairs_out,
+        COLUMNS=inner_columns,
+        SCALES=0 if w2_scale is None else w2_scale[0].numel(),
+        **sizes,
+    )
+    _combine_kernel[(num_rows, triton.cdiv(d, _COMBINE_CHANNELS))](
+        pairs_out, experts, out, first_expert, E=num_experts, TOP_K=top_k, K=d, BLOCK=_COMBINE_CHANNELS
+    )
+    return out

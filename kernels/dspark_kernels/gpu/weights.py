@@ -1,0 +1,266 @@
+"""Tiles of stored weights as kernels multiply with them: decoded in registers to bfloat16, which is exact.
+
+A power-of-two scale times an E4M3 or E2M1 number fits in bfloat16, and so does an activation that was rounded to FP8.
+Products of the two, summed in float32, are the reference's product up to the order of the sums.
+
+An FP4 byte holds two neighbouring input channels. They are kept in two tiles, low nibbles and high ones, and the rows
+they meet are stored in two planes: first all even channels of a row, then all odd ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dspark_kernels.formats import FP4_BLOCK, FP8_BLOCK
+
+PLAIN, FP8, FP4 = 0, 1, 2
+"""Formats of a weight, as the kernels' FORMAT."""
+
+_FP4 = tl.constexpr(FP4)
+_FP8 = tl.constexpr(FP8)
+_FP8_ROWS = tl.constexpr(FP8_BLOCK[0])
+_FP8_COLUMNS = tl.constexpr(FP8_BLOCK[1])
+_FP4_COLUMNS = tl.constexpr(FP4_BLOCK[1] // 2)  # bytes
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+_AMAX_FLOOR = tl.constexpr(1e-4)
+
+# Nibbles become the lowest exponent bits of a bfloat16: too small by 2^126. The scale makes up for 2^94 of it, which
+# leaves room for scales up to 2^33, and a sum of products for the rest.
+_FP4_SCALE_BIAS = tl.constexpr(94)
+_FP4_UNIT = tl.constexpr(2.0**32)
+
+
+@triton.jit
+def nearest(b_x, DTYPE: tl.constexpr):
+    """float32 b_x in DTYPE. The interpreter cuts off what does not fit in a bfloat16."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_x = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
+def _numbers(b_tile):
+    """The tile: the interpreter keeps bfloat16 as integers, and multiplies those."""
+    if _INTERPRETED:
+        b_tile = b_tile.to(tl.float32)
+    return b_tile
+
+
+@triton.jit
+def _nibbles(b_bytes):
+    """(low, high) nibbles of bytes as bfloat16: E2M1 numbers times 2^-126."""
+    if _INTERPRETED:
+        b_bits = b_bytes.to(tl.int32)
+        b_low = (((b_bits & 0x07) << 22) | ((b_bits & 0x08) << 28)).to(tl.float32, bitcast=True)
+        b_high = (((b_bits & 0x70) << 18) | ((b_bits & 0x80) << 24)).to(tl.float32, bitcast=True)
+    else:
+        # The same for two bytes at once, spread to the halves of a word: one multiplication makes two copies of a
+        # nibble, at bits 15..12 and 9..6, and a mask takes the sign of the former and the rest of the latter.
+        b_low, b_high = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 first, second, bits;
+            prmt.b32 first, $4, 0, 0x4140;
+            prmt.b32 second, $4, 0, 0x4342;
+            and.b32 bits, first, 0x000F000F;
+            mul.lo.u32 bits, bits, 0x1040;
+            and.b32 $0, bits, 0x81C081C0;
+            and.b32 bits, second, 0x000F000F;
+            mul.lo.u32 bits, bits, 0x1040;
+            and.b32 $1, bits, 0x81C081C0;
+            and.b32 bits, first, 0x00F000F0;
+            mul.lo.u32 bits, bits, 0x0104;
+            and.b32 $2, bits, 0x81C081C0;
+            and.b32 bits, second, 0x00F000F0;
+            mul.lo.u32 bits, bits, 0x0104;
+            and.b32 $3, bits, 0x81C081C0;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [b_bytes],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    return b_low, b_high
+
+
+@triton.jit
+def tile_mask(m_rows, i_column, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Mask of a tile of BLOCK columns from i_column on, of rows with COLUMNS of them."""
+    m_tile = m_rows[:, None]
+    if COLUMNS % BLOCK:
+        m_tile = m_tile & (i_column + tl.arange(0, BLOCK) < COLUMNS)[None, :]
+    return m_tile
+
+
+@triton.jit
+def load_rows(p_rows, m_rows, i_column, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Two tiles [., BLOCK] of the rows at p_rows that meet the weights' columns from i_column on.
+
+    The second one meets the high nibbles. It is the first one where weights are not FP4.
+    """
+    p_rows = p_rows[:, None] + i_column + tl.arange(0, BLOCK)[None, :]
+    m_tile = tile_mask(m_rows, i_column, COLUMNS, BLOCK)
+    b_x = tl.load(p_rows, mask=m_tile, other=0.0)
+    b_odd_x = b_x
+    if FORMAT == _FP4:
+        b_odd_x = tl.load(p_rows + COLUMNS, mask=m_tile, other=0.0)
+    return b_x, b_odd_x
+
+
+@triton.jit
+def _load_scale(
+    p_scale,
+    o_rows,
+    m_rows,
+    i_column,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """bfloat16 scales [ROWS, BLOCK] of a tile, times 2^BIAS; stored for GROUP columns at a time."""
+    GROUPS: tl.constexpr = COLUMNS // GROUP
+    BLOCK_GROUPS: tl.constexpr = BLOCK // GROUP
+    i_group = i_column // GROUP
+    p_scale = p_scale + o_rows[:, None] * GROUPS + i_group + tl.arange(0, BLOCK_GROUPS)[None, :]
+    b_scale = tl.load(p_scale, mask=tile_mask(m_rows, i_group, GROUPS, BLOCK_GROUPS), other=0).to(tl.int16)
+    b_scale = (tl.minimum(b_scale + BIAS, 255) << 7).to(tl.bfloat16, bitcast=True)
+    return _numbers(tl.reshape(tl.broadcast_to(b_scale[:, :, None], (ROWS, BLOCK_GROUPS, GROUP)), (ROWS, BLOCK)))
+
+
+@triton.jit
+def _slices(b_tile, SLICES: tl.constexpr):
+    """[ROWS, COLUMNS] as [SLICES, ROWS, COLUMNS / SLICES]."""
+    return tl.permute(tl.reshape(b_tile, (b_tile.shape[0], SLICES, b_tile.shape[1] // SLICES)), (1, 0, 2))
+
+
+@triton.jit
+def _multiply(b_sum, b_x, b_weight, SLICES: tl.constexpr):
+    b_x, b_weight = _numbers(b_x), _numbers(b_weight)
+    if SLICES == 1:
+        b_sum = tl.dot(b_x, tl.trans(b_weight), b_sum, input_precision="ieee")
+    else:
+        b_x = tl.permute(_slices(b_x, SLICES), (0, 2, 1))
+        b_sum = tl.dot(_slices(b_weight, SLICES), b_x, b_sum, input_precision="ieee")
+    return b_sum
+
+
+@triton.jit
+def multiply_add(
+    b_sum,
+    b_x,
+    b_odd_x,
+    p_weight,
+    p_scale,
+    o_rows,
+    m_rows,
+    i_column,
+    FORMAT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    """b_sum plus tiles of `load_rows` times ROWS rows of a weight that is stored with COLUMNS columns.
+
+    A sum is [M, ROWS]; or [SLICES, ROWS, M], one for each slice of the columns. Slices are what the warps of a program
+    share where x has so few rows that there is nothing else: each warp then decodes its own weights and no other's.
+    """
+    o_columns = i_column + tl.arange(0, BLOCK)
+    m_tile = tile_mask(m_rows, i_column, COLUMNS, BLOCK)
+    b_weight = tl.load(p_weight + o_rows[:, None] * COLUMNS + o_columns[None, :], mask=m_tile, other=0.0)
+    if FORMAT == _FP4:
+        b_scale = _load_scale(
+            p_scale, o_rows, m_rows, i_column, COLUMNS, ROWS, BLOCK, GROUP=_FP4_COLUMNS, BIAS=_FP4_SCALE_BIAS
+        )
+        b_low, b_high = _nibbles(b_weight)
+        b_sum = _multiply(b_sum, b_x, b_low * b_scale, SLICES)
+        b_sum = _multiply(b_sum, b_odd_x, b_high * b_scale, SLICES)
+    elif FORMAT == _FP8:
+        b_scale = _load_scale(
+            p_scale, o_rows // _FP8_ROWS, m_rows, i_column, COLUMNS, ROWS, BLOCK, GROUP=_FP8_COLUMNS, BIAS=0
+        )
+        b_sum = _multiply(b_sum, b_x, _numbers(b_weight.to(tl.bfloat16)) * b_scale, SLICES)
+    else:
+        b_sum = _multiply(b_sum, b_x, b_weight, SLICES)
+    return b_sum
+
+
+@triton.jit
+def zero_sum(M: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr):
+    """What the first `multiply_add` adds to."""
+    if SLICES == 1:
+        b_sum = tl.zeros((M, ROWS), tl.float32)
+    else:
+        b_sum = tl.zeros((SLICES, ROWS, M), tl.float32)
+    return b_sum
+
+
+@triton.jit
+def whole_sum(b_sum, FORMAT: tl.constexpr, SLICES: tl.constexpr):
+    """[M, ROWS] of a sum of `multiply_add`."""
+    if SLICES > 1:
+        b_sum = tl.trans(tl.sum(b_sum, axis=0))
+    if FORMAT == _FP4:
+        b_sum *= _FP4_UNIT
+    return b_sum
+
+
+@triton.jit
+def round_activations(b_groups):
+    """(E4M3 numbers [GROUPS, GROUP], scales [GROUPS]) of groups [GROUPS, GROUP], all as float32: `formats.round_fp8`.
+
+    The scale's exponent is ceil(log2(amax / 448)). As 448 is 1.75 * 2^8 that is the exponent of amax, less 8, and one
+    more where its mantissa is above 1.75. Nothing exceeds 448 then, and nothing has to be clipped.
+    """
+    b_bits = tl.maximum(tl.max(tl.abs(b_groups), axis=1), _AMAX_FLOOR).to(tl.int32, bitcast=True)
+    b_exponents = ((b_bits + 0x1FFFFF) >> 23) - 8
+    # A power of two is divided by through its reciprocal, exactly.
+    b_numbers = b_groups * ((254 - b_exponents) << 23).to(tl.float32, bitcast=True)[:, None]
+    # Adding 1.5 * 2^23 steps leaves float32 no room for fractions of a step. There are 8 steps between a power of two
+    # and the next, and as many below the lowest one. Not a cast to FP8: the interpreter rounds that wrong.
+    b_powers = (tl.maximum(tl.abs(b_numbers), 0.015625).to(tl.int32, bitcast=True) & 0x7F800000).to(
+        tl.float32, bitcast=True
+    )
+    b_shift = b_powers * 1572864.0  # 1.5 * 2^23 / 8
+    b_numbers = (b_numbers + b_shift) - b_shift
+    return b_numbers, (b_exponents << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_rounded(p_rows, b_groups, m_groups, i_channel, FORMAT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Round float32 groups of 128 channels to FP8, and store their values as `load_rows` finds them.
+
+    Group g [128] has the channels from i_channel[g] on of row p_rows[g].
+    """
+    CHANNELS: tl.constexpr = b_groups.shape[1]
+    b_values, b_scale = round_activations(b_groups)
+    b_values = (b_values * b_scale[:, None]).to(p_rows.dtype.element_ty)
+    if FORMAT == _FP4:
+        b_even, b_odd = tl.split(tl.reshape(b_values, (b_values.shape[0], CHANNELS // 2, 2)))
+        p_rows = (p_rows + i_channel // 2)[:, None] + tl.arange(0, CHANNELS // 2)[None, :]
+        tl.store(p_rows, b_even, mask=m_groups[:, None])
+        tl.store(p_rows + COLUMNS, b_odd, mask=m_groups[:, None])
+    else:
+        p_rows = (p_rows + i_channel)[:, None] + tl.arange(0, CHANNELS)[None, :]
+        tl.store(p_rows, b_values, mask=m_groups[:, None])
+
+
+def format_of(weight: Tensor) -> int:
+    """Format of a weight that has scales."""
+    return FP8 if weight.dtype == torch.float8_e4m3fn else FP4
+
+
+def scale_bytes(scale: Tensor) -> Tensor:
+    """E8M0 scales as bytes."""
+    if scale.dtype != torch.float8_e8m0fnu:
+        raise ValueError(f"scales are {scale.dtype}: expected torch.float8_e8m0fnu")
+    return scale.contiguous().view(torch.uint8)

@@ -1,0 +1,162 @@
+"""A random DeepSeek-V4 with its drafter, tiny in every dimension, because interpreted kernels are slow."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import DEVICE
+from torch import Tensor, nn
+
+if find_spec("dspark_ray") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dspark_kernels.formats import quantise_fp4, quantise_fp8, unpack_keys
+from dspark_ray.cache.tensors import CacheTensors
+from dspark_ray.checkpoint.layout import FP8_WEIGHTS, local_name
+from dspark_ray.checkpoint.stored import is_quantised, keep_stored, scale_attribute
+from dspark_ray.config import ModelConfig
+from dspark_ray.drafters.dspark import DSparkModule
+from dspark_ray.model.blocks import Gate
+from dspark_ray.model.deepseek_v4 import DeepSeekV4
+from dspark_ray.model.parallel import ParallelGroup
+from dspark_ray.model.rows import CacheShape, Segment
+from dspark_ray.training.initial import initialise
+
+CONFIG = ModelConfig.from_dict(
+    {
+        "model_type": "deepseek_v4",
+        "vocab_size": 301,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "head_dim": 96,
+        "qk_rope_head_dim": 32,
+        "q_lora_rank": 128,
+        "o_groups": 2,
+        "o_lora_rank": 64,
+        "sliding_window": 8,
+        "compress_ratios": [0, 4, 16, 4, 0, 0],
+        "index_n_heads": 4,
+        "index_head_dim": 32,
+        "index_topk": 4,
+        "n_routed_experts": 5,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "num_hash_layers": 1,
+        "routed_scaling_factor": 1.5,
+        "rope_scaling": {"factor": 16, "original_max_position_embeddings": 64},
+        "dspark_block_size": 3,
+        "dspark_noise_token_id": 300,
+        "dspark_target_layer_ids": [2, 3],
+        "dspark_markov_rank": 16,
+    }
+)
+GAMMA = 3
+NUM_SEQUENCES = 2
+PAGE_SIZE = 16
+NUM_PAGES = 4
+"""Of one sequence."""
+SHAPE = CacheShape.of(CONFIG, GAMMA, PAGE_SIZE, NUM_SEQUENCES, max_rows=40)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@cache
+def network(dtype: torch.dtype, stored: bool) -> tuple[DeepSeekV4, DSparkModule]:
+    """Target and drafter, with weights as a release quantises them where `stored`."""
+    with default_dtype(dtype):
+        target, drafter = DeepSeekV4(CONFIG), DSparkModule(CONFIG)
+        for seed, module in enumerate((target, drafter)):
+            _fill(module, seed)
+        if stored:
+            target, drafter = _stored(target), _stored(drafter)
+    target, drafter = target.to(DEVICE).requires_grad_(False), drafter.to(DEVICE).requires_grad_(False)
+    drafter.share(target.embed.weight, target.head.weight)
+    return target, drafter
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, seed: int) -> None:
+    """Values that show when they are ignored or misplaced."""
+    initialise(module, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 1 or name.endswith(("ape", "_fn")):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    for gate in module.modules():
+        if isinstance(gate, Gate) and gate.bias is not None and gate.weight.dtype != torch.float32:
+            # Rounding to bfloat16 decides between experts that are nearly equal: here none are.
+            gate.bias += 2 * torch.randperm(len(gate.bias), generator=generator)
+
+
+def _stored(module: Any) -> Any:
+    """The same network with linears in FP8 and routed experts in FP4."""
+    with torch.device("meta"):
+        kept = type(module)(CONFIG)
+    keep_stored(kept, CONFIG, ParallelGroup(), _stored_dtype)
+    kept.to_empty(device="cpu")
+    parameters, dense = kept.state_dict(), module.state_dict()
+    for name, values in dense.items():
+        if not is_quantised(parameters[name]):
+            parameters[name].copy_(values)
+            continue
+        owner, _, attribute = name.rpartition(".")
+        quantise = quantise_fp4 if parameters[name].dtype == torch.int8 else quantise_fp8
+        pairs = [quantise(matrix) for matrix in (values if values.dim() == 3 else [values])]
+        for target, parts in zip(
+            (name, f"{owner}.{scale_attribute(attribute)}"), zip(*pairs, strict=True), strict=True
+        ):
+            whole = torch.stack([part.view(torch.uint8) for part in parts])
+            parameters[target].view(torch.uint8).copy_(whole if values.dim() == 3 else whole[0])
+    return kept
+
+
+def _stored_dtype(name: str) -> str:
+    if ".ffn.experts." in name:
+        return "I8"
+    return "F8_E4M3" if local_name(name) in FP8_WEIGHTS else "BF16"
+
+
+def new_cache(dtype: torch.dtype, packed: bool) -> CacheTensors:
+    """A cache full of NaN: bytes of ones are NaN in every format of a packed key."""
+    tensors = CacheTensors(CONFIG, SHAPE, NUM_SEQUENCES * NUM_PAGES, dtype, DEVICE, packed)
+    for layer in tensors.layers:
+        for tensor in vars(layer).values():
+            if isinstance(tensor, Tensor):
+                tensor.fill_(255 if tensor.dtype == torch.uint8 else float("nan"))
+    return tensors
+
+
+def keys_in(tensors: CacheTensors) -> dict[str, Tensor]:
+    """Everything in a cache as numbers, by name."""
+    return {
+        f"layer {number} {name}": unpack_keys(tensor, CONFIG.head_dim, CONFIG.qk_rope_head_dim)
+        if tensor.dtype == torch.uint8
+        else tensor.float()
+        for number, layer in enumerate(tensors.layers)
+        for name, tensor in vars(layer).items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def segment(sequence: int, start: int, count: int, draft: int = 0) -> Segment:
+    """`count` tokens from `start` on; another `draft` puts other tokens in the same places."""
+    tokens = [(37 * (start + n) + 101 * sequence + 53 * draft) % CONFIG.vocab_size for n in range(count)]
+    pages = [NUM_SEQUENCES * page + sequence for page in reversed(range(NUM_PAGES))]
+    return Segment(slot=1 - sequence, start=start, token_ids=tokens, pages=pages)

@@ -1,0 +1,137 @@
+"""Every kernel compiles for an H200 at DeepSeek-V4-Flash shapes, and fits there; no GPU is needed.
+
+    python tests/kernels/test_compiles.py          all calls of all flash_*.py, a line per kernel
+
+The test compiles each op's call with most rows; with fewer, most kernels are the same, or have smaller tiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parents[1] / "kernels"
+
+COMPOSED = {"linear_float32": "is cuBLAS's product"}
+"""Ops that have no kernel of their own, by what they are instead."""
+
+MAY_SPILL: dict[str, tuple[int, str]] = {}
+"""By kernel: bytes that it may spill, and why they do not matter."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of one call."""
+
+    call: str
+    """`op variant [N=rows]`"""
+    kernels: list[dict[str, Any]]
+    """Fields of `compiling.Compiled`."""
+    error: str | None
+
+
+def largest(calls: list[str]) -> list[str]:
+    """The names with most rows of those that are the same but for the `[N=rows]` at their end."""
+    by_variant: dict[str, tuple[int, str]] = {}
+    for call in calls:
+        variant, _, rows = call.partition(" [")
+        found = re.search(r"\d+", rows)
+        by_variant[variant] = max(by_variant.get(variant, (-1, "")), (int(found[0]) if found else 0, call))
+    return [call for _, call in by_variant.values()]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
+    """From a process of its own: kernels are either compiled or interpreted as long as a process lives."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(KERNELS)}
+    command = [sys.executable, __file__, "--largest", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [Report(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def test_every_op_has_a_call_that_is_compiled(reports: list[Report]) -> None:
+    from dspark_kernels import gpu
+
+    called = {report.call.split()[0] for report in reports}
+    assert called | set(COMPOSED) == set(gpu.__all__)
+
+
+def test_every_call_compiles(reports: list[Report]) -> None:
+    assert [f"{report.call}: {report.error}" for report in reports if report.error] == []
+    assert [report.call for report in reports if not report.kernels] == []
+
+
+def test_no_kernel_spills_registers(reports: list[Report]) -> None:
+    spilling = [
+        f"{report.call}: {kernel['name']} spills {kernel['spilled_bytes']} bytes"
+        for report in reports
+        for kernel in report.kernels
+        if kernel["spilled_bytes"] > MAY_SPILL.get(kernel["name"], (0, ""))[0]
+    ]
+    assert spilling == []
+
+
+def test_no_kernel_needs_more_shared_memory_than_there_is(reports: list[Report]) -> None:
+    from compiling import SHARED_BYTES
+
+    too_large = [
+        f"{report.call}: {kernel['name']} uses {kernel['shared_bytes']} bytes, of {SHARED_BYTES}"
+        for report in reports
+        for kernel in report.kernels
+        if kernel["shared_bytes"] > SHARED_BYTES
+    ]
+    assert too_large == []
+
+
+# --- the process that compiles ------------------------------------------------------------------------------------
+
+_calls: dict[str, Any] = {}
+
+
+def _compile(call: str) -> Report:
+    from compiling import compiled_kernels
+
+    try:
+        return Report(call, [asdict(kernel) for kernel in compiled_kernels(_calls[call])], None)
+    except Exception as error:
+        return Report(call, [], f"{type(error).__name__}: {error}"[:600])
+
+
+def main() -> None:
+    """Compile, with as many processes as there are cores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--largest", action="store_true", help="of every op, the call with most rows alone")
+    parser.add_argument("--json", action="store_true", help="a line per call, to be read by a program")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(KERNELS))
+    for file in sorted(HERE.glob("flash_*.py")):
+        _calls.update(importlib.import_module(file.stem).flash_calls())
+    names = largest(list(_calls)) if arguments.largest else list(_calls)
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        for report in pool.map(_compile, names):
+            print(json.dumps(asdict(report)) if arguments.json else _described(report), flush=True)
+
+
+def _described(report: Report) -> str:
+    columns = "{name:28} {registers:4} registers {spilled_bytes:5} bytes spilled {shared_bytes:7} shared"
+    lines = [report.error] if report.error else [columns.format(**kernel) for kernel in report.kernels]
+    return "\n".join(f"{report.call:44} {line}" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Kernels of hyper-connections against `reference.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import triton.language as tl
+from compare import DEVICE, DTYPES, assert_close, random
+from torch import Tensor
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+from dspark_kernels import gpu, reference
+from dspark_kernels.gpu import mhc
+
+EPS, RMS_EPS = 1e-6, 1e-5
+
+# Rows, streams and channels: one row, a tile that is not full, streams that are no power of two, several tiles.
+SHAPES = [(1, 2, 100), (7, 4, 300), (5, 3, 50), (3, 1, 64), (20, 2, 33), (129, 2, 20)]
+
+
+def _numbers(operand: TensorHandle) -> numpy.ndarray:
+    if operand.dtype.scalar != tl.bfloat16:
+        return operand.data
+    return (operand.data.astype(numpy.uint32) << 16).view(numpy.float32)
+
+
+def _create_dot(_: Any, left: TensorHandle, right: TensorHandle, added: TensorHandle, *args: Any) -> TensorHandle:
+    return TensorHandle(_numbers(left) @ _numbers(right) + added.data, added.dtype.scalar)
+
+
+def _convert_float(values: numpy.ndarray, source: tl.dtype, target: tl.dtype, mode: Any) -> numpy.ndarray:
+    assert {source, target} == {tl.bfloat16, tl.float32}
+    if source == tl.bfloat16:
+        return values.astype(numpy.uint32) << 16
+    rounded = torch.from_numpy(numpy.ascontiguousarray(values)).bfloat16()
+    return rounded.view(torch.uint16).numpy().reshape(values.shape)
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter keeps bfloat16 as integers, multiplies those, and cuts off instead of rounding."""
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _create_dot)
+    monkeypatch.setattr(interpreter, "_convert_float", _convert_float)
+
+
+def streams_of(num_rows: int, m: int, d: int, dtype: torch.dtype) -> Tensor:
+    """Rows of very different size."""
+    return (random(num_rows, m, d) * torch.exp(2 * random(num_rows, 1, 1))).to(dtype)
+
+
+def read_weights(m: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """fn, base, scale, norm."""
+    mixes = (2 + m) * m
+    return random(mixes, m * d, scale=(m * d) ** -0.5), random(mixes), random(3), 1 + random(d, scale=0.1).to(dtype)
+
+
+def head_weights(m: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """fn, base, scale."""
+    return random(m, m * d, scale=(m * d) ** -0.5), random(m), random(1)
+
+
+def assert_reads(streams: Tensor, iters: int = 3) -> None:
+    _, m, d = streams.shape
+    weights = read_weights(m, d, streams.dtype)
+    actual = gpu.mhc_read(streams, *weights, iters, EPS, RMS_EPS)
+    expected = reference.mhc_read(streams, *weights, iters, EPS, RMS_EPS)
+    for actual_part, expected_part in zip(actual, expected):
+        assert_close(actual_part, expected_part)
+
+
+def assert_collapses(streams: Tensor) -> None:
+    _, m, d = streams.shape
+    weights = head_weights(m, d)
+    assert_close(
+        gpu.mhc_head(streams, *weights, EPS, RMS_EPS),
+        reference.mhc_head(streams, *weights, EPS, RMS_EPS),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_read_is_that_of_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    assert_reads(streams_of(*shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_head_is_that_of_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    assert_collapses(streams_of(*shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 4, 5000)])
+def test_write_is_that_of_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    num_rows, m, d = shape
+    args = random(num_rows, d, dtype=dtype), streams_of(*shape, dtype), random(num_rows, m), random(num_rows, m, m)
+    assert_close(gpu.mhc_write(*args), reference.mhc_write(*args))
+
+
+@pytest.mark.parametrize("iters", [1, 2, 20])
+def test_sinkhorn_makes_as_many_steps_as_asked(iters: int) -> None:
+    assert_reads(streams_of(3, 4, 40, torch.bfloat16), iters)
+
+
+@pytest.mark.parametrize(("lag", "dtype"), [(0, torch.float32), (1, torch.bfloat16), (3, torch.float32)])
+def test_how_the_work_is_cut_does_not_matter(lag: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tiles, the last not full, of two steps in each split; several programs that mix, in several blocks."""
+    blocks = mhc._Blocks(rows=16, columns=32, splits=8, mixed_rows=4, mixed_splits=2, lag=lag)
+    monkeypatch.setattr(mhc._Blocks, "of", lambda *args: blocks)
+    streams = streams_of(34, 4, 100, dtype)
+    assert_reads(streams)
+    assert_collapses(streams)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_zeros_stays_zero(dtype: torch.dtype) -> None:
+    streams = streams_of(3, 2, 40, dtype)
+    streams[1] = 0
+    assert_reads(streams)
+    assert_collapses(streams)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
+    streams = torch.empty(0, 4, 64, dtype=dtype, device=DEVICE)
+    assert_reads(streams)
+    assert_collapses(streams)
+    args = streams[:, 0], streams, random(0, 4), random(0, 4, 4)
+    assert_close(gpu.mhc_write(*args), reference.mhc_write(*args))
+
+
+def test_launches_leave_the_counters_at_zero_and_results_do_not_vary() -> None:
+    streams, weights = streams_of(5, 4, 60, torch.bfloat16), read_weights(4, 60)
+    first = gpu.mhc_read(streams, *weights, 3, EPS, RMS_EPS)
+    for _ in range(2):
+        gpu.mhc_head(streams, *head_weights(4, 60), EPS, RMS_EPS)
+        again = gpu.mhc_read(streams, *weights, 3, EPS, RMS_EPS)
+        assert all(torch.equal(one, other) for one, other in zip(first, again))
+    assert not mhc._tile_counters(streams.device).any()
+
+
+def test_other_strides_than_the_usual_are_read_right() -> None:
+    streams = streams_of(4, 3, 70, torch.bfloat16).transpose(0, 1).contiguous().transpose(0, 1)
+    assert_reads(streams)
+    assert_collapses(streams)
+    args = random(70, 4, dtype=torch.bfloat16).T, streams, random(3, 4).T, random(4, 3, 3).mT
+    assert_close(gpu.mhc_write(*args), reference.mhc_write(*args))
+
+
+def test_what_no_kernel_can_do_is_refused() -> None:
+    streams, weights = streams_of(2, 2, 40, torch.bfloat16), read_weights(2, 40)
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        gpu.mhc_read(streams.half(), *weights, 20, EPS, RMS_EPS)
+    with pytest.raises(ValueError, match="fn must be"):
+        gpu.mhc_read(streams[:, :, 1:], *weights, 20, EPS, RMS_EPS)
+    with pytest.raises(ValueError, match="iters"):
+        gpu.mhc_read(streams, *weights, 0, EPS, RMS_EPS)
+    with pytest.raises(ValueError, match="registers"):
+        gpu.mhc_head(streams.new_empty(1, 4, 20000), *head_weights(2, 40), EPS, RMS_EPS)
+    with pytest.raises(ValueError, match="post must be"):
+        gpu.mhc_write(streams[:, 0], streams, random(2, 3), random(2, 2, 2))
