@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import torch
+
 from dspark_kernels import gpu
 from dspark_kernels.gpu import attention, indexer
 
@@ -41,9 +43,9 @@ def _on_a_gpu(call: Callable[[], object]) -> Callable[[], object]:
     """The work split as for the processors of an H200."""
 
     def split() -> object:
-        with mock.patch.object(attention, "num_processors", return_value=132):
-            with mock.patch.object(indexer, "num_processors", return_value=132):
-                return call()
+        processors = partial(mock.patch.object, attribute="num_processors", return_value=132)
+        with processors(attention), processors(indexer):
+            return call()
 
     return split
 
@@ -53,14 +55,14 @@ def flash_calls() -> dict[str, Callable[[], object]]:
     calls: dict[str, Callable[[], object]] = {}
     for rows in (6, 1536):
         calls |= {
-            f"sparse_attention sliding [N={rows}]": lambda n=rows: _attend(n, 64, 128, 0),
-            f"sparse_attention CSA [N={rows}]": lambda n=rows: _attend(n, 64, 128, 512),
-            f"sparse_attention HCA [N={rows}]": lambda n=rows: _attend(n, 64, 128, 8192),
-            f"sparse_attention CSA packed [N={rows}]": lambda n=rows: _attend(n, 64, 128, 512, packed=True),
-            f"sparse_attention CSA 8 heads [N={rows}]": lambda n=rows: _attend(n, 8, 128, 512),
-            f"sparse_attention CSA 8 heads packed [N={rows}]": lambda n=rows: _attend(n, 8, 128, 512, packed=True),
-            f"sparse_attention drafter [R={rows // 6}]": lambda r=rows // 6: _attend(r, 320, 133, 0, rotate=False),
-            f"indexer_topk 8K [N={rows}]": lambda n=rows: _choose(n, 2048),
-            f"indexer_topk 1M [N={rows}]": lambda n=rows: _choose(n, 262144),
+            f"sparse_attention sliding [N={rows}]": partial(_attend, rows, 64, 128, 0),
+            f"sparse_attention CSA [N={rows}]": partial(_attend, rows, 64, 128, 512),
+            f"sparse_attention HCA [N={rows}]": partial(_attend, rows, 64, 128, 8192),
+            f"sparse_attention CSA packed [N={rows}]": partial(_attend, rows, 64, 128, 512, packed=True),
+            f"sparse_attention CSA 8 heads [N={rows}]": partial(_attend, rows, 8, 128, 512),
+            f"sparse_attention CSA 8 heads packed [N={rows}]": partial(_attend, rows, 8, 128, 512, packed=True),
+            f"sparse_attention drafter [R={rows // 6}]": partial(_attend, rows // 6, 320, 133, 0, rotate=False),
+            f"indexer_topk 8K [N={rows}]": partial(_choose, rows, 2048),
+            f"indexer_topk 1M [N={rows}]": partial(_choose, rows, 262144),
         }
     return {name: _on_a_gpu(call) for name, call in calls.items()}

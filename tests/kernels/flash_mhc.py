@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from dspark_kernels import gpu
+from dspark_kernels.gpu import mhc
 
-M, D = 4, 4096
+M, D, MIXES = 4, 4096, 24
+EPS = 1e-6
 
 
 def flash_calls() -> dict[str, Callable[[], object]]:
-    """The first launch of every op, by its number of rows: one request, some, and 256 of them."""
+    """One request, some, and 256 of them: each number of rows is cut another way."""
     calls: dict[str, Callable[[], object]] = {}
     for num_rows in (6, 48, 192, 1536):
         streams = torch.empty(num_rows, M, D, dtype=torch.bfloat16)
+        post, comb = torch.empty(num_rows, M), torch.empty(num_rows, M, M)
+        fn, base, scale = torch.empty(MIXES, M * D), torch.empty(MIXES), torch.empty(3)
+        hidden = streams[:, 0]
         calls |= {
-            f"mhc_read [N={num_rows}]": lambda x=streams: gpu.mhc_read(
-                x, _empty((2 + M) * M, M * D), _empty((2 + M) * M), _empty(3), x[0, 0], 20, 1e-6, 1e-6
-            ),
-            f"mhc_write [N={num_rows}]": lambda x=streams: gpu.mhc_write(
-                x[:, 0], x, _empty(len(x), M), _empty(len(x), M, M)
-            ),
-            f"mhc_head [N={num_rows}]": lambda x=streams: gpu.mhc_head(
-                x, _empty(M, M * D), _empty(M), _empty(1), 1e-6, 1e-6
-            ),
+            f"mhc_read [N={num_rows}]": _on_h200(gpu.mhc_read, streams, fn, base, scale, hidden[0], 20, EPS, EPS),
+            f"mhc_write [N={num_rows}]": _on_h200(gpu.mhc_write, hidden, streams, post, comb),
+            f"mhc_head [N={num_rows}]": _on_h200(gpu.mhc_head, streams, fn[:M], base[:M], scale[:1], EPS, EPS),
         }
     return calls
 
 
-def _empty(*shape: int) -> torch.Tensor:
-    return torch.empty(*shape)
+def _on_h200(op: Callable[..., object], *args: Any) -> Callable[[], object]:
+    """The call as it is cut for 132 processors."""
+
+    def call() -> object:
+        with patch.object(mhc, "num_processors", return_value=132):
+            return op(*args)
+
+    return call

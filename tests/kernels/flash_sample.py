@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+
 from dspark_kernels import gpu
 from dspark_kernels.philox import STREAM_SAMPLE
 
@@ -22,8 +23,15 @@ def flash_calls() -> dict[str, Callable[[], object]]:
             calls[f"gumbel_argmax {name} [{case}]"] = partial(
                 gpu.gumbel_argmax, logits, *_draws(num_rows), STREAM_SAMPLE
             )
+            calls[f"lowest_kept_logit {name} [{case}]"] = partial(_lowest_kept_logit, logits)
             base = torch.empty(num_requests, _GAMMA, _VOCAB, dtype=dtype)
             calls[f"markov_sample {name} [{case}]"] = partial(_markov_sample, base)
+        shard = torch.empty(num_rows, _SHARD, dtype=torch.bfloat16)
+        lowest = torch.zeros(num_rows)
+        calls[f"gumbel_argmax shard with filter [{case}]"] = partial(
+            gpu.gumbel_argmax, shard, *_draws(num_rows), STREAM_SAMPLE, first_id=3 * _SHARD, lowest=lowest
+        )
+        calls[f"edit_logits [{case}]"] = partial(_edit_logits, shard)
     return calls
 
 
@@ -36,3 +44,13 @@ def _markov_sample(base: torch.Tensor) -> object:
     weights = torch.empty(_VOCAB, _RANK, dtype=torch.bfloat16)
     anchors = torch.zeros(len(base), dtype=torch.int64)
     return gpu.markov_sample(base, anchors, weights, weights, *_draws(len(base)), STREAM_SAMPLE)
+
+
+def _lowest_kept_logit(logits: torch.Tensor) -> object:
+    temperatures, integers, _ = _draws(len(logits))
+    return gpu.lowest_kept_logit(logits, temperatures, integers, temperatures, temperatures, 2**31)
+
+
+def _edit_logits(logits: torch.Tensor) -> object:
+    rows, factors = torch.zeros(100, dtype=torch.int64), torch.ones(100)
+    return gpu.edit_logits(logits, rows, rows, factors, factors, first_id=_SHARD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +35,7 @@ CONFIG = ModelConfig.from_dict(
         "model_type": "deepseek_v4",
         "vocab_size": 301,
         "hidden_size": 128,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "head_dim": 96,
         "qk_rope_head_dim": 32,
@@ -42,20 +43,22 @@ CONFIG = ModelConfig.from_dict(
         "o_groups": 2,
         "o_lora_rank": 64,
         "sliding_window": 8,
-        "compress_ratios": [0, 4, 16, 4, 0, 0],
+        "compress_ratios": [0, 4, 8, 0],
         "index_n_heads": 4,
         "index_head_dim": 32,
-        "index_topk": 4,
+        "index_topk": 2,
         "n_routed_experts": 5,
         "n_shared_experts": 1,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 128,
         "num_hash_layers": 1,
+        "hc_mult": 2,
+        "hc_sinkhorn_iters": 3,
         "routed_scaling_factor": 1.5,
         "rope_scaling": {"factor": 16, "original_max_position_embeddings": 64},
         "dspark_block_size": 3,
         "dspark_noise_token_id": 300,
-        "dspark_target_layer_ids": [2, 3],
+        "dspark_target_layer_ids": [1, 2],
         "dspark_markov_rank": 16,
     }
 )
@@ -84,11 +87,23 @@ def network(dtype: torch.dtype, stored: bool) -> tuple[DeepSeekV4, DSparkModule]
         target, drafter = DeepSeekV4(CONFIG), DSparkModule(CONFIG)
         for seed, module in enumerate((target, drafter)):
             _fill(module, seed)
+        with torch.no_grad():
+            target.head.weight *= 0.5  # flat enough that shared noise often makes drafter and target agree
         if stored:
             target, drafter = _stored(target), _stored(drafter)
     target, drafter = target.to(DEVICE).requires_grad_(False), drafter.to(DEVICE).requires_grad_(False)
     drafter.share(target.embed.weight, target.head.weight)
     return target, drafter
+
+
+def in_float32(module: Any) -> Any:
+    """A copy that computes in float32, with the same weights."""
+    copied = deepcopy(module)
+    for part in copied.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.dtype == torch.bfloat16:
+                setattr(part, name, nn.Parameter(parameter.float(), requires_grad=False))
+    return copied
 
 
 @torch.no_grad()

@@ -187,7 +187,7 @@ def test_rejection_agrees_on_129_rows(dtype: torch.dtype, vocab_size: int) -> No
     assert_rejection(rows_of([40, 35, 0, 25, 20, 9], vocab_size, 7, dtype))
 
 
-@pytest.mark.parametrize(("num_requests", "shift"), [(1, 0.0), (9, 0.0), (12, 1e6)])
+@pytest.mark.parametrize(("num_requests", "shift"), [(1, 0.0), (12, 0.0), (12, 1e6)])
 def test_one_row_is_drawn_from(num_requests: int, shift: float) -> None:
     rows = rows_of([1] * num_requests, 1900, 3)
     assert_rejection(replace(rows, logits=rows.logits + shift))

@@ -14,10 +14,11 @@ import pytest
 import torch
 import triton.language as tl
 from compare import DEVICE, DTYPES
-from dspark_kernels import gpu, reference
-from dspark_kernels.gpu import indexer
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from dspark_kernels import gpu, reference
+from dspark_kernels.gpu import indexer
 
 NAN = float("nan")
 
@@ -32,10 +33,10 @@ def _numbers(operand: TensorHandle) -> numpy.ndarray:
 
 
 @pytest.fixture(autouse=True)
-def products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter keeps bfloat16 as integers, and multiplies those."""
 
-    def create_dot(_: Any, left: TensorHandle, right: TensorHandle, added: TensorHandle, *args: Any) -> TensorHandle:
+    def create_dot(self: Any, left: TensorHandle, right: TensorHandle, added: TensorHandle, *args: Any) -> TensorHandle:
         return TensorHandle(_numbers(left) @ _numbers(right) + added.data, added.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
@@ -114,12 +115,12 @@ def test_the_best_entries_are_chosen(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rows(dtype: torch.dtype) -> None:
-    """More than there are programs, so that neighbours share keys; they see the same entries, or not, or some more."""
+    """More than there are programs: of two neighbours both see the same entries, or one sees more, or others."""
     counts = [int(count) for count in compare.integers(1, 41, 43)]
-    query, head_weights = exact(129, 3, 16, dtype=dtype), exact(129, 3)
-    keys, index = exact(99, 16, dtype=dtype), visible_to_requests(counts, 3, 40, 99)
-    chosen = gpu.indexer_topk(query, head_weights, keys, index, 7)
-    assert torch.equal(chosen, reference.indexer_topk(query, head_weights, keys, index, 7))
+    query, head_weights = compare.random(129, 3, 16, dtype=dtype), compare.random(129, 3)
+    keys, index = compare.random(99, 16, dtype=dtype), visible_to_requests(counts, 3, 40, 99)
+    chosen = gpu.indexer_topk(query, head_weights, keys, index, 20)
+    assert_best_are_chosen(query, head_weights, keys, index, 20, chosen)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3])
@@ -132,13 +133,14 @@ def test_neighbours_that_share_keys_see_several_blocks(num_rows: int) -> None:
     assert_best_are_chosen(query, head_weights, keys, index, 100, chosen)
 
 
-@pytest.mark.parametrize("length", [65, 200, 1000])
+@pytest.mark.parametrize(
+    ("counts", "length"), [([65, 64, 63, 33, 32, 31, 1, 0], 65), ([200, 129, 128], 200), ([400, 399], 400)]
+)
 @pytest.mark.usefixtures("small_programs")
-def test_rows_longer_than_a_program_holds(length: int) -> None:
-    """1000 entries take three rounds of chunks, 65 one and a chunk of a single entry."""
-    counts = [length, length - 1, 63, 64, 1, 32, 31, 33]
-    query, head_weights, keys = exact(8, 3, 16), exact(8, 3), exact(1000, 16)
-    index = visible(counts, length, 1000)
+def test_rows_longer_than_a_program_holds(counts: list[int], length: int) -> None:
+    """400 entries take four rounds of chunks, 65 two and a chunk of a single entry."""
+    query, head_weights, keys = exact(len(counts), 3, 16), exact(len(counts), 3), exact(500, 16)
+    index = visible(counts, length, 500)
     chosen = gpu.indexer_topk(query, head_weights, keys, index, 32)
     assert torch.equal(chosen, reference.indexer_topk(query, head_weights, keys, index, 32))
 

@@ -116,8 +116,8 @@ def test_bytes_equal_those_of_the_reference_where_no_sum_is_rounded() -> None:
     kv, weight, cos, sin = exact_rows(60)
     pool, slots = random_bytes(70, 584), some_slots(60, 70)
     expected = pool.clone()
-    reference.store_window(kv, weight, 0.0, cos, sin, expected, slots, quantise=True)
-    gpu.store_window(kv, weight, 0.0, cos, sin, pool, slots, quantise=True)
+    reference.store_window(kv, weight, 1e-12, cos, sin, expected, slots, quantise=True)
+    gpu.store_window(kv, weight, 1e-12, cos, sin, pool, slots, quantise=True)
     assert torch.equal(pool, expected)
 
 
@@ -125,8 +125,8 @@ def test_rounded_keys_equal_those_of_the_reference_where_no_sum_is_rounded() -> 
     kv, weight, cos, sin = exact_rows(20)
     pool, slots = compare.random(24, 512, dtype=torch.bfloat16), some_slots(20, 24)
     expected = pool.clone()
-    reference.store_window(kv, weight, 0.0, cos, sin, expected, slots, quantise=True)
-    gpu.store_window(kv, weight, 0.0, cos, sin, pool, slots, quantise=True)
+    reference.store_window(kv, weight, 1e-12, cos, sin, expected, slots, quantise=True)
+    gpu.store_window(kv, weight, 1e-12, cos, sin, pool, slots, quantise=True)
     assert torch.equal(pool, expected)
 
 
@@ -136,8 +136,8 @@ def test_keys_are_rounded_between_norm_and_rotation() -> None:
     cos, sin = (compare.integers(-8, 9, 3, 32).float() / 8 for _ in range(2))
     pool = compare.random(5, 64, dtype=torch.bfloat16)
     expected = pool.clone()
-    reference.store_window(kv, weight, 0.0, cos, sin, expected, slots)
-    gpu.store_window(kv, weight, 0.0, cos, sin, pool, slots)
+    reference.store_window(kv, weight, 1e-12, cos, sin, expected, slots)
+    gpu.store_window(kv, weight, 1e-12, cos, sin, pool, slots)
     assert torch.equal(pool, expected)
 
 

@@ -16,7 +16,8 @@ from triton.runtime.interpreter import TensorHandle
 from dspark_kernels import gpu, reference
 from dspark_kernels.gpu import mhc
 
-EPS, RMS_EPS = 1e-6, 1e-5
+# Large, so that each place where they are added shows.
+EPS, RMS_EPS = 1e-2, 1e-2
 
 # Rows, streams and channels: one row, a tile that is not full, streams that are no power of two, several tiles.
 SHAPES = [(1, 2, 100), (7, 4, 300), (5, 3, 50), (3, 1, 64), (20, 2, 33), (129, 2, 20)]
@@ -101,6 +102,20 @@ def test_write_is_that_of_the_reference(shape: tuple[int, int, int], dtype: torc
     assert_close(gpu.mhc_write(*args), reference.mhc_write(*args))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_keep_all_bits_of_the_weights(dtype: torch.dtype) -> None:
+    """Two channels cancel but for the last bits of fn, which a large scale brings up."""
+    streams = torch.zeros(2, 2, 20, dtype=dtype, device=DEVICE)
+    streams[:, 0, 3], streams[:, 1, 7] = 1, -1
+    fn, base, _, norm = read_weights(2, 20)
+    fn[:, 3], fn[:, 27] = 1 + 2**-9 + 2**-20, 1 + 2**-9
+    weights = fn, base, 2**19 * (1 + random(3).abs()), norm
+    _, post, comb = gpu.mhc_read(streams, *weights, 1, EPS, RMS_EPS)
+    _, expected_post, expected_comb = reference.mhc_read(streams, *weights, 1, EPS, RMS_EPS)
+    assert_close(post, expected_post)
+    assert_close(comb, expected_comb)
+
+
 @pytest.mark.parametrize("iters", [1, 2, 20])
 def test_sinkhorn_makes_as_many_steps_as_asked(iters: int) -> None:
     assert_reads(streams_of(3, 4, 40, torch.bfloat16), iters)
@@ -140,6 +155,26 @@ def test_launches_leave_the_counters_at_zero_and_results_do_not_vary() -> None:
         gpu.mhc_head(streams, *head_weights(4, 60), EPS, RMS_EPS)
         again = gpu.mhc_read(streams, *weights, 3, EPS, RMS_EPS)
         assert all(torch.equal(one, other) for one, other in zip(first, again))
+    assert not mhc._tile_counters(streams.device).any()
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CPUs have no graphs")
+def test_a_graph_of_them_can_be_replayed() -> None:
+    """Many tiles, whose waits must end however programs are spread."""
+    shape = 1537, 4, 512
+    streams, weights = streams_of(*shape, torch.bfloat16), read_weights(4, 512)
+    gpu.mhc_read(streams, *weights, 3, EPS, RMS_EPS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hidden, post, comb = gpu.mhc_read(streams, *weights, 3, EPS, RMS_EPS)
+        written = gpu.mhc_write(hidden, streams, post, comb)
+    for _ in range(5):
+        streams.copy_(streams_of(*shape, torch.bfloat16))
+        graph.replay()
+        expected = reference.mhc_read(streams, *weights, 3, EPS, RMS_EPS)
+        for actual_part, expected_part in zip((hidden, post, comb), expected):
+            assert_close(actual_part, expected_part)
+        assert_close(written, reference.mhc_write(hidden, streams, post, comb))
     assert not mhc._tile_counters(streams.device).any()
 
 

@@ -8,23 +8,45 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 
 import pytest
 import torch
 from compare import DEVICE
-from small_network import CONFIG, GAMMA, NUM_SEQUENCES, PAGE_SIZE, SHAPE, keys_in, network, new_cache, segment
+from interpreting import compute_as_a_gpu
+from small_network import (
+    CONFIG,
+    GAMMA,
+    NUM_PAGES,
+    NUM_SEQUENCES,
+    PAGE_SIZE,
+    SHAPE,
+    in_float32,
+    keys_in,
+    network,
+    new_cache,
+    segment,
+)
 from torch import Tensor
 
+import dspark_kernels
+from dspark_kernels import gpu, reference
 from dspark_ray.config import EngineConfig
 from dspark_ray.drafters.dspark import BlockOutput, DSparkModule, FeatureProjector
 from dspark_ray.drafters.pools import DraftPools
 from dspark_ray.drafters.worker import DraftWorker, InlineDrafter
 from dspark_ray.engine import Engine
+from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.executor import LocalTarget, TargetRank
-from dspark_ray.model.rows import Segment, build_rows
+from dspark_ray.model.rows import build_rows
 from dspark_ray.runner.decode import DraftGraphs, TargetGraphs
 from dspark_ray.runner.graphs import Capture, CudaCapture, Outputs, Replay
 from dspark_ray.types import Request, SamplingParams, SpeculativeParams
+
+
+@pytest.fixture(autouse=True)
+def rounding_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_as_a_gpu(monkeypatch)
 
 
 @contextmanager
@@ -36,13 +58,19 @@ def through(path: str) -> Iterator[None]:
         yield
 
 
+def test_kernels_take_the_arguments_of_their_references() -> None:
+    """In the same order: a network passes most of them by position. Kernels may take more, which have defaults."""
+    for name in gpu.__all__:
+        ours, theirs = (list(signature(getattr(where, name)).parameters.values()) for where in (gpu, reference))
+        assert [x.name for x in ours[: len(theirs)]] == [x.name for x in theirs], name
+        assert [x.default for x in ours[: len(theirs)]] == [x.default for x in theirs], name
+        assert all(x.default is not x.empty for x in ours[len(theirs) :]), name
+
+
 def test_operations_run_as_kernels_only_where_they_are_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else both sides of the comparisons below would be the same."""
-    import dspark_kernels
-    from dspark_kernels import gpu
-
     called: list[str] = []
-    monkeypatch.setattr(dspark_kernels, "rms_norm", dspark_kernels._operation(dspark_kernels.reference.rms_norm))
+    monkeypatch.setattr(dspark_kernels, "rms_norm", dspark_kernels._operation(reference.rms_norm))
     monkeypatch.setattr(gpu, "rms_norm", lambda x, *_: called.append("kernel") or x)
     for path, expected in (("references", []), ("kernels", ["kernel"])):
         with through(path):
@@ -53,37 +81,39 @@ def test_operations_run_as_kernels_only_where_they_are_asked_to(monkeypatch: pyt
 # --- layers, cache and drafts -------------------------------------------------------------------------------------
 
 STEPS = (
-    [(0, 0, 11, 0), (1, 0, 21, 0)],  # two prompts
-    [(0, 11, 4, 0), (1, 21, 3, 0)],  # an anchor and three drafts, an anchor and two
-    [(0, 13, 4, 1), (1, 22, 4, 1)],  # of each sequence two drafts were rejected
-    [(1, 26, 5, 0), (0, 14, 1, 2)],  # a chunk of a prompt beside an anchor alone
+    [(0, 0, 3, 0), (1, 0, 13, 0)],  # two prompts, of which one is longer than a ring
+    [(0, 3, 4, 0), (1, 13, 3, 0)],  # an anchor and three drafts, an anchor and two
+    [(0, 5, 4, 1), (1, 14, 3, 1)],  # of each sequence two drafts were rejected: other tokens in their places
+    [(0, 7, 5, 0), (1, 16, 1, 2)],  # a chunk of a prompt beside an anchor alone
 )
-"""Forwards of segments (sequence, first position, tokens, draft): in the end every entry and ring has been used."""
+"""Forwards of segments (sequence, first position, tokens, draft)."""
+
+ON_GPU = DEVICE.type == "cuda"
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Network:
-    """What kernels have to agree with references about, and how closely."""
+    """What kernels have to agree with references about, and how closely; errors are relative to the usual row."""
 
     dtype: torch.dtype
     stored: bool
     """Weights in FP8 and FP4, and keys too."""
-    bound: float
-    """Of a row's error, relative to the rows' usual length ..."""
-    share: float
-    """... which this part of all rows must keep ..."""
-    loosest: float
-    """... and that of the others."""
+    most: float
+    """Bound of every row's error ..."""
+    usual: float
+    """... and of four rows in five."""
+    num_steps: int = 3
 
 
 # In float32 the order of sums is all that differs. Where values are rounded to FP8, one of several hundred thousand
-# sits so near the middle between two that the order decides, and all that follows from its row moves a little. In
-# bfloat16 every value may round to its neighbour, and entries that are nearly equal be chosen in another order.
+# sits so near the middle between two that the order decides, and what follows from its row moves a little. In bfloat16
+# every value may round to its neighbour; see also `assert_as_exact`.
 NETWORKS = {
-    "float32": Network(torch.float32, False, bound=1e-4, share=1.0, loosest=1e-4),
-    "float32, quantised": Network(torch.float32, True, bound=1e-4, share=0.8, loosest=0.05),
-    "bfloat16": Network(torch.bfloat16, False, bound=0.02, share=0.9, loosest=0.2),
-    "bfloat16, quantised": Network(torch.bfloat16, True, bound=0.05, share=0.9, loosest=0.3),
+    "float32": Network(torch.float32, False, most=1e-4, usual=1e-4, num_steps=len(STEPS)),
+    "float32, quantised": Network(torch.float32, True, most=0.05, usual=1e-4),
+    "bfloat16": Network(torch.bfloat16, False, most=0.05, usual=0.03),
+    "bfloat16, quantised": Network(torch.bfloat16, True, most=0.3, usual=0.15),
 }
 
 
@@ -92,11 +122,11 @@ def which(request: pytest.FixtureRequest) -> Network:
     return request.param
 
 
-def target_outputs(which: Network) -> dict[str, Tensor]:
+def target_outputs(target: DeepSeekV4, which: Network) -> Tensors:
     """Rows of hidden states, features and logits of all steps, and of the cache that they leave."""
-    target, _ = network(which.dtype, which.stored)
-    cache = new_cache(which.dtype, packed=which.stored)
-    outputs = [target(build_rows([segment(*piece) for piece in step], SHAPE, DEVICE), cache) for step in STEPS]
+    cache = new_cache(target.norm.weight.dtype, packed=which.stored)
+    steps = [[segment(*piece) for piece in step] for step in STEPS[: which.num_steps]]
+    outputs = [target(build_rows(pieces, SHAPE, DEVICE), cache) for pieces in steps]
     hidden = torch.cat([output.hidden for output in outputs])
     features = torch.cat([output.features for output in outputs if output.features is not None])
     return {"hidden": hidden, "features": features, "logits": target.logits(hidden)} | keys_in(cache)
@@ -105,7 +135,6 @@ def target_outputs(which: Network) -> dict[str, Tensor]:
 def row_errors(found: Tensor, expected: Tensor) -> Tensor:
     """Length of each row's error, relative to the usual length of rows; NaN must stand in the same places."""
     assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
     found, expected = found.flatten(0, -2).double(), expected.flatten(0, -2).double()
     assert torch.equal(found.isnan(), expected.isnan())
     written = ~expected.isnan().all(1)
@@ -113,21 +142,32 @@ def row_errors(found: Tensor, expected: Tensor) -> Tensor:
     return (found - expected)[written].nan_to_num().norm(dim=1) / lengths.square().mean().sqrt()
 
 
-def assert_agree(found: dict[str, Tensor], expected: dict[str, Tensor], which: Network) -> None:
+def assert_agree(found: Tensors, expected: Tensors, which: Network) -> None:
     assert found.keys() == expected.keys()
     for name in expected:
+        assert found[name].dtype == expected[name].dtype, name
         errors = row_errors(found[name], expected[name])
-        kept = (errors <= which.bound).double().mean().item()
-        assert kept >= which.share, f"{name}: {kept:.0%} of rows within {which.bound}, largest error {errors.max():.2g}"
-        assert errors.max() <= which.loosest, f"{name}: largest error {errors.max():.2g}"
+        assert errors.max() <= which.most, f"{name}: largest error {errors.max():.2g}"
+        assert errors.quantile(0.8) <= which.usual, f"{name}: most errors are up to {errors.quantile(0.8):.2g}"
+
+
+def assert_as_exact(found: Tensors, expected: Tensors, exact: Tensors) -> None:
+    """Kernels are as far from float32 as references are, give or take a third: neither rounds more often."""
+    for name in expected:
+        ours, theirs = (row_errors(outputs[name], exact[name]).mean() for outputs in (found, expected))
+        assert ours <= 4 / 3 * theirs, f"{name}: off by {ours:.2g}, references by {theirs:.2g}"
 
 
 def test_a_forward_through_kernels_leaves_what_one_through_references_leaves(which: Network) -> None:
+    target, _ = network(which.dtype, which.stored)
     with through("references"):
-        expected = target_outputs(which)
+        expected = target_outputs(target, which)
+        exact = target_outputs(in_float32(target), which)
     with through("kernels"):
-        found = target_outputs(which)
+        found = target_outputs(target, which)
     assert_agree(found, expected, which)
+    if which.dtype != torch.float32:
+        assert_as_exact(found, expected, exact)
 
 
 def draft_block(module: DSparkModule, pools: DraftPools, features: Tensor) -> BlockOutput:
@@ -163,17 +203,14 @@ def test_a_draft_through_kernels_is_that_of_references(which: Network) -> None:
     )
     assert_agree(found, expected, which)
     for temperature in (0.0, 1.0):
+        # In float32 of its own block; else of the very same one, where only equal numbers could change places.
+        block = blocks["kernels" if which is NETWORKS["float32"] else "references"]
         with through("references"):
             tokens, confidences = drafted(module, blocks["references"], temperature)
         with through("kernels"):
-            # Of the very same block, in which only numbers that are as good as equal could change places.
-            same = drafted(module, blocks["references"], temperature)
-            own = drafted(module, blocks["kernels"], temperature)
-        assert torch.equal(same[0], tokens)
-        torch.testing.assert_close(same[1], confidences, atol=1e-4, rtol=0)
-        if which.dtype == torch.float32:
-            assert torch.equal(own[0], tokens)
-            torch.testing.assert_close(own[1], confidences, atol=max(1e-4, which.loosest), rtol=0)
+            found_tokens, found_confidences = drafted(module, block, temperature)
+        assert torch.equal(found_tokens, tokens)
+        torch.testing.assert_close(found_confidences, confidences, atol=1e-3, rtol=0)
 
 
 # --- recorded steps -----------------------------------------------------------------------------------------------
@@ -183,40 +220,45 @@ class Rerun:
     """A `Capture` for machines without a GPU: it computes anew, from the same inputs into the same outputs."""
 
     def __call__(self, function: Callable[[], Outputs]) -> tuple[Replay, Outputs]:
-        outputs = function()
+        outputs, is_first = function(), True
 
         def replay() -> None:
-            for kept, fresh in zip(outputs, function(), strict=True):
+            nonlocal is_first
+            # Here a recording is made when it is wanted, and has just computed what its first replay would.
+            for kept, fresh in zip(outputs, () if is_first else function(), strict=not is_first):
                 kept.copy_(fresh)
+            is_first = False
 
         return replay, outputs
 
 
 def capture() -> Capture:
-    return CudaCapture() if DEVICE.type == "cuda" else Rerun()
+    return CudaCapture() if ON_GPU else Rerun()
 
 
-RECORDED = ([(0, 0, 4, 0), (1, 0, 1, 0)], [(0, 2, 4, 1), (1, 1, 4, 0)], [(1, 5, 3, 0)], [(0, 6, 2, 0), (1, 6, 2, 1)])
-"""Blocks, in graphs of 5, 8, 3 and 4 rows; the same sizes again for texts beyond the first 16 tokens."""
+PREFILLED = [(0, 0, 7, 0), (1, 0, 4, 0)]
+RECORDED = (
+    [(0, 5, 3, 1), (1, 2, 2, 1)],  # texts of 8 tokens, of which every entry is chosen
+    [(0, 6, 4, 0), (1, 4, 1, 0)],  # as many rows, behind longer texts
+    [(0, 8, 3, 1), (1, 5, 2, 0)],  # the same recording again
+)
 
 
-@pytest.mark.parametrize("stored", [False, True], ids=["float32", "float32, quantised"])
-def test_replayed_steps_through_kernels_are_launched_ones(stored: bool) -> None:
-    target, _ = network(torch.float32, stored)
-    recorded, launched = new_cache(torch.float32, packed=stored), new_cache(torch.float32, packed=stored)
+@pytest.mark.parametrize("which", ["float32", "float32, quantised"] if ON_GPU else ["float32"])
+def test_replayed_steps_through_kernels_are_launched_ones(which: str) -> None:
+    target, _ = network(torch.float32, NETWORKS[which].stored)
+    recorded, launched = (new_cache(torch.float32, NETWORKS[which].stored) for _ in range(2))
+    with through("references"):
+        for cache in (recorded, launched):
+            target(build_rows([segment(*piece) for piece in PREFILLED], SHAPE, DEVICE), cache)
     with through("kernels"):
-        graphs = TargetGraphs(target, recorded, NUM_SEQUENCES, max_length=48, capture=capture())
-        later = [[(sequence, start + 14, count, draft) for sequence, start, count, draft in RECORDED[1]]]
-        prompts = [segment(0, 8, 8), segment(1, 8, 8)]
-        for step in (*RECORDED, prompts, *later):
-            pieces = step if isinstance(step[0], Segment) else [segment(*piece) for piece in step]
+        graphs = TargetGraphs(target, recorded, NUM_SEQUENCES, NUM_PAGES * PAGE_SIZE, capture())
+        for step in RECORDED if ON_GPU else RECORDED[:2]:
+            pieces = [segment(*piece) for piece in step]
             expected = target(build_rows(pieces, SHAPE, DEVICE), launched)
-            if not graphs.fits(pieces):
-                target(build_rows(pieces, SHAPE, DEVICE), recorded)
-                continue
             found = graphs.run(pieces)
-            torch.testing.assert_close(found.hidden, expected.hidden, atol=2e-4, rtol=0)
-            torch.testing.assert_close(found.features, expected.features, atol=2e-4, rtol=0)
+            assert row_errors(found.hidden, expected.hidden).max() < 1e-4
+            assert row_errors(found.features, expected.features).max() < 1e-4
 
 
 def test_replayed_drafts_through_kernels_are_launched_ones() -> None:
@@ -230,7 +272,7 @@ def test_replayed_drafts_through_kernels_are_launched_ones() -> None:
         block = module.cached_block(anchors, starts, pools.tensors, pools.index(slots, starts))
         tokens, confidences = module.sample(block, anchors, starts, temperatures, seeds, GAMMA)
         graphs = DraftGraphs(module, pools, NUM_SEQUENCES, capture())
-        for rows in (slice(0, 2), slice(1, 2), slice(0, 2)):
+        for rows in (slice(0, 2), slice(1, 2), slice(0, 2)) if ON_GPU else (slice(0, 2),):
             found = graphs.run(anchors[rows], starts[rows], slots[rows], seeds[rows], temperatures[rows])
             assert torch.equal(found[0], tokens[rows])
             torch.testing.assert_close(found[1], confidences[rows], atol=1e-5, rtol=0)
@@ -239,8 +281,8 @@ def test_replayed_drafts_through_kernels_are_launched_ones() -> None:
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def text(speculate: bool, temperature: float, recorded: bool) -> list[int]:
-    """Eight tokens behind a prompt of seven, from an engine whose operations are kernels."""
+def text(speculate: bool) -> list[int]:
+    """Eight sampled tokens behind a prompt of five, from an engine whose operations are kernels."""
     target, module = network(torch.float32, False)
     config = EngineConfig(
         max_num_seqs=NUM_SEQUENCES,
@@ -253,15 +295,20 @@ def text(speculate: bool, temperature: float, recorded: bool) -> list[int]:
     projector = FeatureProjector(CONFIG).to(DEVICE)
     projector.load_state_dict({name: module.state_dict()[name] for name in projector.state_dict()})
     with through("kernels"):
-        captured = capture() if recorded else None
-        graphs = None if captured is None else TargetGraphs(target, cache, NUM_SEQUENCES, PAGE_SIZE, captured)
+        graphs, captured = None, None
+        if ON_GPU and speculate:
+            captured = CudaCapture()
+            graphs = TargetGraphs(target, cache, NUM_SEQUENCES, PAGE_SIZE, captured)
         rank = TargetRank(target, cache, projector.requires_grad_(False), graphs)
-        drafter = InlineDrafter(DraftWorker(module, config)) if speculate else None
+        drafter = InlineDrafter(DraftWorker(module, config, captured)) if speculate else None
         engine = Engine(config, CONFIG, LocalTarget(rank), drafter)
-        sampling = SamplingParams(max_tokens=8, temperature=temperature, ignore_eos=True, seed=3)
-        prompt = tuple(segment(0, 0, 7).token_ids)
-        speculative = SpeculativeParams(enabled=speculate)
-        engine.add_request(Request(request_id="r", prompt_token_ids=prompt, sampling=sampling, speculative=speculative))
+        request = Request(
+            request_id="r",
+            prompt_token_ids=tuple(segment(0, 0, 5).token_ids),
+            sampling=SamplingParams(max_tokens=8, temperature=1.0, ignore_eos=True, seed=3),
+            speculative=SpeculativeParams(enabled=speculate),
+        )
+        engine.add_request(request)
         tokens: list[int] = []
         while engine.has_unfinished():
             tokens += [token for output in engine.step().sequences for token in output.token_ids]
@@ -269,6 +316,6 @@ def text(speculate: bool, temperature: float, recorded: bool) -> list[int]:
 
 
 def test_text_with_speculation_through_kernels_is_text_without() -> None:
-    plain = text(speculate=False, temperature=1.0, recorded=False)
+    plain = text(speculate=False)
     assert len(plain) == 8
-    assert text(speculate=True, temperature=1.0, recorded=True) == plain
+    assert text(speculate=True) == plain

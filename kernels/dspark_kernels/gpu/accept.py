@@ -19,7 +19,7 @@ from torch import Tensor
 from dspark_kernels.philox import STREAM_ACCEPT, STREAM_RECOVER, STREAM_SAMPLE
 
 from .device import num_processors
-from .noise import gumbel, philox_bits, rough_gumbel, uniform
+from .noise import gumbel, philox_bits, philox_tile, rough_gumbel, uniform
 
 _BLOCK_REQUESTS = 16
 _BLOCK_ROWS = 8
@@ -275,23 +275,6 @@ def _test_kernel(
 
 
 @triton.jit
-def _row_bits(seed, position, stream, first_id, BLOCK_V: tl.constexpr):
-    """`philox_bits` of ids first_id .. first_id + BLOCK_V - 1, first_id a multiple of 4: one call per four ids."""
-    b_block = (first_id // 4 + tl.arange(0, BLOCK_V // 4)).to(tl.uint32)
-    b_zero = b_block * 0
-    key, place = seed.to(tl.uint64), position.to(tl.uint64)
-    b_0, b_1, b_2, b_3 = tl.philox_impl(
-        b_block,
-        b_zero + (place & 0xFFFFFFFF).to(tl.uint32),
-        b_zero + (place >> 32).to(tl.uint32),
-        b_zero + stream.to(tl.uint32),
-        b_zero + (key & 0xFFFFFFFF).to(tl.uint32),
-        b_zero + (key >> 32).to(tl.uint32),
-    )
-    return tl.interleave(tl.interleave(b_0, b_2), tl.interleave(b_1, b_3))
-
-
-@triton.jit
 def _draw_kernel(
     p_logits,
     p_q_ids,
@@ -320,8 +303,8 @@ def _draw_kernel(
         return
     row = first + tl.load(p_num_accepted + i_request)
     recovers = row < end - 1
-    seed, position = tl.load(p_seeds + i_request), tl.load(p_positions + row)
-    stream = tl.where(recovers, RECOVER, SAMPLE)
+    b_seed = tl.load(p_seeds + i_request + tl.zeros((1,), tl.int32))
+    b_position = tl.load(p_positions + row + tl.zeros((1,), tl.int32))
     o_k, o_p = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_P)
     # Behind the last draft no token is left out, and none is too unlikely.
     b_q_ids = tl.load(p_q_ids + row * K + o_k, mask=o_k < tl.where(recovers, K, 0), other=-1).to(tl.int32)
@@ -344,11 +327,14 @@ def _draw_kernel(
             drafted = tl.min(tl.where(m_inside & (b_q_ids > drafted), b_q_ids, V))
             b_x = tl.where(o_v == drafted, float("-inf"), b_x)
 
-        b_bits = _row_bits(seed, position, stream, first_id, BLOCK_V)
-        b_rough = b_x + tl.where(b_x > float("-inf"), rough_gumbel(b_bits), 0.0)
-        highest = tl.max(b_rough)
-        # The rough noise is 0.01 off at most, and the sum is rounded.
-        needed = best - 0.02 - 1e-6 * tl.abs(best)
+        if recovers:
+            b_bits = philox_tile(b_seed, b_position, RECOVER, first_id // 4, BLOCK_V)
+        else:
+            b_bits = philox_tile(b_seed, b_position, SAMPLE, first_id // 4, BLOCK_V)
+        b_bits = tl.reshape(b_bits, (BLOCK_V,))
+        highest = tl.max(b_x + rough_gumbel(b_bits))
+        # Far more than what the rough noise is off; the sum is rounded.
+        needed = best - 0.001 - 1e-6 * tl.abs(best)
         if (highest > float("-inf")) & (highest.to(tl.float64) >= needed):
             b_score = b_x.to(tl.float64) + gumbel(b_bits).to(tl.float64)
             score = tl.max(b_score)

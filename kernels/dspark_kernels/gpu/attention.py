@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import KEY_GROUP, packed_key_bytes
+from dspark_kernels.formats import KEY_GROUP, packed_key_bytes
+
 from .device import num_processors
 
 _LOG2_E = math.log2(math.e)
@@ -48,18 +49,19 @@ def sparse_attention(
     else:
         cos, sin = cos.contiguous(), sin.contiguous()
         rotary_dims = 2 * cos.shape[-1]
-    if head_dim % 2 and rotary_dims:
-        raise ValueError(f"head_dim {head_dim}: rotation needs an even number of channels")
-    if entry_keys is None or entry_index is None or entry_index.shape[1] == 0:
-        entry_keys, entry_index, has_entries = window_keys, window_index, False
-    else:
-        has_entries = True
+    if head_dim > 512 or (rotary_dims and head_dim % 2):
+        raise ValueError(f"head_dim {head_dim}: expected at most 512, and an even number where channels rotate")
+    has_entries = entry_keys is not None and entry_index is not None and entry_index.shape[1] > 0
+    if entry_keys is None or entry_index is None or not has_entries:
+        entry_keys, entry_index = window_keys, window_index  # not read
     window_index, entry_index = _dense_rows(window_index), _dense_rows(entry_index)
-    entry_length = entry_index.shape[1] if has_entries else 0
+    window_length, entry_length = window_index.shape[1], entry_index.shape[1] if has_entries else 0
+    window_bytes = _packed_bytes(window_keys, head_dim, rotary_dims)
+    entry_bytes = _packed_bytes(entry_keys, head_dim, rotary_dims)
 
-    block_h, block_k, num_warps = _tile(query, num_heads)
+    block_h, block_k, num_warps = _tile(query, window_keys, entry_keys)
     head_blocks = triton.cdiv(num_heads, block_h)
-    key_blocks = triton.cdiv(window_index.shape[1], block_k) + triton.cdiv(entry_length, block_k)
+    key_blocks = triton.cdiv(window_length, block_k) + triton.cdiv(entry_length, block_k)
     num_splits = _num_splits(num_rows * head_blocks, key_blocks, num_processors(query))
     if num_splits > 1:
         partial = query.new_empty(num_rows, num_heads, num_splits, head_dim, dtype=torch.float32)
@@ -84,15 +86,15 @@ def sparse_attention(
         partial_sum,
         softmax_scale * _LOG2_E,
         num_heads,
-        window_index.shape[1],
+        window_length,
         window_index.stride(0),
         entry_length,
         entry_index.stride(0),
         D=head_dim,
         D_PADDED=padded_dim,
         ROTARY=rotary_dims,
-        WINDOW_BYTES=_packed_bytes(window_keys, head_dim, rotary_dims),
-        ENTRY_BYTES=_packed_bytes(entry_keys, head_dim, rotary_dims),
+        WINDOW_BYTES=window_bytes,
+        ENTRY_BYTES=entry_bytes,
         HAS_ENTRIES=has_entries,
         # A loop that chooses its pointers instead of two loops, which take more registers.
         ONE_LIST=(window_keys.dtype, window_index.dtype) == (entry_keys.dtype, entry_index.dtype),
@@ -132,24 +134,26 @@ def _packed_bytes(keys: Tensor, head_dim: int, rotary_dims: int) -> int:
     """Bytes of a key of a packed pool, 0 for a plain one."""
     if not keys.is_contiguous():
         raise ValueError(f"a pool of keys with strides {keys.stride()}: expected a contiguous one")
-    if keys.dtype != torch.uint8:
-        if keys.shape[1] != head_dim:
-            raise ValueError(f"keys have {keys.shape[1]} channels: expected the query's {head_dim}")
-        return 0
-    plain = head_dim - rotary_dims
-    if plain <= 0 or plain % KEY_GROUP:
-        raise ValueError(f"{plain} channels outside the rotary part: packed keys have a multiple of {KEY_GROUP}")
-    expected = packed_key_bytes(head_dim, rotary_dims)
-    if keys.shape[1] != expected:
-        raise ValueError(f"packed keys have {keys.shape[1]} bytes: expected {expected}")
-    return expected
+    is_packed, width = keys.dtype == torch.uint8, head_dim
+    if is_packed:
+        plain = head_dim - rotary_dims
+        if plain % KEY_GROUP or not KEY_GROUP <= plain <= 8 * KEY_GROUP:
+            raise ValueError(f"{plain} channels outside the rotary part: packed keys have a multiple of {KEY_GROUP}")
+        if rotary_dims % 4 or rotary_dims > KEY_GROUP:
+            raise ValueError(f"{rotary_dims} rotary channels: packed keys have a multiple of 4, at most {KEY_GROUP}")
+        width = packed_key_bytes(head_dim, rotary_dims)
+    if keys.shape[1] != width:
+        raise ValueError(f"a pool of keys of {keys.shape[1]} numbers: expected {width}")
+    return width if is_packed else 0
 
 
-def _tile(query: Tensor, num_heads: int) -> tuple[int, int, int]:
-    """(heads, keys, warps) of a program: a result of 64 x 512 fills the registers, 16 is the least a product takes."""
+def _tile(query: Tensor, *pools: Tensor) -> tuple[int, int, int]:
+    """(heads, keys, warps) of a program: a product takes at least 16 heads, and results of 64 fill the registers."""
     if query.dtype == torch.float32:
         return 16, 16, 8
-    return (16, 64, 8) if num_heads <= 16 else (64, 32, 8)
+    if query.shape[1] <= 16:
+        return 16, 64 if all(pool.element_size() == 2 for pool in pools) else 32, 8
+    return 64, 32, 8
 
 
 def _num_stages(*loaded: Tensor) -> int:
@@ -217,7 +221,10 @@ def _attention_kernel(
         first = tl.minimum(tl.program_id(1) * share, last)
         last = tl.minimum(first + share, last)
 
-    b_query = tl.load(p_query + o_hd, mask=m_hd, other=0.0)
+    m_query = m_h
+    if SPLIT:
+        m_query = o_h < tl.where(first < last, num_heads, 0)  # without keys nothing is read
+    b_query = tl.load(p_query + o_hd, mask=m_query[:, None] & (o_d < D)[None, :], other=0.0)
     b_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_H], tl.float32)
     b_values = tl.zeros([BLOCK_H, D_PADDED], tl.float32)
@@ -355,20 +362,19 @@ def _packed_keys(
     """float32 [BLOCK_K, D_PADDED] of E4M3 bytes, bfloat16 rotary part and E8M0 scales; see `formats.pack_keys`."""
     PLAIN: tl.constexpr = D - ROTARY
     GROUP: tl.constexpr = 64
-    o_g = tl.arange(0, D_PADDED // GROUP)
-    o_d = o_g[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
-    m_k = m_k[:, None, None]
-    p_rows = p_keys + b_index[:, None, None] * KEY_BYTES
-    b_bytes = tl.load(p_rows + o_d, mask=m_k & (o_d < PLAIN), other=0)
-    o_g = o_g[None, :, None]
-    b_exponent = tl.load(p_rows + PLAIN + 2 * ROTARY + o_g, mask=m_k & (o_g < PLAIN // GROUP), other=0)
-    # An exponent byte is the exponent of a float32.
-    b_scale = (b_exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    b_keys = b_bytes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * b_scale
+    o_g, o_c = tl.arange(0, D_PADDED // GROUP)[None, :], tl.arange(0, GROUP)[None, :]
+    p_keys += b_index * KEY_BYTES
+    # The scales of a key in one number, as wide as an asynchronous copy wants them. A byte is a float32's exponent.
+    b_scales = tl.load((p_keys + PLAIN + 2 * ROTARY).to(tl.pointer_type(tl.int64)), mask=m_k, other=0)
+    b_scale = (((b_scales[:, None] >> (8 * o_g)) & 0xFF).to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    o_d = (tl.arange(0, D_PADDED // GROUP) * GROUP)[None, :, None] + o_c[:, None, :]
+    b_bytes = tl.load(p_keys[:, None, None] + o_d, mask=m_k[:, None, None] & (o_d < PLAIN), other=0)
+    b_keys = b_bytes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * b_scale[:, :, None]
     if ROTARY > 0:
-        p_rotary = (p_rows + PLAIN).to(tl.pointer_type(tl.bfloat16)) + (o_d - PLAIN)
-        b_rotary = tl.load(p_rotary, mask=m_k & (o_d >= PLAIN) & (o_d < D), other=0.0)
-        b_keys = tl.where(o_d < PLAIN, b_keys, b_rotary.to(tl.float32))
+        # It begins with a group and does not fill more than one.
+        p_rotary = (p_keys + PLAIN).to(tl.pointer_type(tl.bfloat16))
+        b_rotary = tl.load(p_rotary[:, None] + o_c, mask=m_k[:, None] & (o_c < ROTARY), other=0.0).to(tl.float32)
+        b_keys = tl.where(o_g[:, :, None] == PLAIN // GROUP, b_rotary[:, None, :], b_keys)
     return tl.reshape(b_keys, [BLOCK_K, D_PADDED])
 
 

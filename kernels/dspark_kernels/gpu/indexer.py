@@ -30,7 +30,7 @@ def indexer_topk(query: Tensor, head_weights: Tensor, keys: Tensor, entry_index:
     if 2 * topk > _MOST_SCORES:
         raise ValueError(f"topk {topk}: expected at most {_MOST_SCORES // 2}")
     if not keys.is_contiguous() or keys.shape[1] != query.shape[2]:
-        raise ValueError(f"keys {tuple(keys.shape)}, strides {keys.stride()}: expected contiguous [P, {query.shape[2]}]")
+        raise ValueError(f"keys {tuple(keys.shape)}: expected contiguous [P, {query.shape[2]}]")
     if entry_index.stride(1) != 1:
         entry_index = entry_index.contiguous()
     scores = _scores(query.contiguous(), head_weights.contiguous(), keys, entry_index)
@@ -48,7 +48,7 @@ def _scores(query: Tensor, head_weights: Tensor, keys: Tensor, entry_index: Tens
     length = entry_index.shape[1]
     scores = query.new_empty(num_rows, length, dtype=torch.float32)
     exact = query.dtype == torch.float32
-    block_k = 32 if exact else 64
+    block_k = 16 if exact else 64
     blocks = triton.cdiv(length, block_k)
     programs = _PROGRAMS_PER_PROCESSOR * num_processors(query)
     rows = 2 if num_rows * blocks > programs and not exact else 1
@@ -69,14 +69,14 @@ def _scores(query: Tensor, head_weights: Tensor, keys: Tensor, entry_index: Tens
         ROWS=rows,
         BLOCK_K=block_k,
         SAMPLES=_SAMPLES,
-        num_warps=4,
+        num_warps=8 if exact else 4,
         num_stages=1 if exact or keys.dtype == torch.float32 else 5,
     )
     return scores
 
 
 def _select(scores: Tensor, index: Tensor, topk: int, chunks: int, block: int) -> tuple[Tensor, Tensor]:
-    """The `topk` best of each chunk of `block` scores, one chunk after the other: (scores, index) [N, chunks * topk]."""
+    """The `topk` best of each chunk of `block` scores, chunk after chunk: (scores, index) [N, chunks * topk]."""
     num_rows = len(index)
     chosen = index.new_empty(num_rows, chunks * topk)
     chosen_scores = scores.new_empty(num_rows, chunks * topk) if chunks > 1 else scores
@@ -122,8 +122,7 @@ def _score_kernel(
     num_first = count_keys(p_index, length, SAMPLES)
     num_second = 0
     if ROWS == 2:
-        if i_row + 1 < num_rows:
-            num_second = count_keys(p_index + index_stride, length, SAMPLES)
+        num_second = count_keys(p_index + index_stride, tl.where(i_row + 1 < num_rows, length, 0), SAMPLES)
     blocks = tl.cdiv(tl.maximum(num_first, num_second), BLOCK_K)
     share = tl.cdiv(blocks, tl.num_programs(1))
     first = tl.minimum(tl.program_id(1) * share, blocks)
@@ -148,7 +147,7 @@ def _score_kernel(
                 H, H_PADDED, D, D_PADDED, 2, BLOCK_K,
             )  # fmt: skip
         else:
-            for i_second in range(0, 2):
+            for i_second in range(2):
                 num_keys = tl.where(i_second == 0, num_first, num_second)
                 _score(
                     p_query + i_second * H * D, p_weights + i_second * H, p_keys, p_index + i_second * index_stride,
@@ -178,7 +177,7 @@ def _score(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Score blocks first .. last - 1 of the entries of one row, or of two rows of which one sees all that the other does."""
+    """Score blocks first .. last - 1 of the entries of one row, or of two of which one sees all that the other does."""
     o_d = tl.arange(0, D_PADDED)
     o_h = tl.arange(0, ROWS * H_PADDED) % H_PADDED
     o_r = tl.arange(0, ROWS * H_PADDED) // H_PADDED

@@ -1,10 +1,10 @@
 """Hyper-connections: collapse the residual streams, mix them, and put a sublayer's output back; one launch each.
 
 A read is two steps, and the second needs the sums of the first. Step one projects tiles of rows, the long axis [m*d]
-cut into splits that many processors share. In step two one program per row collapses it, and a few more make the mixes
-of several rows. Both are programs of one grid:
+cut into splits that many processors share. In step two one program per row collapses it, and a few more make `comb` of
+several rows. Both are programs of one grid:
 
-    [project tiles 0 .. LAG-1] [project tile LAG | follow tile 0] [project tile LAG+1 | follow tile 1] ...
+    [project tiles 0 .. lag-1] [project lag | follow 0] [project lag+1 | follow 1] ... [follow the last lag]
 
 A program that follows waits for the projections of its tile. A wait always ends: they come earlier in the grid,
 programs start in the order of the grid (CUB's scans rely on it too), and a projection waits for nobody. When rows are
@@ -23,18 +23,21 @@ from torch import Tensor
 from .device import num_processors
 
 _MOST_TILES = 1 << 15
-_ROW_BYTES = 128 * 1024
-_NUM_WARPS = 8
+_MOST_ROW_BYTES = 128 * 1024
+"""A row is held in registers."""
 
 _counters: dict[torch.device, Tensor] = {}
-"""Arrivals per tile of rows, zero between launches. Shared by all calls: they must be on one stream of a device."""
+"""Arrivals per tile of rows, zero between launches: the last program of a tile puts them back, which costs no launch.
+
+All calls share them, so on a device they must follow one another, as on one stream.
+"""
 
 
 def _tile_counters(device: torch.device) -> Tensor:
     if device not in _counters:
-        # Captured, the zeros would be written by that graph only.
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        assert not capturing, "mhc_read or mhc_head must run once on this device before a graph is captured"
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # The zeros would be written when that graph runs, and at no other time.
+            raise RuntimeError(f"mhc_read or mhc_head must have run on {device} before a graph is captured")
         _counters[device] = torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
     return _counters[device]
 
@@ -50,9 +53,9 @@ class _Blocks:
     splits: int
     """Projections of a tile."""
     mixed_rows: int
-    """Whose mixes one program makes."""
+    """Whose `comb` one program makes."""
     mixed_splits: int
-    """It adds at once: all, but threads that have rows enough add up their own."""
+    """That it adds up at once: all of one row's; of many rows few, so that threads have rows of their own."""
     lag: int
     """Tiles between a projection and what follows it: as many as run at once."""
 
@@ -63,9 +66,9 @@ class _Blocks:
         if dtype == torch.float32:
             rows, columns = min(rows, 32), 32  # these products keep their operands in registers
         tiles, steps = triton.cdiv(num_rows, rows), triton.cdiv(width, columns)
-        # Few tiles: every processor takes part. Many: eight steps each, so that tiles finish soon one after another.
-        splits = max(triton.cdiv(processors, tiles), triton.cdiv(steps, 8))
-        splits = triton.next_power_of_2(min(splits, steps))
+        # Few tiles: every processor takes part. Many: about eight steps each, so that tiles end soon one after another.
+        splits = max(min(processors // tiles, steps), triton.cdiv(steps, 8))
+        splits = 1 << (splits.bit_length() - 1)
         mixed_rows = 1 if num_rows <= 2 * processors else min(rows, 32)
         mixed_splits = splits if mixed_rows == 1 else max(splits // 32, 1)
         lag = min(tiles, triton.cdiv(2 * processors, splits))
@@ -77,7 +80,7 @@ def _project(
     p_streams,
     p_fn,
     p_partials,
-    i_tile,
+    i_first,
     i_split,
     N,
     WIDTH: tl.constexpr,
@@ -89,7 +92,7 @@ def _project(
 ):
     """Products with `fn` over a split of the columns, then the sum of squares: partials [N, SPLITS, SUMS]."""
     STEPS: tl.constexpr = tl.cdiv(tl.cdiv(WIDTH, BLOCK_K), SPLITS)
-    o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_n = i_first + tl.arange(0, BLOCK_N)
     o_sum = tl.arange(0, SUMS)
     m_n = o_n < N
     p_rows = p_streams + o_n.to(tl.int64)[:, None] * WIDTH
@@ -146,6 +149,7 @@ def _collapse(
     p_scale,
     p_norm,
     p_u,
+    p_post,
     i_row,
     eps,
     rms_eps,
@@ -154,11 +158,11 @@ def _collapse(
     MIXES: tl.constexpr,
     SUMS: tl.constexpr,
     SPLITS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    IS_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """u [D] of one row: its streams weighed and summed, then normed where asked for."""
+    """u [D] of one row: its streams weighed and summed; but for a head also normed, and with post [M]."""
     # All that does not depend on the projections is under way before they are waited for.
     i_row = i_row.to(tl.int64)
     o_d, o_m, o_split = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M), tl.arange(0, SPLITS)
@@ -167,17 +171,23 @@ def _collapse(
     b_x = tl.load(p_row, mask=m_m[:, None] & m_d[None, :], other=0.0)
     b_scale = tl.load(p_scale)
     b_base = tl.load(p_base + o_m, mask=m_m, other=0.0)
-    if HAS_NORM:
+    if not IS_HEAD:
         b_norm = tl.load(p_norm + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_scale_post = tl.load(p_scale + 1)
+        b_base_post = tl.load(p_base + M + o_m, mask=m_m, other=0.0)
 
     _wait(p_counter, SPLITS)
     p_sums = p_partials + i_row * (SPLITS * SUMS) + o_split * SUMS
     b_squares = tl.load(p_sums + MIXES, cache_modifier=".cg")
     b_z = tl.load(p_sums[:, None] + o_m[None, :], mask=m_m[None, :], other=0.0, cache_modifier=".cg")
+    if not IS_HEAD:
+        b_post = tl.load(p_sums[:, None] + M + o_m[None, :], mask=m_m[None, :], other=0.0, cache_modifier=".cg")
     b_inverse = tl.rsqrt(tl.sum(b_squares, axis=0) / (M * D) + rms_eps)
     b_weights = tl.sigmoid(tl.sum(b_z, axis=0) * b_inverse * b_scale + b_base) + eps
     b_u = tl.sum(b_weights[:, None] * b_x.to(tl.float32), axis=0).to(p_u.dtype.element_ty)
-    if HAS_NORM:
+    if not IS_HEAD:
+        b_post = 2 * tl.sigmoid(tl.sum(b_post, axis=0) * b_inverse * b_scale_post + b_base_post)
+        tl.store(p_post + i_row * M + o_m, b_post, mask=m_m)
         b_u = b_u.to(tl.float32)
         b_u = b_u * tl.rsqrt(tl.sum(b_u * b_u, axis=0) / D + rms_eps) * b_norm
     tl.store(p_u + i_row * D + o_d, b_u.to(p_u.dtype.element_ty), mask=m_d)
@@ -189,7 +199,6 @@ def _mix(
     p_counter,
     p_base,
     p_scale,
-    p_post,
     p_comb,
     i_first,
     N,
@@ -205,40 +214,35 @@ def _mix(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """post [M] and comb [M, M] of BLOCK_N rows."""
+    """comb [M, M] of BLOCK_N rows."""
     o_n = i_first + tl.arange(0, BLOCK_N)
     o_m, o_pair = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_M * BLOCK_M)
     o_from, o_to = o_pair // BLOCK_M, o_pair % BLOCK_M
     o_comb = o_from * M + o_to
-    m_n, m_m, m_pair = o_n < N, o_m < M, (o_from < M) & (o_to < M)
-    b_scale_post, b_scale_comb = tl.load(p_scale + 1), tl.load(p_scale + 2)
-    b_base_post = tl.load(p_base + M + o_m, mask=m_m, other=0.0)
-    b_base_comb = tl.load(p_base + 2 * M + o_comb, mask=m_pair, other=0.0)
+    m_n, m_pair = o_n < N, (o_from < M) & (o_to < M)
+    b_scale = tl.load(p_scale + 2)
+    b_base = tl.load(p_base + 2 * M + o_comb, mask=m_pair, other=0.0)
     # A column that is only there to fill the block gets no share; a row that is gets equal ones, and loses them below.
-    b_base_comb = tl.where((o_from < M) & (o_to >= M), float("-inf"), b_base_comb)
+    b_base = tl.where((o_from < M) & (o_to >= M), float("-inf"), b_base)
 
     _wait(p_counter, SPLITS)
     b_squares = tl.zeros((BLOCK_N,), tl.float32)
-    b_post = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     b_comb = tl.zeros((BLOCK_N, BLOCK_M * BLOCK_M), tl.float32)
     for i_block in tl.static_range(SPLITS // BLOCK_S):
         o_split = i_block * BLOCK_S + tl.arange(0, BLOCK_S)
         p_sums = p_partials + (o_n.to(tl.int64)[:, None] * SPLITS + o_split[None, :]) * SUMS
-        b_block = tl.load(p_sums + MIXES, mask=m_n[:, None], other=0.0, cache_modifier=".cg")
-        p_sums = p_sums[:, :, None] + M
-        m_post, m_comb = m_n[:, None, None] & m_m[None, None, :], m_n[:, None, None] & m_pair[None, None, :]
-        b_block_post = tl.load(p_sums + o_m[None, None, :], mask=m_post, other=0.0, cache_modifier=".cg")
-        b_block_comb = tl.load(p_sums + M + o_comb[None, None, :], mask=m_comb, other=0.0, cache_modifier=".cg")
-        b_squares += tl.sum(b_block, axis=1)
-        b_post += tl.sum(b_block_post, axis=1)
-        b_comb += tl.sum(b_block_comb, axis=1)
-    b_inverse = tl.rsqrt(b_squares / (M * D) + rms_eps)[:, None]
-
-    b_post = 2 * tl.sigmoid(b_post * b_inverse * b_scale_post + b_base_post[None, :])
-    m_post = m_n[:, None] & m_m[None, :]
-    tl.store(p_post + o_n.to(tl.int64)[:, None] * M + o_m[None, :], b_post, mask=m_post)
-
-    b_comb = b_comb * b_inverse * b_scale_comb + b_base_comb[None, :]
+        if BLOCK_N > 1:
+            b_block_squares = tl.load(p_sums + MIXES, mask=m_n[:, None], other=0.0, cache_modifier=".cg")
+        else:
+            # One row's sum is a scalar, and a scalar has no layout that must agree with that of the mixes.
+            p_row = p_partials + i_first.to(tl.int64) * (SPLITS * SUMS)
+            b_block_squares = tl.load(p_row + o_split * SUMS + MIXES, cache_modifier=".cg")
+        p_block, m_block = p_sums[:, :, None] + 2 * M + o_comb, m_n[:, None, None] & m_pair[None, None, :]
+        b_block = tl.load(p_block, mask=m_block, other=0.0, cache_modifier=".cg")
+        b_squares += tl.sum(b_block_squares, axis=1 if BLOCK_N > 1 else 0)
+        b_comb += tl.sum(b_block, axis=1)
+    b_inverse = tl.rsqrt(b_squares / (M * D) + rms_eps)
+    b_comb = b_comb * b_inverse[:, None] * b_scale + b_base[None, :]
     b_comb = tl.reshape(b_comb, (BLOCK_N, BLOCK_M, BLOCK_M))
     b_comb = tl.exp(b_comb - tl.max(b_comb, axis=2)[:, :, None])
     b_comb = b_comb / tl.sum(b_comb, axis=2)[:, :, None] + eps
@@ -285,27 +289,58 @@ def _mhc_read_kernel(
     BLOCK_S: tl.constexpr,
 ):
     MIXERS: tl.constexpr = 0 if IS_HEAD else BLOCK_N // MIXED_ROWS
-    PER_TILE: tl.constexpr = SPLITS + MIXERS + BLOCK_N
+    FOLLOWERS: tl.constexpr = MIXERS + BLOCK_N
+    PER_TILE: tl.constexpr = SPLITS + FOLLOWERS
     i_program = tl.program_id(0)
     i_paired = i_program - lag * SPLITS
-    i_projected = tl.where(i_paired < 0, i_program // SPLITS, i_paired // PER_TILE + lag)
-    i_part = tl.where(i_paired < 0, i_program % SPLITS, i_paired % PER_TILE)
-    if i_part < SPLITS:
-        if i_projected < num_tiles:
-            _project(p_streams, p_fn, p_partials, i_projected, i_part, N, M * D, MIXES, SUMS, SPLITS, BLOCK_N, BLOCK_K)
-            # The atomic orders the stores of one thread: those of the others must come before it.
-            tl.debug_barrier()
-            tl.atomic_add(p_counters + i_projected, 1, sem="release")
+    i_last = i_paired - (num_tiles - lag) * PER_TILE
+    if i_paired < 0:
+        i_tile, i_part = i_program // SPLITS, i_program % SPLITS
+    elif i_last < 0:
+        i_tile, i_part = i_paired // PER_TILE, i_paired % PER_TILE
+        if i_part < SPLITS:
+            i_tile += lag
     else:
-        i_tile, i_part = i_paired // PER_TILE, i_part - SPLITS
-        i_first = i_tile * BLOCK_N
+        i_tile, i_part = num_tiles - lag + i_last // FOLLOWERS, SPLITS + i_last % FOLLOWERS
+    p_counter = p_counters + i_tile
+    i_first = i_tile * BLOCK_N
+    if i_part < SPLITS:
+        _project(p_streams, p_fn, p_partials, i_first, i_part, N, M * D, MIXES, SUMS, SPLITS, BLOCK_N, BLOCK_K)
+        # The atomic orders the stores of one thread: those of the others must come before it.
+        tl.debug_barrier()
+        tl.atomic_add(p_counter, 1, sem="release")
+    else:
+        i_part -= SPLITS
         num_rows = tl.minimum(N - i_first, BLOCK_N)
-        p_counter = p_counters + i_tile
         if IS_HEAD:
             followers = num_rows
         else:
             followers = num_rows + tl.cdiv(num_rows, MIXED_ROWS)
-        if i_part < MIXERS:
+        if i_part >= MIXERS:
+            if i_part - MIXERS < num_rows:
+                _collapse(
+                    p_streams,
+                    p_partials,
+                    p_counter,
+                    p_base,
+                    p_scale,
+                    p_norm,
+                    p_u,
+                    p_post,
+                    i_first + i_part - MIXERS,
+                    eps,
+                    rms_eps,
+                    M,
+                    D,
+                    MIXES,
+                    SUMS,
+                    SPLITS,
+                    IS_HEAD,
+                    BLOCK_M,
+                    BLOCK_D,
+                )
+                _leave(p_counter, SPLITS, followers)
+        elif not IS_HEAD:  # noqa: SIM102, what Triton decides and what the program decides do not mix
             if i_part * MIXED_ROWS < num_rows:
                 i_first += i_part * MIXED_ROWS
                 _mix(
@@ -313,7 +348,6 @@ def _mhc_read_kernel(
                     p_counter,
                     p_base,
                     p_scale,
-                    p_post,
                     p_comb,
                     i_first,
                     N,
@@ -330,28 +364,6 @@ def _mhc_read_kernel(
                     BLOCK_S,
                 )
                 _leave(p_counter, SPLITS, followers)
-        elif i_part - MIXERS < num_rows:
-            _collapse(
-                p_streams,
-                p_partials,
-                p_counter,
-                p_base,
-                p_scale,
-                p_norm,
-                p_u,
-                i_first + i_part - MIXERS,
-                eps,
-                rms_eps,
-                M,
-                D,
-                MIXES,
-                SUMS,
-                SPLITS,
-                not IS_HEAD,
-                BLOCK_M,
-                BLOCK_D,
-            )
-            _leave(p_counter, SPLITS, followers)
 
 
 @triton.jit
@@ -404,8 +416,8 @@ def _read(
     block_m, block_d = triton.next_power_of_2(m), triton.next_power_of_2(d)
     if streams.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"streams must be float32 or bfloat16, got {streams.dtype}")
-    if block_m * block_d * streams.element_size() > _ROW_BYTES:
-        raise ValueError(f"the {m} streams of a row must fit in {_ROW_BYTES} bytes of registers, got {d} channels each")
+    if block_m * block_d * streams.element_size() > _MOST_ROW_BYTES:
+        raise ValueError(f"a row must fit in {_MOST_ROW_BYTES} bytes of registers, got {m} streams of {d} channels")
     streams = streams.contiguous()
     fn = _contiguous("fn", fn, (mixes, m * d), torch.float32)
     base = _contiguous("base", base, (mixes,), torch.float32)
@@ -427,7 +439,7 @@ def _read(
     sums = max(triton.next_power_of_2(mixes + 1), 16)
     partials = base.new_empty(num_rows, blocks.splits, sums)
     mixers = 0 if norm is None else blocks.rows // blocks.mixed_rows
-    _mhc_read_kernel[(blocks.lag * blocks.splits + num_tiles * (blocks.splits + mixers + blocks.rows),)](
+    _mhc_read_kernel[(num_tiles * (blocks.splits + mixers + blocks.rows),)](
         streams,
         fn,
         base,
@@ -456,7 +468,7 @@ def _read(
         BLOCK_D=block_d,
         MIXED_ROWS=blocks.mixed_rows,
         BLOCK_S=blocks.mixed_splits,
-        num_warps=_NUM_WARPS,
+        num_warps=8,
         num_stages=3,
     )
     return u, post, comb

@@ -1,10 +1,10 @@
 """Routed experts: pairs (row, chosen expert) sorted by expert, two products over them, and a sum per row.
 
-Four launches. `_plan_kernel` lists each expert's pairs, cuts the lists into tiles of rows, and rounds hidden rows to
-FP8 where the weights are quantised. A program of a product takes one tile and some output channels: an expert's weights
-are read once per tile, and not at all where nobody chose it. The grid cannot depend on what was chosen; programs that
-find no tile leave at once. A pair has a row of its own until `_combine_kernel` adds up a row's pairs, first choice
-first, so that results do not depend on the order of programs.
+`_plan_kernel` lists each expert's pairs and cuts the lists into tiles of rows. Where weights are quantised it also
+rounds hidden rows to FP8, and `_round_kernel` does so with the rows between the products. A program of a
+product takes one tile and some output channels: an expert's weights are read once per tile, and not at all where nobody
+chose it. The grid cannot depend on what was chosen; programs that find no tile leave at once. A pair has a row of its
+own until `_combine_kernel` adds up a row's pairs, first choice first: results do not depend on the order of programs.
 
 Where experts have few pairs each, reading weights is what takes the time, and the warps of a program share the input
 channels instead of the rows (`weights.multiply_add`).
@@ -25,7 +25,6 @@ from .weights import (
     FP4,
     FP8,
     PLAIN,
-    format_of,
     load_rows,
     multiply_add,
     nearest,
@@ -42,33 +41,33 @@ _TILE = tl.constexpr(_TILE_NUMBERS)
 """Numbers of a tile: its expert, and the first place of its pairs and the end of its expert's in the sorted list."""
 
 
+_PLAN_PAIRS, _ROUND_GROUPS, _COMBINE_CHANNELS = 1024, 16, 512
+"""Pairs, groups of channels and channels that the small kernels take at a time."""
+
+
 @dataclass(frozen=True)
 class _Blocks:
-    """Sizes of one program of a product."""
+    """What one program of a product takes at a time."""
 
     rows: int
     channels: int
     columns: int
-    """Stored columns of the weight in one step."""
     slices: int
     warps: int
-    stages: int
+    stages: int = 3
 
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-_PLAN_PAIRS, _PLAN_GROUPS, _COMBINE_CHANNELS = 1024, 8, 512
-"""Pairs, groups of channels and channels that the small kernels take at a time."""
 _FEW_PAIRS = 6
-"""Pairs per expert up to which tiles of 8 rows are read best."""
+"""Pairs per expert up to which most experts' pairs fit in a tile of 8 rows."""
 _FEW_BLOCKS = {
-    FP4: _Blocks(rows=8, channels=128, columns=128, slices=8, warps=8, stages=3),
-    FP8: _Blocks(rows=8, channels=128, columns=128, slices=4, warps=4, stages=3),
-    PLAIN: _Blocks(rows=8, channels=64, columns=128, slices=8, warps=8, stages=3),
+    FP4: _Blocks(rows=8, channels=64, columns=128, slices=8, warps=4),
+    FP8: _Blocks(rows=8, channels=64, columns=128, slices=4, warps=4),
+    PLAIN: _Blocks(rows=8, channels=64, columns=128, slices=8, warps=8),
 }
 _MANY_BLOCKS = {
-    FP4: _Blocks(rows=64, channels=128, columns=64, slices=1, warps=8, stages=3),
-    FP8: _Blocks(rows=64, channels=128, columns=128, slices=1, warps=8, stages=3),
-    PLAIN: _Blocks(rows=64, channels=128, columns=64, slices=1, warps=8, stages=3),
+    FP4: _Blocks(rows=64, channels=128, columns=64, slices=1, warps=8),
+    FP8: _Blocks(rows=64, channels=64, columns=128, slices=1, warps=4),
+    PLAIN: _Blocks(rows=64, channels=128, columns=64, slices=1, warps=8),
 }
 # Without tensor cores, and for tests only.
 _FLOAT32_BLOCKS = _Blocks(rows=16, channels=32, columns=32, slices=1, warps=4, stages=2)
@@ -87,7 +86,7 @@ def _list_pairs(
     p_experts,
     p_pairs,
     p_tiles,
-    p_num_tiles,
+    p_totals,
     num_pairs,
     first_expert,
     E: tl.constexpr,
@@ -112,7 +111,8 @@ def _list_pairs(
         tl.store(p_tile + 1, first + i_tile * BLOCK_M)
         tl.store(p_tile + 2, first + count)
     if i_expert == E - 1:
-        tl.store(p_num_tiles, first_tile + num_tiles)
+        tl.store(p_totals, first_tile + num_tiles)
+        tl.store(p_totals + 1, first + count)
     if count > 0:
         place = first
         for i_pair in range(0, num_pairs, BLOCK_P):
@@ -124,14 +124,14 @@ def _list_pairs(
 
 
 @triton.jit
-def _round_row(p_hidden, p_rounded, FORMAT: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr):
+def _round_row(p_row, p_rounded, FORMAT: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr):
     for i_channel in range(0, K, GROUPS * _GROUP):
         o_groups = i_channel + tl.arange(0, GROUPS) * _GROUP
         m_groups = o_groups < K
-        p_groups = p_hidden + o_groups[:, None] + tl.arange(0, _GROUP)[None, :]
+        p_groups = p_row + o_groups[:, None] + tl.arange(0, _GROUP)[None, :]
         b_groups = tl.load(p_groups, mask=m_groups[:, None], other=0.0).to(tl.float32)
         # A group's row is the same for all of them.
-        store_rounded(p_rounded + o_groups * 0, b_groups, m_groups, o_groups, FORMAT, COLUMNS)
+        store_rounded(p_rounded + o_groups * 0, b_groups, m_groups, o_groups, FORMAT, K)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "first_expert"])
@@ -141,12 +141,11 @@ def _plan_kernel(
     p_rounded,
     p_pairs,
     p_tiles,
-    p_num_tiles,
+    p_totals,
     num_pairs,
     first_expert,
     FORMAT: tl.constexpr,
     K: tl.constexpr,
-    COLUMNS: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -156,11 +155,18 @@ def _plan_kernel(
     i_program = tl.program_id(0)
     if i_program < E:
         _list_pairs(
-            i_program, p_experts, p_pairs, p_tiles, p_num_tiles, num_pairs, first_expert, E, BLOCK_E, BLOCK_P, BLOCK_M
+            i_program, p_experts, p_pairs, p_tiles, p_totals, num_pairs, first_expert, E, BLOCK_E, BLOCK_P, BLOCK_M
         )
     elif FORMAT != _PLAIN:
         i_row = (i_program - E).to(tl.int64)
-        _round_row(p_hidden + i_row * K, p_rounded + i_row * K, FORMAT, K, COLUMNS, GROUPS)
+        _round_row(p_hidden + i_row * K, p_rounded + i_row * K, FORMAT, K, GROUPS)
+
+
+@triton.jit
+def _round_kernel(p_inner, p_rounded, p_totals, FORMAT: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr):
+    i_place = tl.program_id(0).to(tl.int64)
+    if i_place < tl.load(p_totals + 1):
+        _round_row(p_inner + i_place * INNER, p_rounded + i_place * INNER, FORMAT, INNER, GROUPS)
 
 
 @triton.jit
@@ -169,19 +175,17 @@ def _gate_up_kernel(
     p_weights,
     p_pairs,
     p_tiles,
-    p_num_tiles,
+    p_totals,
     p_w13,
     p_scale,
     p_inner,
     limit,
     FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     SCALES: tl.constexpr,
-    INNER_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -190,7 +194,7 @@ def _gate_up_kernel(
     CHANNEL_BLOCKS: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     i_tile = tl.program_id(0) // CHANNEL_BLOCKS
     i_channel = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_N
-    if i_tile >= tl.load(p_num_tiles):
+    if i_tile >= tl.load(p_totals):
         return
     p_tile = p_tiles + i_tile * _TILE
     i_expert = tl.load(p_tile).to(tl.int64)
@@ -207,7 +211,7 @@ def _gate_up_kernel(
     b_gate = zero_sum(BLOCK_M, BLOCK_N, SLICES)
     b_up = b_gate
     for i_column in range(0, COLUMNS, BLOCK_C):
-        b_x, b_odd_x = load_rows(p_x, m_rows, i_column, FORMAT, COLUMNS, BLOCK_C)
+        b_x, b_odd_x = load_rows(p_x, m_rows, i_column, FORMAT, COLUMNS, BLOCK_C, SLICES)
         b_gate = multiply_add(
             b_gate,
             b_x,
@@ -241,18 +245,15 @@ def _gate_up_kernel(
     b_gate = whole_sum(b_gate, FORMAT, SLICES)
     b_up = whole_sum(b_up, FORMAT, SLICES)
 
+    DTYPE: tl.constexpr = p_inner.dtype.element_ty
     if FORMAT == _PLAIN:
         b_gate, b_up = nearest(b_gate, DTYPE).to(tl.float32), nearest(b_up, DTYPE).to(tl.float32)
     b_gate = tl.minimum(b_gate, limit)
     b_up = tl.minimum(tl.maximum(b_up, -limit), limit)
     b_weights = tl.load(p_weights + o_pairs, mask=m_rows, other=0.0)
     b_inner = nearest(b_gate * tl.sigmoid(b_gate) * b_up * b_weights[:, None], DTYPE)
-    p_inner += o_places.to(tl.int64) * INNER
-    if FORMAT == _PLAIN:
-        m_inner = m_rows[:, None] & m_channels[None, :]
-        tl.store(p_inner[:, None] + o_channels[None, :], b_inner, mask=m_inner)
-    else:
-        store_rounded(p_inner, b_inner.to(tl.float32), m_rows, i_channel, FORMAT, INNER_COLUMNS)
+    p_inner = p_inner + o_places.to(tl.int64)[:, None] * INNER + o_channels[None, :]
+    tl.store(p_inner, b_inner, mask=m_rows[:, None] & m_channels[None, :])
 
 
 @triton.jit
@@ -260,7 +261,7 @@ def _down_kernel(
     p_inner,
     p_pairs,
     p_tiles,
-    p_num_tiles,
+    p_totals,
     p_w2,
     p_scale,
     p_out,
@@ -276,7 +277,7 @@ def _down_kernel(
 ):
     CHANNEL_BLOCKS: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     i_tile = tl.program_id(0) // CHANNEL_BLOCKS
-    if i_tile >= tl.load(p_num_tiles):
+    if i_tile >= tl.load(p_totals):
         return
     p_tile = p_tiles + i_tile * _TILE
     i_expert = tl.load(p_tile).to(tl.int64)
@@ -292,7 +293,7 @@ def _down_kernel(
     p_inner += o_places.to(tl.int64) * INNER
     b_sum = zero_sum(BLOCK_M, BLOCK_N, SLICES)
     for i_column in range(0, COLUMNS, BLOCK_C):
-        b_x, b_odd_x = load_rows(p_inner, m_rows, i_column, FORMAT, COLUMNS, BLOCK_C)
+        b_x, b_odd_x = load_rows(p_inner, m_rows, i_column, FORMAT, COLUMNS, BLOCK_C, SLICES)
         b_sum = multiply_add(
             b_sum,
             b_x,
@@ -335,10 +336,43 @@ def _combine_kernel(
     tl.store(p_out + i_row * K + o_channels, b_sum, mask=o_channels < K)
 
 
-def _blocks_of(weight_format: int, dtype: torch.dtype, few: bool) -> _Blocks:
+@dataclass(frozen=True)
+class _Weight:
+    """A weight of all experts."""
+
+    stored: Tensor
+    scale: Tensor | None
+    format: int
+
+    def sizes(self) -> dict[str, int]:
+        """What a product must know of how it is stored."""
+        scales = 0 if self.scale is None else self.scale[0].numel()
+        return {"FORMAT": self.format, "COLUMNS": self.stored.shape[2], "SCALES": scales}
+
+
+def _weight_of(weight: Tensor, scale: Tensor | None) -> _Weight:
+    assert weight.is_contiguous(), "experts' weights have to be contiguous"
+    if scale is None:
+        return _Weight(weight, None, PLAIN)
+    if weight.dtype == torch.float8_e4m3fn:
+        return _Weight(weight, scale_bytes(scale), FP8)
+    return _Weight(weight.view(torch.uint8), scale_bytes(scale), FP4)
+
+
+def _blocks_of(weight_format: int, dtype: torch.dtype, pairs_per_expert: float) -> _Blocks:
     if weight_format == PLAIN and dtype == torch.float32:
         return _FLOAT32_BLOCKS
-    return (_FEW_BLOCKS if few else _MANY_BLOCKS)[weight_format]
+    return (_FEW_BLOCKS if pairs_per_expert <= _FEW_PAIRS else _MANY_BLOCKS)[weight_format]
+
+
+def _check(hidden: Tensor, w13: _Weight, w2: _Weight, inner: int) -> None:
+    if w13.format != w2.format:
+        raise ValueError(f"experts' weights are {w13.stored.dtype} and {w2.stored.dtype}: expected one format")
+    if w13.format == PLAIN and not hidden.dtype == w13.stored.dtype == w2.stored.dtype:
+        raise ValueError(f"rows are {hidden.dtype}, experts {w13.stored.dtype}: expected one dtype")
+    channels = (hidden.shape[1], inner)
+    if w13.format != PLAIN and any(width % ACTIVATION_GROUP for width in channels):
+        raise ValueError(f"quantised experts of {channels} channels: expected multiples of {ACTIVATION_GROUP}")
 
 
 def moe(
@@ -354,90 +388,83 @@ def moe(
 ) -> Tensor:
     """See `reference.moe`."""
     num_rows, d = hidden.shape
-    top_k, num_experts, inner = experts.shape[1], len(w13), w13.shape[1] // 2
-    out = torch.empty(num_rows, d, dtype=torch.float32, device=hidden.device)
+    num_experts, inner, top_k = len(w13), w13.shape[1] // 2, experts.shape[1]
+    up_weight, down_weight = _weight_of(w13, w13_scale), _weight_of(w2, w2_scale)
+    _check(hidden, up_weight, down_weight, inner)
+    hidden, weights, experts = hidden.contiguous(), weights.contiguous(), experts.contiguous()
+    out = hidden.new_empty(num_rows, d, dtype=torch.float32)
     if num_rows == 0:
         return out
-    quantised = w13_scale is not None and w2_scale is not None
-    weight_format = format_of(w13) if quantised else PLAIN
-    if quantised and (d % ACTIVATION_GROUP or inner % ACTIVATION_GROUP):
-        raise ValueError(f"quantised experts of {d} and {inner} channels: expected multiples of {ACTIVATION_GROUP}")
-    if not quantised and not hidden.dtype == w13.dtype == w2.dtype:
-        raise ValueError(f"rows are {hidden.dtype}, experts {w13.dtype} and {w2.dtype}: expected one dtype")
-    if weight_format == FP4:
-        w13, w2 = w13.view(torch.uint8), w2.view(torch.uint8)
-    assert w13.is_contiguous() and w2.is_contiguous(), "experts' weights have to be contiguous"
-    hidden, weights, experts = hidden.contiguous(), weights.contiguous(), experts.contiguous()
 
-    num_pairs = experts.numel()
-    blocks = _blocks_of(weight_format, hidden.dtype, few=num_pairs <= _FEW_PAIRS * num_experts)
+    quantised = up_weight.format != PLAIN
+    num_pairs = num_rows * top_k
+    blocks = _blocks_of(up_weight.format, hidden.dtype, num_pairs / num_experts)
     max_tiles = min(num_pairs, num_experts) + num_pairs // blocks.rows
-    device, rows_dtype = hidden.device, torch.bfloat16 if quantised else hidden.dtype
-    pairs = torch.empty(num_pairs, dtype=torch.int32, device=device)
-    tiles = torch.empty(max_tiles, _TILE_NUMBERS, dtype=torch.int32, device=device)
-    num_tiles = torch.empty(1, dtype=torch.int32, device=device)
-    x = torch.empty(num_rows, d, dtype=rows_dtype, device=device) if quantised else hidden
-    activated = torch.empty(num_pairs, inner, dtype=rows_dtype, device=device)
-    pairs_out = torch.empty(num_pairs, d, dtype=torch.float32, device=device)
-
-    columns, inner_columns = w13.shape[2], w2.shape[2]
-    _plan_kernel[(num_experts + (num_rows if quantised else 0),)](
+    pairs = hidden.new_empty(num_pairs, dtype=torch.int32)
+    tiles = hidden.new_empty(max_tiles, _TILE_NUMBERS, dtype=torch.int32)
+    totals = hidden.new_empty(2, dtype=torch.int32)  # of tiles and of pairs
+    x = torch.empty_like(hidden, dtype=torch.bfloat16) if quantised else hidden
+    _plan_kernel[(num_experts + num_rows * quantised,)](
         hidden,
         experts,
         x,
         pairs,
         tiles,
-        num_tiles,
+        totals,
         num_pairs,
         first_expert,
-        FORMAT=weight_format,
+        FORMAT=up_weight.format,
         K=d,
-        COLUMNS=columns,
         E=num_experts,
         BLOCK_E=triton.next_power_of_2(num_experts + 1),
         BLOCK_P=_PLAN_PAIRS,
         BLOCK_M=blocks.rows,
-        GROUPS=_PLAN_GROUPS,
+        GROUPS=_ROUND_GROUPS,
     )
+
+    launch = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     sizes = {
-        "FORMAT": weight_format,
         "K": d,
         "INNER": inner,
         "BLOCK_M": blocks.rows,
         "BLOCK_N": blocks.channels,
         "BLOCK_C": blocks.columns,
         "SLICES": blocks.slices,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
     }
+    activated = hidden.new_empty(num_pairs, inner)
     _gate_up_kernel[(max_tiles * triton.cdiv(inner, blocks.channels),)](
         x,
         weights,
         pairs,
         tiles,
-        num_tiles,
-        w13,
-        None if w13_scale is None else scale_bytes(w13_scale),
+        totals,
+        up_weight.stored,
+        up_weight.scale,
         activated,
         limit,
-        DTYPE=_DTYPES[hidden.dtype],
         TOP_K=top_k,
-        COLUMNS=columns,
-        SCALES=0 if w13_scale is None else w13_scale[0].numel(),
-        INNER_COLUMNS=inner_columns,
         **sizes,
+        **up_weight.sizes(),
+        **launch,
     )
+    if quantised:
+        rounded = torch.empty_like(activated, dtype=torch.bfloat16)
+        _round_kernel[(num_pairs,)](
+            activated, rounded, totals, FORMAT=down_weight.format, INNER=inner, GROUPS=_ROUND_GROUPS
+        )
+        activated = rounded
+    pairs_out = out.new_empty(num_pairs, d)
     _down_kernel[(max_tiles * triton.cdiv(d, blocks.channels),)](
         activated,
         pairs,
         tiles,
-        num_tiles,
-        w2,
-        None if w2_scale is None else scale_bytes(w2_scale),
+        totals,
+        down_weight.stored,
+        down_weight.scale,
         pairs_out,
-        COLUMNS=inner_columns,
-        SCALES=0 if w2_scale is None else w2_scale[0].numel(),
         **sizes,
+        **down_weight.sizes(),
+        **launch,
     )
     _combine_kernel[(num_rows, triton.cdiv(d, _COMBINE_CHANNELS))](
         pairs_out, experts, out, first_expert, E=num_experts, TOP_K=top_k, K=d, BLOCK=_COMBINE_CHANNELS

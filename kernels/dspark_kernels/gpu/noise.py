@@ -1,13 +1,26 @@
 """Noise inside kernels: the bits of `philox.py`, word for word, and its Gumbel noise in float64 or roughly in float32.
 
-A draw is addressed by (seed, stream, position, token id). Four ids share one Philox call: id // 4 is a counter word, id % 4
-picks the output word.
+A draw is addressed by (seed, stream, position, token id). Four ids share one Philox call: id // 4 is a counter word,
+id % 4 picks the output word.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _philox(c0, c1, c2, c3, k0, k1):
+    """`philox.philox_4x32` of uint32 words. A product of 64 bits is one instruction, its two halves would be two."""
+    for _ in tl.static_range(10):
+        even = c0.to(tl.uint64) * 0xD2511F53
+        odd = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (odd >> 32).to(tl.uint32) ^ c1 ^ k0, (odd & 0xFFFFFFFF).to(tl.uint32)
+        c2, c3 = (even >> 32).to(tl.uint32) ^ c3 ^ k1, (even & 0xFFFFFFFF).to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -19,7 +32,7 @@ def philox_bits(seed, position, stream: tl.constexpr, token_ids):
     key = seed.to(tl.uint64) + zero.to(tl.uint64)
     place = position.to(tl.uint64) + zero.to(tl.uint64)
     low, high = (place & 0xFFFFFFFF).to(tl.uint32), (place >> 32).to(tl.uint32)
-    b_0, b_1, b_2, b_3 = tl.philox_impl(
+    b_0, b_1, b_2, b_3 = _philox(
         block + low * 0,
         low,
         high,
@@ -33,11 +46,11 @@ def philox_bits(seed, position, stream: tl.constexpr, token_ids):
 
 @triton.jit
 def philox_tile(b_seeds, b_positions, stream: tl.constexpr, first_block, SIZE: tl.constexpr):
-    """`philox_bits` [R, SIZE] of the ids from 4 * first_block on, for seeds and positions [R]: one call for four ids."""
+    """`philox_bits` [R, SIZE] of ids from 4 * first_block on, for seeds and positions [R]; one call for four ids."""
     o_blocks = (first_block + tl.arange(0, SIZE // 4)).to(tl.uint32)[None, :]
     key, place = b_seeds.to(tl.uint64)[:, None], b_positions.to(tl.uint64)[:, None]
     low, high = (place & 0xFFFFFFFF).to(tl.uint32), (place >> 32).to(tl.uint32)
-    b_0, b_1, b_2, b_3 = tl.philox_impl(
+    b_0, b_1, b_2, b_3 = _philox(
         o_blocks,
         low,
         high,

@@ -1,13 +1,18 @@
 """Draws by argmax(x + Gumbel noise) in one pass over the logits, the noise exact but mostly not computed.
 
-Of each row the kernels carry a leader, the best token of the tiles so far. A tile of columns can change it only where
-rough float32 noise reaches the leader within a margin, and only where several tokens do is float64 noise needed.
-Programs share out the tiles of a row; the exact values of their leaders decide among them.
+The noise is defined in float64, and most of it need not be known. Of each row a program carries a leader, the best
+token of its tiles so far. A tile is looked at again only where a bound without logarithms lets one of its tokens reach
+the leader; then float32 noise decides, except between tokens closer than its error, where float64 noise does.
+Programs share out the tiles of a row, and the exact values of their leaders decide among them.
+
+Filters look at whole rows before anything is drawn: `markov_sample` with filters writes its logits, one step at a time.
 
 Letters: n or R rows, S splits of a row, V vocabulary, G gamma, r rank of the Markov head.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,14 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import num_processors
-from .logits import inverse_temperature, temper
+from .logits import inverse_temperature, lowest_kept_logit, temper
+from .matmul import linear_float32
 from .noise import gumbel, least_exponential, philox_bits, philox_tile, rough_gumbel
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""The interpreter keeps bfloat16 as integers, and multiplies those."""
-
-_REDUCED_ROWS = 4
-"""Per program of the kernel that reduces splits."""
+_TILE = 2048
+"""Tokens of a row that `gumbel_argmax` takes at once: eight per thread."""
+_REDUCED_ROWS, _REDUCED_SPLITS = 4, 128
+"""Per program of the kernel that reduces partial results, and how many of each at once."""
 
 
 @triton.jit
@@ -35,8 +40,53 @@ def _margin(value):
 
 
 @triton.jit
+def _log(b_sum):
+    """Logarithm of a sum that is 0 only where its scale is."""
+    return tl.log(tl.where(b_sum == 0, 1.0, b_sum))
+
+
+@triton.jit
 def _exact(b_x, b_ids, b_seeds, b_positions, b_sampled, STREAM: tl.constexpr):
     return b_x + tl.where(b_sampled, gumbel(philox_bits(b_seeds, b_positions, STREAM, b_ids)), 0.0)
+
+
+@triton.jit
+def _contest(
+    b_kept,
+    b_y,
+    m_near,
+    b_rough,
+    b_ids,
+    b_at,
+    b_seeds,
+    b_positions,
+    b_sampled,
+    first_block,
+    STREAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The leader after the columns m_near of a tile, by exact values: leader first, then column by column."""
+    o_columns = tl.arange(0, BLOCK)[None, :]
+    b_next, b_next_rough, b_next_ids, b_next_at = b_ids * 0 - 1, b_rough, b_ids, b_at
+    b_value = tl.full([b_kept.shape[0]], float("-inf"), tl.float32)
+    contested = True
+    while contested:
+        b_exact = _exact(b_next_at, b_next_ids, b_seeds, b_positions, b_sampled, STREAM)
+        # Ids ascend, so of equal values the earlier one stays.
+        m_wins = (b_next < BLOCK) & (b_next_rough > float("-inf")) & (b_exact > b_value)
+        b_value = tl.where(m_wins, b_exact, b_value)
+        b_rough = tl.where(m_wins, b_next_rough, b_rough)
+        b_ids = tl.where(m_wins, b_next_ids, b_ids)
+        b_at = tl.where(m_wins, b_next_at, b_at)
+        # Without noise values are exact: equal ones need no second look.
+        m_near = m_near & (o_columns > b_next[:, None]) & (b_sampled[:, None] | (b_y > b_value[:, None]))
+        b_next = tl.min(tl.where(m_near, o_columns, BLOCK), 1)
+        m_next = o_columns == b_next[:, None]
+        b_next_ids = 4 * first_block + b_next
+        b_next_at = tl.sum(tl.where(m_next, b_kept, 0.0), 1)
+        b_next_rough = tl.sum(tl.where(m_next, b_y, 0.0), 1)
+        contested = tl.min(b_next) < BLOCK
+    return b_rough, b_ids, b_at
 
 
 @triton.jit
@@ -56,13 +106,15 @@ def _advance(
     STREAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Take a tile b_x [R, BLOCK] of tempered logits into the state [R] of its rows; b_kept has -inf for what may not win.
+    """The state [R] of rows after a tile b_x [R, BLOCK] of tempered logits; b_kept has -inf where nothing may win.
 
-    State: the leader's rough value, its id, its x, and maximum and scaled sum of the log-sum-exp. Tiles come with
+    State: the leader's rough value, its id and its x, the largest x, and the sum of exp(x - largest). Tiles come with
     ascending ids, the first one being 4 * first_block.
     """
+    # Always so, but the compiler cannot know: it would keep ten round keys for each row in registers that it lacks.
+    b_seeds = tl.where(b_sum >= 0, b_seeds, 0)
     b_top = tl.maximum(b_max, tl.max(b_x, 1))
-    b_shift = tl.where(b_top == float("-inf"), 0.0, b_top)
+    b_shift = tl.where(tl.abs(b_top) == float("inf"), 0.0, b_top)
     b_weights = tl.exp(b_x - b_shift[:, None])
     b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(b_weights, 1)
 
@@ -70,40 +122,43 @@ def _advance(
     if any_sampled:
         b_bits = philox_tile(b_seeds, b_positions, STREAM, first_block, BLOCK)
     # exp(x + noise) against exp(leader), both over exp(shift): a thousandth more than the margin covers their rounding.
-    # Weights that underflow lose nothing: noise spans 27, and x of the leader, or another token's, is that close to the top.
+    # What underflows is 87 below the largest x and cannot win, as noise spans 27 and a filter keeps the largest.
     b_bar = tl.exp(b_rough - b_shift - _margin(b_rough) - 1e-3)
     b_least = tl.where(b_sampled[:, None], least_exponential(b_bits), 1.0)
-    m_hopeful = (b_weights > b_bar[:, None] * b_least) & (b_kept > float("-inf"))
+    m_hopeful = b_weights > b_bar[:, None] * b_least
     if tl.max(m_hopeful.to(tl.int32)) > 0:
         o_columns = tl.arange(0, BLOCK)[None, :]
         b_y = b_kept + tl.where(b_sampled[:, None], rough_gumbel(b_bits), 0.0)
-        b_best = tl.maximum(b_rough, tl.max(b_y, 1))
+        b_highest = tl.max(b_y, 1)
+        b_best = tl.maximum(b_rough, b_highest)
         b_floor = tl.where(b_sampled, b_best - _margin(b_best), b_best)
-        m_near = (b_y >= b_floor[:, None]) & (b_kept > float("-inf"))
+        # Nothing is near -inf, which may not win, and only itself is near inf.
+        b_floor = tl.where(tl.abs(b_best) == float("inf"), float("inf"), b_floor)
+        m_near = b_y >= b_floor[:, None]
         b_rivals = tl.sum(m_near.to(tl.int32), 1) + (b_rough >= b_floor).to(tl.int32)
-        contested = tl.max(tl.where(b_sampled, b_rivals, 0)) > 1
-        b_value = b_rough
-        if contested:
-            b_value = tl.where(
-                b_rough > float("-inf"), _exact(b_at, b_ids, b_seeds, b_positions, b_sampled, STREAM), b_rough
+        if tl.max(tl.where(b_sampled, b_rivals, 0)) > 1:
+            b_rough, b_ids, b_at = _contest(
+                b_kept,
+                b_y,
+                m_near,
+                b_rough,
+                b_ids,
+                b_at,
+                b_seeds,
+                b_positions,
+                b_sampled,
+                first_block,
+                STREAM,
+                BLOCK,
             )
-        while tl.max(m_near.to(tl.int32)) > 0:
-            # The next column of every row that has one left; of equal values the earlier stays.
-            b_next = tl.min(tl.where(m_near, o_columns, BLOCK), 1)
-            m_next = o_columns == b_next[:, None]
-            b_next_ids = 4 * first_block + b_next
-            b_next_at = tl.sum(tl.where(m_next, b_kept, 0.0), 1)
-            b_next_rough = tl.sum(tl.where(m_next, b_y, 0.0), 1)
-            b_next_value = b_next_rough
-            if contested:
-                b_next_value = _exact(b_next_at, b_next_ids, b_seeds, b_positions, b_sampled, STREAM)
-            m_wins = (b_next < BLOCK) & (b_next_value > b_value)
-            b_value = tl.where(m_wins, b_next_value, b_value)
-            b_rough = tl.where(m_wins, b_next_rough, b_rough)
-            b_ids = tl.where(m_wins, b_next_ids, b_ids)
-            b_at = tl.where(m_wins, b_next_at, b_at)
-            # Without noise values are exact: equal ones need no second look.
-            m_near = m_near & (o_columns > b_next[:, None]) & (b_sampled[:, None] | (b_y > b_value[:, None]))
+        else:
+            # Of equal tokens without noise the first wins.
+            b_first = tl.min(tl.where(m_near, o_columns, BLOCK), 1)
+            b_first_at = tl.sum(tl.where(o_columns == b_first[:, None], b_kept, 0.0), 1)
+            m_wins = b_highest > b_rough
+            b_rough = tl.where(m_wins, b_highest, b_rough)
+            b_ids = tl.where(m_wins, 4 * first_block + b_first, b_ids)
+            b_at = tl.where(m_wins, b_first_at, b_at)
     return b_rough, b_ids, b_at, b_top, b_sum
 
 
@@ -127,8 +182,7 @@ def _store_partials(
     b_values = _exact(b_at, b_ids, b_seeds, b_positions, b_sampled, STREAM)
     tl.store(p_values + o_partials, tl.where(b_rough > float("-inf"), b_values, b_rough), mask=m_rows)
     tl.store(p_ids + o_partials, b_ids, mask=m_rows)
-    # -inf where all x are; a float32 logarithm is exact enough for a sum of at most V.
-    tl.store(p_sums + o_partials, b_max + tl.log(b_sum), mask=m_rows)
+    tl.store(p_sums + o_partials, b_max + _log(b_sum), mask=m_rows)
 
 
 @triton.jit
@@ -177,10 +231,10 @@ def _reduce_kernel(
         m_partials = (o_splits < num_splits)[:, None] & m_rows[None, :]
         b_sums = tl.load(p_sums + o_partials, mask=m_partials, other=float("-inf"))
         b_top = tl.maximum(b_max, tl.max(b_sums, 0))
-        b_shift = tl.where(b_top == float("-inf"), 0.0, b_top)
+        b_shift = tl.where(tl.abs(b_top) == float("inf"), 0.0, b_top)
         b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_sums - b_shift[None, :]), 0)
         b_max = b_top
-    tl.store(p_total_sums + o_rows, b_max + tl.log(b_sum), mask=m_rows)
+    tl.store(p_total_sums + o_rows, b_max + _log(b_sum), mask=m_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
@@ -214,6 +268,7 @@ def _gumbel_argmax_kernel(
         b_lowest = tl.load(p_lowest + o_row)
 
     b_rough = tl.full([1], float("-inf"), tl.float32)
+    # The first id, which a row without a leader answers.
     b_ids = tl.full([1], OFFSET, tl.int32) + 4 * first_block
     b_at = tl.zeros([1], tl.float32)
     b_max = tl.full([1], float("-inf"), tl.float32)
@@ -329,10 +384,7 @@ def _markov_step_kernel(
         p_columns = p_w2 + o_tokens[:, None].to(tl.int64) * RANK + o_rank[None, :]
         if BLOCK_K >= RANK:
             b_w2 = tl.load(p_columns, mask=m_tokens[:, None] & (o_rank < RANK)[None, :], other=0.0)
-            if _INTERPRETED:
-                b_bias = tl.dot(b_embeddings.to(tl.float32), tl.trans(b_w2.to(tl.float32)), input_precision="ieee")
-            else:
-                b_bias = tl.dot(b_embeddings, tl.trans(b_w2), input_precision="ieee")
+            b_bias = tl.dot(b_embeddings, tl.trans(b_w2), input_precision="ieee")
         else:
             b_bias = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
             for start in range(0, RANK, BLOCK_K):
@@ -375,13 +427,43 @@ def _markov_step_kernel(
     )
 
 
+@dataclass(frozen=True)
+class _Tiles:
+    """How a step of `markov_sample` divides its work among programs."""
+
+    requests: int
+    vocabulary: int
+    rank: int
+    """Channels multiplied at once; where that is all of them, W2 is copied to shared memory ahead of its use."""
+    splits: int
+    """Partial results of the step before that are reduced at once."""
+    per_processor: int
+    """Programs that fit."""
+    num_stages: int = 3
+
+
+def _markov_tiles(num_requests: int, weight: Tensor) -> _Tiles:
+    """W2 comes from memory once per step: programs of a column tile run together, and few requests share one."""
+    rank = max(16, triton.next_power_of_2(weight.shape[1]))
+    if weight.dtype == torch.float32:
+        # No tensor cores: right, but not made to be fast.
+        return _Tiles(16, 32, min(rank, 32), splits=128, per_processor=4, num_stages=2)
+    rank = min(rank, 512)
+    # 32 KiB of W2 at a time where nothing else takes shared memory and registers, else half of that.
+    if num_requests <= 16:
+        return _Tiles(16, min(64, 16384 // rank), rank, splits=512, per_processor=2)
+    requests = 32 if num_requests <= 32 else 64
+    per_processor = 2 if requests * rank <= 16384 else 1
+    return _Tiles(requests, 32, rank, splits=2048 // requests, per_processor=per_processor)
+
+
 def _reduce(values: Tensor, ids: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three results [n] of partial ones [S, n]."""
     num_splits, num_rows = values.shape
     best_values, total_sums = values.new_empty(num_rows), sums.new_empty(num_rows)
     best_ids = ids.new_empty(num_rows, dtype=torch.int64)
     grid = (triton.cdiv(num_rows, _REDUCED_ROWS),)
-    block_s = min(triton.next_power_of_2(num_splits), 128)
+    block_s = min(triton.next_power_of_2(num_splits), _REDUCED_SPLITS)
     _reduce_kernel[grid](
         values, ids, sums, best_values, best_ids, total_sums, num_rows, num_splits, _REDUCED_ROWS, block_s
     )
@@ -403,8 +485,6 @@ def gumbel_argmax(
     stream: int,
     first_id: int = 0,
     lowest: Tensor | None = None,
-    *,
-    block: int = 2048,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.gumbel_argmax`."""
     num_rows, num_columns = logits.shape
@@ -413,16 +493,15 @@ def gumbel_argmax(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     offset = first_id % 4
-    num_tiles = triton.cdiv(num_columns + offset, block)
     # Four programs per processor hide the latency of a tile; a row has no more splits than tiles.
-    num_splits = max(1, min(num_tiles, 4 * num_processors(logits) // num_rows))
+    num_splits = 4 * num_processors(logits) // num_rows
+    num_splits = max(1, min(triton.cdiv(num_columns + offset, _TILE), num_splits))
     values, ids, sums = _partials(num_splits, num_rows, logits)
+    draws = [tensor.contiguous() for tensor in (temperatures, seeds, positions)]
     _gumbel_argmax_kernel[(num_rows, num_splits)](
         logits,
-        temperatures,
-        seeds,
-        positions,
-        lowest,
+        *draws,
+        None if lowest is None else lowest.contiguous(),
         values,
         ids,
         sums,
@@ -434,8 +513,8 @@ def gumbel_argmax(
         OFFSET=offset,
         STREAM=stream,
         HAS_LOWEST=lowest is not None,
-        BLOCK=block,
-        num_warps=4,
+        BLOCK=_TILE,
+        num_warps=8,
     )
     return _reduce(values, ids, sums)
 
@@ -449,30 +528,33 @@ def markov_sample(
     seeds: Tensor,
     positions: Tensor,
     stream: int,
+    filters: tuple[Tensor, Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.markov_sample`."""
     num_requests, num_positions, vocab_size = base_logits.shape
     shape = (num_requests, num_positions)
-    rank = w2.shape[1]
     if num_requests == 0 or num_positions == 0:
         return seeds.new_empty(shape), base_logits.new_empty(shape, dtype=torch.float32)
+    if w1.dtype != w2.dtype:
+        raise ValueError(f"w1 is {w1.dtype} and w2 {w2.dtype}: expected one dtype")
+    assert w1.is_contiguous() and w2.is_contiguous(), "w1 and w2 are too large to be copied at every call"
     if base_logits.stride(2) != 1:
         base_logits = base_logits.contiguous()
-    block_r, block_v, block_k, block_s, num_warps, per_processor, num_stages = (16, 64, 256, 512, 4, 2, 3) if num_requests <=16 else __import__("ast").literal_eval(__import__("os").environ.get("CFG","(128,64,256,64,8,1,3)"))
-    row_tiles = triton.cdiv(num_requests, block_r)
-    num_splits = max(
-        1, min(triton.cdiv(vocab_size, block_v), per_processor * num_processors(base_logits) // row_tiles)
-    )
+    if filters is not None:
+        return _markov_sample_filtered(base_logits, anchors, w1, w2, temperatures, seeds, positions, stream, filters)
+    tiles = _markov_tiles(num_requests, w2)
+    row_tiles = triton.cdiv(num_requests, tiles.requests)
+    num_splits = tiles.per_processor * num_processors(base_logits) // row_tiles
+    num_splits = max(1, min(triton.cdiv(vocab_size, tiles.vocabulary), num_splits))
     values, ids, sums = _partials(num_splits, num_requests * num_positions, base_logits)
+    anchors, *draws = (tensor.contiguous() for tensor in (anchors, temperatures, seeds, positions))
     for k in range(num_positions):
         _markov_step_kernel[(row_tiles, num_splits)](
             base_logits,
             anchors,
             w1,
             w2,
-            temperatures,
-            seeds,
-            positions,
+            *draws,
             values,
             ids,
             sums,
@@ -485,13 +567,35 @@ def markov_sample(
             num_splits,
             FIRST=k == 0,
             STREAM=stream,
-            RANK=rank,
-            BLOCK_R=block_r,
-            BLOCK_V=block_v,
-            BLOCK_K=block_k,
-            BLOCK_S=block_s,
-            num_warps=num_warps,
-            num_stages=num_stages,
+            RANK=w2.shape[1],
+            BLOCK_R=tiles.requests,
+            BLOCK_V=tiles.vocabulary,
+            BLOCK_K=tiles.rank,
+            BLOCK_S=tiles.splits,
+            num_warps=4,
+            num_stages=tiles.num_stages,
         )
     _, tokens, log_sums = _reduce(values, ids, sums)
     return tokens.view(shape), log_sums.view(shape)
+
+
+def _markov_sample_filtered(
+    base_logits: Tensor,
+    anchors: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    stream: int,
+    filters: tuple[Tensor, Tensor, Tensor, int],
+) -> tuple[Tensor, Tensor]:
+    shape = base_logits.shape[:2]
+    tokens, log_sums = seeds.new_empty(shape), base_logits.new_empty(shape, dtype=torch.float32)
+    previous = anchors
+    for k in range(shape[1]):
+        logits = linear_float32(w1[previous], w2).add_(base_logits[:, k])
+        lowest = lowest_kept_logit(logits, temperatures, *filters)
+        _, previous, sums = gumbel_argmax(logits, temperatures, seeds, positions + k, stream, lowest=lowest)
+        tokens[:, k], log_sums[:, k] = previous, sums
+    return tokens, log_sums

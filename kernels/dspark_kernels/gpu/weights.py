@@ -37,14 +37,14 @@ _FP4_UNIT = tl.constexpr(2.0**32)
 @triton.jit
 def nearest(b_x, DTYPE: tl.constexpr):
     """float32 b_x in DTYPE. The interpreter cuts off what does not fit in a bfloat16."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:
+    if _INTERPRETED and DTYPE.is_bf16():
         b_bits = b_x.to(tl.int32, bitcast=True)
         b_x = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return b_x.to(DTYPE)
 
 
 @triton.jit
-def _numbers(b_tile):
+def numbers(b_tile):
     """The tile: the interpreter keeps bfloat16 as integers, and multiplies those."""
     if _INTERPRETED:
         b_tile = b_tile.to(tl.float32)
@@ -91,65 +91,81 @@ def _nibbles(b_bytes):
 
 
 @triton.jit
-def tile_mask(m_rows, i_column, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Mask of a tile of BLOCK columns from i_column on, of rows with COLUMNS of them."""
+def _tile_mask(m_rows, o_columns, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Mask of a tile of rows with COLUMNS columns, of which BLOCK are taken at a time."""
     m_tile = m_rows[:, None]
     if COLUMNS % BLOCK:
-        m_tile = m_tile & (i_column + tl.arange(0, BLOCK) < COLUMNS)[None, :]
+        m_tile = m_tile & (o_columns < COLUMNS)[None, :]
     return m_tile
 
 
 @triton.jit
-def load_rows(p_rows, m_rows, i_column, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Two tiles [., BLOCK] of the rows at p_rows that meet the weights' columns from i_column on.
+def load_rows(
+    p_rows,
+    m_rows,
+    i_column,
+    FORMAT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    """What `multiply_add` multiplies BLOCK columns of a weight with, from i_column on: two tiles of rows at p_rows.
 
-    The second one meets the high nibbles. It is the first one where weights are not FP4.
+    They are [., BLOCK], one for low and one for high nibbles, where there are SLICES of FP4 weights. Otherwise both are
+    the same tile, which for FP4 has columns for low nibbles first, [., 2 * BLOCK].
     """
-    p_rows = p_rows[:, None] + i_column + tl.arange(0, BLOCK)[None, :]
-    m_tile = tile_mask(m_rows, i_column, COLUMNS, BLOCK)
-    b_x = tl.load(p_rows, mask=m_tile, other=0.0)
+    BOTH: tl.constexpr = FORMAT == _FP4 and SLICES == 1
+    o_tile = tl.arange(0, 2 * BLOCK if BOTH else BLOCK)
+    o_columns = i_column + o_tile % BLOCK
+    m_tile = _tile_mask(m_rows, o_columns, COLUMNS, BLOCK)
+    o_columns += o_tile // BLOCK * COLUMNS
+    b_x = tl.load(p_rows[:, None] + o_columns[None, :], mask=m_tile, other=0.0)
     b_odd_x = b_x
-    if FORMAT == _FP4:
-        b_odd_x = tl.load(p_rows + COLUMNS, mask=m_tile, other=0.0)
+    if FORMAT == _FP4 and SLICES > 1:
+        b_odd_x = tl.load(p_rows[:, None] + (COLUMNS + o_columns)[None, :], mask=m_tile, other=0.0)
     return b_x, b_odd_x
 
 
 @triton.jit
-def _load_scale(
+def _load_exponents(
     p_scale,
     o_rows,
     m_rows,
     i_column,
     COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    BIAS: tl.constexpr,
 ):
-    """bfloat16 scales [ROWS, BLOCK] of a tile, times 2^BIAS; stored for GROUP columns at a time."""
+    """Biased exponents int32 [ROWS, BLOCK / GROUP] of the scales of a tile, stored for GROUP columns at a time."""
     GROUPS: tl.constexpr = COLUMNS // GROUP
     BLOCK_GROUPS: tl.constexpr = BLOCK // GROUP
-    i_group = i_column // GROUP
-    p_scale = p_scale + o_rows[:, None] * GROUPS + i_group + tl.arange(0, BLOCK_GROUPS)[None, :]
-    b_scale = tl.load(p_scale, mask=tile_mask(m_rows, i_group, GROUPS, BLOCK_GROUPS), other=0).to(tl.int16)
-    b_scale = (tl.minimum(b_scale + BIAS, 255) << 7).to(tl.bfloat16, bitcast=True)
-    return _numbers(tl.reshape(tl.broadcast_to(b_scale[:, :, None], (ROWS, BLOCK_GROUPS, GROUP)), (ROWS, BLOCK)))
+    o_groups = i_column // GROUP + tl.arange(0, BLOCK_GROUPS)
+    p_scale = p_scale + o_rows[:, None] * GROUPS + o_groups[None, :]
+    return tl.load(p_scale, mask=_tile_mask(m_rows, o_groups, GROUPS, BLOCK_GROUPS), other=0).to(tl.int32)
 
 
 @triton.jit
-def _slices(b_tile, SLICES: tl.constexpr):
+def _spread(b_scale, GROUP: tl.constexpr):
+    """Scales [ROWS, GROUPS] as [ROWS, GROUPS * GROUP]."""
+    ROWS: tl.constexpr = b_scale.shape[0]
+    GROUPS: tl.constexpr = b_scale.shape[1]
+    return tl.reshape(tl.broadcast_to(b_scale[:, :, None], (ROWS, GROUPS, GROUP)), (ROWS, GROUPS * GROUP))
+
+
+@triton.jit
+def slices(b_tile, SLICES: tl.constexpr):
     """[ROWS, COLUMNS] as [SLICES, ROWS, COLUMNS / SLICES]."""
     return tl.permute(tl.reshape(b_tile, (b_tile.shape[0], SLICES, b_tile.shape[1] // SLICES)), (1, 0, 2))
 
 
 @triton.jit
 def _multiply(b_sum, b_x, b_weight, SLICES: tl.constexpr):
-    b_x, b_weight = _numbers(b_x), _numbers(b_weight)
+    b_x, b_weight = numbers(b_x), numbers(b_weight)
     if SLICES == 1:
         b_sum = tl.dot(b_x, tl.trans(b_weight), b_sum, input_precision="ieee")
     else:
-        b_x = tl.permute(_slices(b_x, SLICES), (0, 2, 1))
-        b_sum = tl.dot(_slices(b_weight, SLICES), b_x, b_sum, input_precision="ieee")
+        b_x = tl.permute(slices(b_x, SLICES), (0, 2, 1))
+        b_sum = tl.dot(slices(b_weight, SLICES), b_x, b_sum, input_precision="ieee")
     return b_sum
 
 
@@ -175,20 +191,25 @@ def multiply_add(
     share where x has so few rows that there is nothing else: each warp then decodes its own weights and no other's.
     """
     o_columns = i_column + tl.arange(0, BLOCK)
-    m_tile = tile_mask(m_rows, i_column, COLUMNS, BLOCK)
+    m_tile = _tile_mask(m_rows, o_columns, COLUMNS, BLOCK)
     b_weight = tl.load(p_weight + o_rows[:, None] * COLUMNS + o_columns[None, :], mask=m_tile, other=0.0)
     if FORMAT == _FP4:
-        b_scale = _load_scale(
-            p_scale, o_rows, m_rows, i_column, COLUMNS, ROWS, BLOCK, GROUP=_FP4_COLUMNS, BIAS=_FP4_SCALE_BIAS
-        )
+        b_exponents = _load_exponents(p_scale, o_rows, m_rows, i_column, COLUMNS, BLOCK, _FP4_COLUMNS)
+        b_exponents = tl.minimum(b_exponents + _FP4_SCALE_BIAS, 255)
+        b_scale = _spread((b_exponents << 7).to(tl.int16).to(tl.bfloat16, bitcast=True), _FP4_COLUMNS)
         b_low, b_high = _nibbles(b_weight)
-        b_sum = _multiply(b_sum, b_x, b_low * b_scale, SLICES)
-        b_sum = _multiply(b_sum, b_odd_x, b_high * b_scale, SLICES)
+        b_low, b_high = b_low * numbers(b_scale), b_high * numbers(b_scale)
+        if SLICES > 1:
+            b_sum = _multiply(b_sum, b_x, b_low, SLICES)
+            b_sum = _multiply(b_sum, b_odd_x, b_high, SLICES)
+        else:
+            # One product of both: in two that follow one another the compiler lays the sums out differently.
+            b_weight = tl.reshape(tl.permute(tl.join(b_low, b_high), (0, 2, 1)), (ROWS, 2 * BLOCK))
+            b_sum = _multiply(b_sum, b_x, b_weight, SLICES)
     elif FORMAT == _FP8:
-        b_scale = _load_scale(
-            p_scale, o_rows // _FP8_ROWS, m_rows, i_column, COLUMNS, ROWS, BLOCK, GROUP=_FP8_COLUMNS, BIAS=0
-        )
-        b_sum = _multiply(b_sum, b_x, _numbers(b_weight.to(tl.bfloat16)) * b_scale, SLICES)
+        b_exponents = _load_exponents(p_scale, o_rows // _FP8_ROWS, m_rows, i_column, COLUMNS, BLOCK, _FP8_COLUMNS)
+        b_scale = _spread((b_exponents << 23).to(tl.float32, bitcast=True), _FP8_COLUMNS)
+        b_sum = _multiply(b_sum, b_x, (b_weight.to(tl.float32) * b_scale).to(tl.bfloat16), SLICES)
     else:
         b_sum = _multiply(b_sum, b_x, b_weight, SLICES)
     return b_sum
@@ -236,10 +257,10 @@ def round_activations(b_groups):
 
 
 @triton.jit
-def store_rounded(p_rows, b_groups, m_groups, i_channel, FORMAT: tl.constexpr, COLUMNS: tl.constexpr):
+def store_rounded(p_rows, b_groups, m_groups, i_channel, FORMAT: tl.constexpr, K: tl.constexpr):
     """Round float32 groups of 128 channels to FP8, and store their values as `load_rows` finds them.
 
-    Group g [128] has the channels from i_channel[g] on of row p_rows[g].
+    Group g [128] has the channels from i_channel[g] on of row p_rows[g], which has K of them.
     """
     CHANNELS: tl.constexpr = b_groups.shape[1]
     b_values, b_scale = round_activations(b_groups)
@@ -248,15 +269,10 @@ def store_rounded(p_rows, b_groups, m_groups, i_channel, FORMAT: tl.constexpr, C
         b_even, b_odd = tl.split(tl.reshape(b_values, (b_values.shape[0], CHANNELS // 2, 2)))
         p_rows = (p_rows + i_channel // 2)[:, None] + tl.arange(0, CHANNELS // 2)[None, :]
         tl.store(p_rows, b_even, mask=m_groups[:, None])
-        tl.store(p_rows + COLUMNS, b_odd, mask=m_groups[:, None])
+        tl.store(p_rows + K // 2, b_odd, mask=m_groups[:, None])
     else:
         p_rows = (p_rows + i_channel)[:, None] + tl.arange(0, CHANNELS)[None, :]
         tl.store(p_rows, b_values, mask=m_groups[:, None])
-
-
-def format_of(weight: Tensor) -> int:
-    """Format of a weight that has scales."""
-    return FP8 if weight.dtype == torch.float8_e4m3fn else FP4
 
 
 def scale_bytes(scale: Tensor) -> Tensor:

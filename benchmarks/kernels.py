@@ -1,0 +1,854 @@
+"""Every kernel at DeepSeek-V4-Flash shapes: its time, the least it could take, and what torch.compile makes of the
+reference.
+
+    python -m benchmarks.kernels                                on a GPU: measure all that the results do not have yet
+    python -m benchmarks.kernels --ops mhc_read,moe --requests 1,32
+    python -m benchmarks.kernels --readme                       fill the tables of kernels/README.md, measure nothing
+    python -m benchmarks.kernels --interpret-smoke              anywhere: that this program runs, and nothing else
+
+Needs torch and triton; where this project is not installed, say PYTHONPATH=kernels before.
+
+First every case runs in a process of its own, several at a time: the kernel is compared with its reference on the very
+inputs that are timed, and compilers fill their caches. Only what was equal is then timed, in one process, one case
+after the other. Kernel and compiled reference take turns; both are replayed as CUDA graphs, over copies of the inputs
+that L2 does not hold. Results are written after every measurement, and a second run of the same commit goes on from
+there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import kernel_floors, report
+from benchmarks.kernel_floors import CASES, EDITS_PER_ROW, FLASH, OPERATIONS, Q_IDS, REQUESTS, TINY, Card, Case, Shapes
+from dspark_kernels import reference
+from dspark_kernels.formats import FP4_BLOCK, FP8_BLOCK, pack_keys
+from dspark_kernels.philox import STREAM_SAMPLE
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "kernels.json"
+README = ROOT / "kernels" / "README.md"
+
+Args = tuple[Any, ...]
+
+EPS = 1e-6
+TEMPERATURE = 0.8
+TOP_K = 50
+
+# Timing. Chosen for all cases at five numbers of requests to fit into one call of ten minutes on a borrowed GPU.
+FLUSH_BYTES = 256 * 2**20
+COPIED_BYTES = 4 * 2**30
+"""Of all copies of a case's inputs, at most."""
+MOST_COPIES = 32
+REPLAY_SECONDS = 400e-6
+"""As long as a replay should take: what starting it costs is a percent of this."""
+TURNS = 11
+WARM_SECONDS = 0.05
+"""Clocks are low after a pause."""
+MINUTES = 9.0
+WORKERS = 12
+"""Most of preparing is compiling, one core each."""
+PREPARE_SECONDS = 300
+
+SAME_INTEGERS = 0.98
+"""Share of token ids and bytes that must be the reference's: two scores may lie closer than sums are exact."""
+EAGER = ("moe",)
+"""References that torch.compile is not asked to compile: a loop over experts, each looked up by the host."""
+WRITTEN = {"compress": (6, 7), "store_raw": (4, 5), "store_window": (5, 6)}
+"""Of operations that return nothing: their arguments that are the pool and the rows of it to write."""
+
+
+# Inputs.
+
+
+class Inputs:
+    """Arguments of operations, a method for each: random, but the same every time."""
+
+    def __init__(self, shapes: Shapes, requests: int, device: torch.device) -> None:
+        self.shapes, self.requests, self.device = shapes, requests, device
+        self.rows = shapes.rows(requests)
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def of(self, case: Case) -> Args:
+        """What `case.op` is called with."""
+        args: Args = getattr(self, case.op)(case.variant)
+        return args
+
+    def accept_coupled(self, variant: str) -> Args:
+        # Two tokens: half of the drafts stand.
+        return self._integers(0, 2, self.rows), self._integers(0, 2, self.rows), self._first_rows()
+
+    def accept_rejection(self, variant: str) -> Args:
+        logits = self._normal(self.rows, self.shapes.vocabulary, dtype=torch.float32, scale=3.0)
+        q = logits.topk(Q_IDS, dim=-1)
+        # q as large as p: every draft stands, and every row is needed.
+        q_probabilities = (q.values - logits.logsumexp(-1, keepdim=True)).exp()
+        drafts = q.indices.gather(1, self._integers(0, Q_IDS, self.rows, 1)).squeeze(1).roll(1)
+        positions = self._integers(0, 2**20, self.rows)
+        return drafts, logits, q.indices, q_probabilities, self._seeds(), positions, self._first_rows()
+
+    def admit_prefixes(self, variant: str) -> Args:
+        requests, gamma = self.requests, self.shapes.gamma
+        limits = torch.full((requests,), gamma, device=self.device)
+        thresholds = torch.zeros(requests, dtype=torch.float64, device=self.device)
+        budget = torch.tensor(2 * requests * gamma // 3, device=self.device)
+        return self._uniform(requests, gamma), limits, thresholds, budget
+
+    def compress(self, variant: str) -> Args:
+        shapes, kind = self.shapes, self.shapes.compressor(variant)
+        closing = shapes.closing(self.requests, variant)
+        rows = torch.arange(self.rows, device=self.device)
+        closes = torch.arange(closing, device=self.device) * self.rows // closing
+        where = torch.full_like(rows, -1)
+        where[closes] = torch.arange(closing, device=self.device)
+        # A second window of a request begins where the first one's second half does: it shares rows, but no series.
+        ring = kind.window_rows + kind.ratio
+        block = 1 + shapes.gamma
+        first = rows // block * ring + rows % block // kind.ratio * kind.ratio
+        index = first.unsqueeze(1) + torch.arange(kind.window_rows, device=self.device)
+        pool = self._normal(self.requests * ring, 2 * kind.channels, dtype=torch.float32)
+        packed = variant != "indexer"
+        entries = self._empty_keys(self.rows, kind.width, packed)
+        index = torch.where((where >= 0).unsqueeze(1), index, -1)
+        return pool, index, self._norm(kind.width), EPS, *self._angles(self.rows), entries, where, packed
+
+    def edit_logits(self, variant: str) -> Args:
+        logits = self._normal(self.rows, self.shapes.vocabulary, dtype=torch.float32)
+        rows = torch.arange(self.rows, device=self.device).repeat_interleave(EDITS_PER_ROW)
+        edits = torch.arange(len(rows), device=self.device)
+        # A stride that shares no factor with the vocabulary: no pair occurs twice.
+        token_ids = edits * 7919 % self.shapes.vocabulary
+        return logits, rows, token_ids, 1 + self._uniform(len(rows)), self._normal(len(rows), dtype=torch.float32)
+
+    def gumbel_argmax(self, variant: str) -> Args:
+        logits = self._normal(self.rows, self.shapes.vocabulary, dtype=torch.float32, scale=3.0)
+        seeds, positions = self._integers(0, 2**62, self.rows), self._integers(0, 2**20, self.rows)
+        return logits, self._temperatures(self.rows), seeds, positions, STREAM_SAMPLE
+
+    def indexer_topk(self, variant: str) -> Args:
+        shapes, entries = self.shapes, self.shapes.context // kernel_floors.CSA_RATIO
+        query = self._normal(self.rows, shapes.index_heads, shapes.index_dim)
+        weights = self._normal(self.rows, shapes.index_heads, scale=shapes.index_dim**-0.5)
+        keys = self._normal(self.requests * entries, shapes.index_dim)
+        index = self._owners().unsqueeze(1) * entries + torch.arange(entries, device=self.device)
+        return query, weights, keys, index, shapes.index_topk
+
+    def linear_float32(self, variant: str) -> Args:
+        d = self.shapes.hidden
+        return self._normal(self.rows, d), self._normal(self.shapes.vocabulary, d, scale=d**-0.5)
+
+    def linear_fp8(self, variant: str) -> Args:
+        inputs, outputs = self.shapes.linear(variant)
+        return self._normal(self.rows, inputs), self._fp8(outputs, inputs), self._scales(FP8_BLOCK, outputs, inputs)
+
+    def lowest_kept_logit(self, variant: str) -> Args:
+        logits = self._normal(self.rows, self.shapes.vocabulary, dtype=torch.float32, scale=3.0)
+        return logits, self._temperatures(self.rows), *self._filters(self.rows)
+
+    def markov_sample(self, variant: str) -> Args:
+        shapes, requests = self.shapes, self.requests
+        logits = self._normal(requests, shapes.gamma, shapes.vocabulary, dtype=torch.float32, scale=3.0)
+        anchors = self._integers(0, shapes.vocabulary, requests)
+        w1 = self._normal(shapes.vocabulary, shapes.markov_rank)
+        w2 = self._normal(shapes.vocabulary, shapes.markov_rank, scale=shapes.markov_rank**-0.5)
+        address = self._seeds(), self._integers(0, 2**20, requests), STREAM_SAMPLE
+        filters = (self._filters(requests),) if variant == "filtered" else ()
+        return logits, anchors, w1, w2, self._temperatures(requests), *address, *filters
+
+    def mhc_head(self, variant: str) -> Args:
+        m = self.shapes.streams
+        return self._streams(), *self._hyper_connection(m, 1), EPS, EPS
+
+    def mhc_read(self, variant: str) -> Args:
+        m, d = self.shapes.streams, self.shapes.hidden
+        weights = self._hyper_connection((2 + m) * m, 3)
+        return self._streams(), *weights, self._norm(d), self.shapes.sinkhorn_iters, EPS, EPS
+
+    def mhc_write(self, variant: str) -> Args:
+        m, d = self.shapes.streams, self.shapes.hidden
+        return self._normal(self.rows, d), self._streams(), self._uniform(self.rows, m), self._uniform(self.rows, m, m)
+
+    def moe(self, variant: str) -> Args:
+        shapes = self.shapes
+        hidden = self._normal(self.rows, shapes.hidden)
+        weights = self._uniform(self.rows, shapes.experts_per_row)
+        experts = self._uniform(self.rows, shapes.experts).topk(shapes.experts_per_row, dim=-1).indices
+        w13 = (shapes.experts, 2 * shapes.expert_width, shapes.hidden)
+        w2 = (shapes.experts, shapes.hidden, shapes.expert_width)
+        if variant == "bf16":
+            stored = [self._normal(*shape, scale=shape[-1] ** -0.5) for shape in (w13, w2)]
+            return hidden, weights, experts, *stored, 10.0
+        if variant == "FP8":
+            stored = [self._fp8(*shape) for shape in (w13, w2)]
+        else:
+            stored = [self._bytes(0, 256, *shape[:-1], shape[-1] // 2).view(torch.int8) for shape in (w13, w2)]
+        block = FP8_BLOCK if variant == "FP8" else FP4_BLOCK
+        return hidden, weights, experts, *stored, 10.0, 0, self._scales(block, *w13), self._scales(block, *w2)
+
+    def norm_rope(self, variant: str) -> Args:
+        query = self._normal(self.rows, self.shapes.heads, self.shapes.head_dim)
+        return query, None, EPS, *self._angles(self.rows)
+
+    def pack_rows(self, variant: str) -> Args:
+        requests, gamma = self.requests, self.shapes.gamma
+        lengths, drafts = torch.full((requests,), gamma, device=self.device), self._integers(0, 2**17, requests, gamma)
+        return lengths, self._integers(0, 2**17, requests), drafts, self._integers(0, 2**20, requests), self.rows
+
+    def rms_norm(self, variant: str) -> Args:
+        width = self.shapes.hidden if variant == "hidden" else self.shapes.q_lora
+        return self._normal(self.rows, width), self._norm(width), EPS
+
+    def rope(self, variant: str) -> Args:
+        query = self._normal(self.rows, self.shapes.index_heads, self.shapes.index_dim)
+        return query, *self._angles(self.rows)
+
+    def route(self, variant: str) -> Args:
+        d, experts = self.shapes.hidden, self.shapes.experts
+        gate, bias = self._normal(experts, d, scale=d**-0.5), self._normal(experts, dtype=torch.float32, scale=0.1)
+        return self._normal(self.rows, d), gate, bias, None, self.shapes.experts_per_row, 1.5, True
+
+    def sparse_attention(self, variant: str) -> Args:
+        shapes, packed = self.shapes, variant.endswith("packed")
+        # Room for the block's own rows behind the window before it.
+        ring = shapes.window + shapes.gamma
+        window_keys = self._keys(self.requests * ring, packed)
+        scale = shapes.head_dim**-0.5
+        # Queries are small enough for what rounding the logits costs the reference to stay within the bound.
+        if variant == "drafter":
+            query = self._normal(self.requests, shapes.gamma * shapes.heads, shapes.head_dim, scale=0.5)
+            index = torch.arange(self.requests * ring, device=self.device).view(self.requests, ring)
+            return query, window_keys, index, None, None, self._sinks(shapes.gamma * shapes.heads), scale
+        query = self._normal(self.rows, shapes.heads, shapes.head_dim, scale=0.5)
+        owners = self._owners().unsqueeze(1)
+        first = owners * ring + self._places().unsqueeze(1)
+        window_index = first + torch.arange(shapes.window, device=self.device)
+        entry_keys, entry_index = None, None
+        if shapes.entries(variant):
+            ratio = kernel_floors.CSA_RATIO if variant.startswith("CSA") else kernel_floors.HCA_RATIO
+            stored = shapes.context // ratio
+            entry_keys = self._keys(self.requests * stored, packed)
+            chosen = self._uniform(self.requests, stored).topk(shapes.entries(variant), dim=-1).indices.sort().values
+            entry_index = owners * stored + chosen[self._owners()]
+        sinks, angles = self._sinks(shapes.heads), self._angles(self.rows)
+        return query, window_keys, window_index, entry_keys, entry_index, sinks, scale, *angles
+
+    def store_raw(self, variant: str) -> Args:
+        kind = self.shapes.compressor(variant)
+        kv, gate = self._normal(self.rows, kind.channels), self._normal(self.rows, kind.channels)
+        bias = self._normal(kind.ratio, kind.channels, dtype=torch.float32)
+        ring = kind.window_rows + self.shapes.gamma
+        pool = torch.zeros(self.requests * ring, 2 * kind.channels, device=self.device)
+        positions = torch.arange(self.rows, device=self.device) + self.shapes.context
+        return kv, gate, bias, positions, pool, self._owners() * ring + self._places()
+
+    def store_window(self, variant: str) -> Args:
+        shapes, ring = self.shapes, self.shapes.window + self.shapes.gamma
+        pool = self._empty_keys(self.requests * ring, shapes.head_dim, variant == "packed")
+        kv, slots = self._normal(self.rows, shapes.head_dim), self._owners() * ring + self._places()
+        return kv, self._norm(shapes.head_dim), EPS, *self._angles(self.rows), pool, slots, True
+
+    def swiglu(self, variant: str) -> Args:
+        shape = (self.rows, self.shapes.expert_width)
+        return self._normal(*shape, dtype=torch.float32), self._normal(*shape, dtype=torch.float32), 10.0
+
+    # What they are made of.
+
+    def _normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.device).normal_(0.0, scale, generator=self._generator)
+
+    def _uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self._generator, device=self.device)
+
+    def _integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self._generator, device=self.device)
+
+    def _bytes(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.uint8, device=self.device).random_(low, high, generator=self._generator)
+
+    def _fp8(self, *shape: int) -> Tensor:
+        """E4M3 numbers of both signs, up to 4."""
+        code = self._bytes(0, 2 * 0x49, *shape)
+        # 0 .. 0x48 stay, the others become 0x80 .. 0xC8. In place: experts' weights take gigabytes.
+        code.add_((code >= 0x49).to(torch.uint8).mul_(0x80 - 0x49))
+        return code.view(torch.float8_e4m3fn)
+
+    def _scales(self, block: tuple[int, int], *shape: int) -> Tensor:
+        """2^-10 .. 2^-6, one for every block of a weight of `shape`."""
+        *stack, rows, columns = shape
+        return self._bytes(117, 122, *stack, -(-rows // block[0]), -(-columns // block[1])).view(torch.float8_e8m0fnu)
+
+    def _norm(self, width: int) -> Tensor:
+        return 1 + self._normal(width, scale=0.1)
+
+    def _angles(self, rows: int) -> tuple[Tensor, Tensor]:
+        turns = 100 * self._normal(rows, self.shapes.rotary_dims // 2, dtype=torch.float32)
+        return turns.cos(), turns.sin()
+
+    def _keys(self, count: int, packed: bool) -> Tensor:
+        keys = self._normal(count, self.shapes.head_dim)
+        return pack_keys(keys, self.shapes.rotary_dims) if packed else keys
+
+    def _empty_keys(self, count: int, width: int, packed: bool) -> Tensor:
+        if packed:
+            return torch.zeros(count, self.shapes.key_bytes, dtype=torch.uint8, device=self.device)
+        return torch.zeros(count, width, dtype=torch.bfloat16, device=self.device)
+
+    def _sinks(self, heads: int) -> Tensor:
+        return self._normal(heads, dtype=torch.float32)
+
+    def _streams(self) -> Tensor:
+        return self._normal(self.rows, self.shapes.streams, self.shapes.hidden)
+
+    def _hyper_connection(self, mixes: int, scales: int) -> tuple[Tensor, Tensor, Tensor]:
+        width = self.shapes.streams * self.shapes.hidden
+        fn = self._normal(mixes, width, dtype=torch.float32, scale=width**-0.5)
+        return fn, self._normal(mixes, dtype=torch.float32), self._normal(scales, dtype=torch.float32)
+
+    def _temperatures(self, count: int) -> Tensor:
+        return torch.full((count,), TEMPERATURE, dtype=torch.float64, device=self.device)
+
+    def _filters(self, count: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """top_k, top_p, min_p, and the widest top_k."""
+        top_k = torch.full((count,), TOP_K, device=self.device)
+        top_p = torch.full((count,), 0.95, dtype=torch.float64, device=self.device)
+        return top_k, top_p, torch.zeros_like(top_p), TOP_K
+
+    def _seeds(self) -> Tensor:
+        return self._integers(0, 2**62, self.requests)
+
+    def _first_rows(self) -> Tensor:
+        return torch.arange(self.requests + 1, device=self.device) * (1 + self.shapes.gamma)
+
+    def _owners(self) -> Tensor:
+        """[N] the request of every row"""
+        return torch.arange(self.rows, device=self.device) // (1 + self.shapes.gamma)
+
+    def _places(self) -> Tensor:
+        """[N] 0 .. G, the place of every row in its request's block"""
+        return torch.arange(self.rows, device=self.device) % (1 + self.shapes.gamma)
+
+
+def copied(args: Args) -> Args:
+    """The same values in memory of their own."""
+
+    def copy(arg: Any) -> Any:
+        if isinstance(arg, tuple):
+            return copied(arg)
+        return arg.clone() if isinstance(arg, Tensor) else arg
+
+    return tuple(copy(arg) for arg in args)
+
+
+def num_bytes(values: Iterable[Any]) -> int:
+    """Of the tensors among them."""
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+
+
+def results_of(function: Callable[..., Any], case: Case, args: Args) -> tuple[Tensor, ...]:
+    """What a call returns; of one that writes a pool, the rows that it should write, and the pool without them."""
+    if case.op not in WRITTEN:
+        result = function(*args)
+        return result if isinstance(result, tuple) else (result,)
+    args = copied(args)
+    assert function(*args) is None
+    pool, rows = (args[place] for place in WRITTEN[case.op])
+    rows = rows[rows >= 0]
+    return pool[rows], pool.index_fill(0, rows, 0)
+
+
+# Equality.
+
+
+class Different(Exception):
+    """A kernel's results are not those of its reference."""
+
+
+def compare(case: Case, args: Args, gpu: ModuleType) -> None:
+    """Raise Different unless the kernel is within the tests' bounds of its reference.
+
+    Rows whose token ids differ are left out where numbers are compared: they belong to another token.
+    """
+    pairs = list(zip(*(results_of(getattr(module, case.op), case, args) for module in (gpu, reference)), strict=True))
+    same_rows: list[Tensor] = []
+    for actual, expected in pairs:
+        if expected.is_floating_point():
+            continue
+        same = _chosen_by_both(actual, expected) if case.op == "indexer_topk" else actual == expected
+        share = same.double().mean().item() if same.numel() else 1.0
+        if share < SAME_INTEGERS:
+            raise Different(f"{share:.4f} of the integers are the reference's: expected {SAME_INTEGERS}")
+        same_rows.append(same.flatten(1).all(1) if same.dim() > 1 else same)
+    for actual, expected in pairs:
+        if not expected.is_floating_point():
+            continue
+        for rows in same_rows:
+            actual, expected = actual[rows], expected[rows]
+        try:
+            _of_tests("compare").assert_close(actual, expected, torch.bfloat16 if case.op == "moe" else None)
+        except AssertionError as error:
+            raise Different(str(error)) from None
+
+
+@cache
+def _of_tests(name: str) -> ModuleType:
+    """A module that kernel tests share."""
+    folder = str(ROOT / "tests" / "kernels")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
+
+
+def _chosen_by_both(actual: Tensor, expected: Tensor) -> Tensor:
+    """[N, K] whether an ascending row of `actual` has what is in the same row of `expected`."""
+    expected = expected.contiguous()
+    places = torch.searchsorted(expected, actual.contiguous()).clamp(max=expected.shape[1] - 1)
+    return expected.gather(1, places) == actual
+
+
+# Preparation: in processes of their own, so that a kernel that crashes takes nothing else with it.
+
+
+def prepare(case: Case, requests: int, device: torch.device) -> dict[str, Any]:
+    """Compare, compile, and find out how each side can be replayed."""
+    from dspark_kernels import gpu
+
+    args = Inputs(FLASH, requests, device).of(case)
+    try:
+        compare(case, args, gpu)
+        check = "equal"
+    except torch.OutOfMemoryError:
+        check = "not compared: out of memory"
+    kernel = getattr(gpu, case.op)
+    baseline, how = baseline_of(case, args)
+    graphs = {name: _can_record(function, args) for name, function in (("kernel", kernel), ("baseline", baseline))}
+    return {"check": check, "baseline": how, "graphs": graphs}
+
+
+def baseline_of(case: Case, args: Args) -> tuple[Callable[..., Any], str]:
+    """The reference, compiled where that is possible, and what it is.
+
+    In the default mode: autotuning takes minutes, and matrix products are cuBLAS's with it or without.
+    """
+    function = getattr(reference, case.op)
+    if case.op in EAGER:
+        function(*args)
+        return function, "eager"
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    # Boolean masks then break no graph; sizes that depend on them are still asked of the device.
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    compiled = torch.compile(function, dynamic=False)
+    try:
+        compiled(*args)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        print(f"{case.name}: {type(error).__name__} when compiled: {str(error)[:300]}", file=sys.stderr)
+        function(*args)
+        return function, "eager"
+    return compiled, "compiled in parts" if counters["stats"]["unique_graphs"] > 1 else "compiled"
+
+
+def _can_record(function: Callable[..., Any], args: Args) -> bool:
+    """Whether a call can be a CUDA graph: not if it asks the device something."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*args)
+    except RuntimeError:
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    try:
+        Recorded(function, [args])()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"cannot be recorded: {str(error)[:300]}", file=sys.stderr)
+        return False
+    return True
+
+
+def prepare_here(case: Case, requests: Sequence[int]) -> None:
+    """Be the process of one case: one JSON line for each number of requests."""
+    device = torch.device("cuda")
+    for number in requests:
+        prepared: dict[str, Any] = {}
+        for attempt in range(6):
+            try:
+                prepared = prepare(case, number, device)
+            except torch.OutOfMemoryError:
+                # Others are at work on the same memory.
+                prepared = {"problem": "out of memory"}
+                torch.cuda.empty_cache()
+                time.sleep(5 + 2 * attempt)
+                continue
+            except Exception as error:
+                prepared = {"problem": f"{type(error).__name__}: {str(error)[:400]}"}
+            break
+        torch.cuda.empty_cache()
+        print(json.dumps({"requests": number, **prepared}), flush=True)
+
+
+def prepare_all(missing: dict[Case, list[int]], workers: int) -> dict[tuple[Case, int], dict[str, Any]]:
+    """By case and number of requests."""
+    prepared: dict[tuple[Case, int], dict[str, Any]] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        for case, lines, problem in pool.map(_prepare_apart, missing, missing.values()):
+            found = {line.pop("requests"): line for line in lines}
+            for number in missing[case]:
+                prepared[case, number] = found.get(number, {"problem": problem})
+            said = [f"{number}: {prepared[case, number].get('problem', 'equal')}" for number in missing[case]]
+            print(f"prepared {case.name}  {'  '.join(said)}", flush=True)
+    return prepared
+
+
+def _prepare_apart(case: Case, requests: list[int]) -> tuple[Case, list[dict[str, Any]], str]:
+    """(case, what its process said, why it said no more)"""
+    numbers = ",".join(map(str, requests))
+    command = [sys.executable, "-m", "benchmarks.kernels", "--prepare", case.name, "--requests", numbers]
+    # One compiler each: several processes compile at the same time.
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PREPARE_SECONDS, check=False
+        )
+        output, problem = done.stdout, f"the process ended with {done.returncode}: {done.stderr[-300:]}"
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout or ""  # bytes, whatever was asked for
+        output = said.decode() if isinstance(said, bytes) else said
+        problem = f"not ready after {PREPARE_SECONDS} s"
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return case, lines, problem
+
+
+# Timing.
+
+
+class Recorded:
+    """Calls on several copies of the same arguments, as one CUDA graph."""
+
+    def __init__(self, function: Callable[..., Any], copies: Sequence[Args]) -> None:
+        for args in copies:
+            function(*args)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            # Kept, so that every call has results of its own to write.
+            self._results = [function(*args) for args in copies]
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+
+class Launched:
+    """The same, launched anew every time."""
+
+    def __init__(self, function: Callable[..., Any], copies: Sequence[Args]) -> None:
+        self._function, self._copies = function, copies
+
+    def __call__(self) -> None:
+        for args in self._copies:
+            self._function(*args)
+
+
+class Clock:
+    """Times work on the device, with nothing of it in L2 before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flushed = torch.empty(FLUSH_BYTES // 4, device=device)
+
+    def warm_up(self, work: Iterable[Callable[[], None]]) -> None:
+        """Until clocks are up."""
+        started = time.perf_counter()
+        while time.perf_counter() - started < WARM_SECONDS:
+            for run in work:
+                self._flushed.fill_(1.0)
+                run()
+            torch.cuda.synchronize()
+
+    def seconds(self, run: Callable[[], None]) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushed.fill_(1.0)
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) * 1e-3
+
+
+def num_copies(args: Args, call_seconds: float) -> int:
+    """So many that a replay is long, and all fit."""
+    by_memory = COPIED_BYTES // max(1, num_bytes(args))
+    by_time = -(-REPLAY_SECONDS // max(call_seconds, 1e-7))
+    return int(max(1, min(MOST_COPIES, by_memory, by_time)))
+
+
+def measure(case: Case, requests: int, prepared: dict[str, Any], card: Card, clock: Clock) -> dict[str, Any]:
+    """Kernel and compiled reference, taking turns."""
+    from dspark_kernels import gpu
+
+    floor = case.floor(requests)
+    args = Inputs(FLASH, requests, clock.device).of(case)
+    functions = {"kernel": getattr(gpu, case.op), "baseline": baseline_of(case, args)[0]}
+    copies = [args]
+    runs: dict[str, Callable[[], None]] = {}
+    counts: dict[str, int] = {}
+    for name, function in functions.items():
+        way = Recorded if prepared["graphs"][name] else Launched
+        once = way(function, [args])
+        clock.warm_up([once])
+        counts[name] = num_copies(args, clock.seconds(once))
+        copies += [copied(args) for _ in range(counts[name] - len(copies))]
+        runs[name] = way(function, copies[: counts[name]])
+    clock.warm_up(runs.values())
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(TURNS):
+        for name in sorted(runs, reverse=turn % 2 == 1):
+            seconds[name].append(clock.seconds(runs[name]) / counts[name])
+    kernel, baseline = (statistics.median(seconds[name]) for name in ("kernel", "baseline"))
+    return {
+        "kernel_us": _spread(seconds["kernel"]),
+        "baseline_us": _spread(seconds["baseline"]),
+        "baseline": prepared["baseline"],
+        "check": prepared["check"],
+        "recorded": prepared["graphs"],
+        "copies": counts,
+        "floor_us": 1e6 * floor.seconds(card),
+        "bound": floor.bound(card),
+        "over_floor": kernel / floor.seconds(card),
+        "baseline_over_kernel": baseline / kernel,
+    }
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Smallest, median and largest, in microseconds."""
+    numbers = {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds)}
+    return {name: round(1e6 * value, 3) for name, value in numbers.items()}
+
+
+# Results.
+
+
+class Results:
+    """A file of measurements of one commit on one machine; those of another are not continued."""
+
+    def __init__(self, path: Path, commit: str | None) -> None:
+        origin = report.provenance(ROOT, " ".join(["python -m benchmarks.kernels", *sys.argv[1:]]))
+        self.origin = origin | {"sources": _sources()} | ({"commit": commit} if commit else {})
+        self._path = path
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        same = all(kept.get("origin", {}).get(key) == self.origin[key] for key in ("commit", "sources", "machine"))
+        self.cases: dict[str, dict[str, Any]] = kept["results"] if same else {}
+
+    def has(self, case: Case, requests: int) -> bool:
+        return "kernel_us" in self.cases.get(case.name, {}).get(str(requests), {})
+
+    def add(self, case: Case, requests: int, figures: dict[str, Any]) -> None:
+        """Write it, too; an interruption leaves the old file or the new one."""
+        self.cases.setdefault(case.name, {})[str(requests)] = figures
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._path.with_suffix(".part")
+        beside.write_text(json.dumps({"origin": self.origin, "results": self.cases}, indent=2) + "\n")
+        beside.replace(self._path)
+
+
+def _sources() -> str:
+    """Changes with the kernels and with this program, committed or not."""
+    digest = hashlib.sha256()
+    benchmark = (ROOT / "benchmarks").glob("kernel*.py")
+    for path in sorted([*(ROOT / "kernels" / "dspark_kernels").rglob("*.py"), *benchmark]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def describe(case: Case, requests: int, figures: dict[str, Any]) -> str:
+    """One measurement as a line."""
+    name = f"{case.name:28} {requests:4} requests"
+    if "problem" in figures:
+        return f"{name}  {figures['problem']}"
+    kernel, baseline = figures["kernel_us"], figures["baseline_us"]
+    return (
+        f"{name} {kernel['median']:10.2f} us ({kernel['min']:.2f} .. {kernel['max']:.2f})"
+        f"  floor {figures['floor_us']:.2f} ({figures['bound']}), over it {figures['over_floor']:.2f}"
+        f"  {figures['baseline']} {baseline['median']:.2f}, over the kernel {figures['baseline_over_kernel']:.2f}"
+    )
+
+
+def measured_table(content: dict[str, Any]) -> str:
+    """Measurements in Markdown."""
+    origin, cases = content["origin"], content["results"]
+    counts = " | ".join(str(requests) for requests in REQUESTS)
+    lines = [f"| by requests | {counts} | reference |", f"|---|{'--:|' * len(REQUESTS)}---|"]
+    for case in CASES:
+        if case.name in cases:
+            cells = [_cell(cases[case.name].get(str(requests))) for requests in REQUESTS]
+            ways = dict.fromkeys(figures.get("baseline", "") for figures in cases[case.name].values())
+            lines.append(f"| {case.name} | {' | '.join(cells)} | {', '.join(way for way in ways if way)} |")
+    lines += [
+        "",
+        f"Microseconds (over the floor; the reference over the kernel). {origin['machine']['gpu']},"
+        f" {origin['date'][:10]}, commit {origin['commit'][:10]}, torch {origin['versions']['torch']},"
+        f" triton {origin['versions']['triton']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(figures: dict[str, Any] | None) -> str:
+    if figures is None:
+        return ""
+    if "problem" in figures:
+        return "failed"
+    # What moves next to nothing takes as long as a launch.
+    over_floor = f"{figures['over_floor']:.1f}" if figures["floor_us"] >= 1 else "-"
+    time_taken = kernel_floors.microseconds(1e-6 * figures["kernel_us"]["median"])
+    return f"{time_taken} ({over_floor}; {figures['baseline_over_kernel']:.1f})"
+
+
+NOT_MEASURED = "No kernel has run on a GPU yet."
+
+
+def tables(path: Path) -> dict[str, str]:
+    """By their marks in kernels/README.md."""
+    measured = measured_table(json.loads(path.read_text())) if path.exists() else NOT_MEASURED
+    return {"floors": kernel_floors.table(), "measured": measured}
+
+
+# Where there is no GPU.
+
+
+def smoke(cases: Sequence[Case]) -> int:
+    """Every case once, interpreted, at tiny sizes; how many failed."""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    import pytest
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from dspark_kernels import gpu
+
+    inputs, launches = Inputs(TINY, 2, torch.device("cpu")), []
+    run = InterpretedFunction.run
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launches.append(self.__name__)
+        return run(self, *args, **kwargs)
+
+    failed = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "run", counted)
+        _of_tests("interpreting").compute_as_a_gpu(patch)
+        for case in cases:
+            launches.clear()
+            started = time.perf_counter()
+            try:
+                compare(case, inputs.of(case), gpu)
+                said = "equal"
+            except Exception as error:
+                failed += 1
+                said = f"{type(error).__name__}: {error}"
+            seconds = time.perf_counter() - started
+            print(f"{case.name:28} {seconds:5.1f} s  launches {len(launches)}  {said}", flush=True)
+    return failed
+
+
+def _measure_all(arguments: argparse.Namespace, cases: Sequence[Case]) -> int:
+    """What is missing, until time is up; 1 if something could not be measured."""
+    deadline = time.monotonic() + 60 * arguments.minutes
+    results = Results(arguments.json, arguments.commit)
+    card = kernel_floors.card_called(results.origin["machine"]["gpu"])
+    missing = {case: [number for number in arguments.requests if not results.has(case, number)] for case in cases}
+    missing = {case: numbers for case, numbers in missing.items() if numbers}
+    print(f"{sum(map(len, missing.values()))} to measure, {results.origin['machine']['gpu']}", flush=True)
+    prepared = prepare_all(missing, arguments.workers)
+    clock = Clock(torch.device("cuda"))
+    complete = True
+    for number, case in _in_order(arguments.requests, missing):
+        figures = prepared[case, number]
+        if "problem" not in figures:
+            if time.monotonic() > deadline:
+                print(f"{arguments.minutes:g} minutes are over: the same command goes on from here")
+                return 1
+            try:
+                figures = measure(case, number, figures, card, clock)
+            except Exception as error:
+                figures = {"problem": f"{type(error).__name__}: {str(error)[:400]}"}
+            torch.cuda.empty_cache()
+        complete &= "problem" not in figures
+        results.add(case, number, figures)
+        print(describe(case, number, figures), flush=True)
+    return 0 if complete else 1
+
+
+def _in_order(requests: Sequence[int], missing: dict[Case, list[int]]) -> Iterator[tuple[int, Case]]:
+    """All cases at one number of requests, then at the next."""
+    return ((number, case) for number in requests for case in missing if number in missing[case])
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", help="comma-separated operations (default: all)")
+    parser.add_argument(
+        "--requests",
+        type=lambda text: [int(number) for number in text.split(",")],
+        default=list(REQUESTS),
+        help="numbers of requests (default: 1,8,32,128,256)",
+    )
+    parser.add_argument("--json", type=Path, default=RESULT)
+    parser.add_argument("--markdown", action="store_true", help="print the tables, and measure nothing")
+    parser.add_argument(
+        "--readme", action="store_true", help="fill the tables of kernels/README.md, and measure nothing"
+    )
+    parser.add_argument("--interpret-smoke", action="store_true", help="every operation once, interpreted, tiny")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="to stop after (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="cases that are prepared at a time")
+    parser.add_argument("--commit", help="what this is a copy of, on a machine that has no repository")
+    parser.add_argument("--prepare", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    wanted = arguments.ops.split(",") if arguments.ops else list(OPERATIONS)
+    unknown = [op for op in wanted if op not in OPERATIONS]
+    if unknown:
+        parser.error(f"--ops {','.join(unknown)}: expected some of {', '.join(OPERATIONS)}")
+    arguments.cases = [case for case in CASES if case.op in wanted]
+    return arguments
+
+
+def main() -> int:
+    arguments = _parse()
+    if arguments.markdown or arguments.readme:
+        for name, text in tables(arguments.json).items():
+            if arguments.readme:
+                report.fill(README, name, text)
+            else:
+                print(text, end="\n\n")
+        return 0
+    with torch.no_grad():
+        if arguments.interpret_smoke:
+            return min(1, smoke(arguments.cases))
+        if not torch.cuda.is_available():
+            print(kernel_floors.table())
+            print("\nnot measured: no GPU")
+            return 0
+        if arguments.prepare is not None:
+            prepare_here(next(case for case in CASES if case.name == arguments.prepare), arguments.requests)
+            return 0
+        return _measure_all(arguments, arguments.cases)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""Draws against the reference: token ids exactly, also where rounding, ties or noise alone decide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import compare
+import pytest
+import torch
+from interpreting import compute_as_a_gpu
+from torch import Tensor
+
+from dspark_kernels import gpu, reference
+from dspark_kernels.gpu import sample as module
+from dspark_kernels.philox import STREAM_DRAFT, STREAM_SAMPLE, gumbel_noise
+
+COLD = 1e-5
+"""The lowest temperature above 0 that the engine uses: logits near a million, where float32 steps are 0.06."""
+UNLIMITED = 2**31
+
+
+@pytest.fixture(autouse=True)
+def gpu_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_as_a_gpu(monkeypatch)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program takes several tiles of a row, and reduces several blocks of partial results."""
+    monkeypatch.setattr(module, "_TILE", 32)
+    monkeypatch.setattr(module, "_REDUCED_SPLITS", 2)
+
+
+def draws(num_rows: int, *temperatures: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperatures in turn, seeds and positions."""
+    cycle = torch.tensor(temperatures or (1.0, 0.0, 0.7, COLD), dtype=torch.float64, device=compare.DEVICE)
+    seeds = compare.integers(-(2**62), 2**62, num_rows)
+    return cycle.repeat(num_rows)[:num_rows], seeds, compare.integers(0, 2**40, num_rows)
+
+
+def assert_same_draws(logits: Tensor, drawn: tuple[Tensor, Tensor, Tensor], **kwargs: Any) -> None:
+    arguments = (logits, *drawn, STREAM_SAMPLE)
+    actual, expected = gpu.gumbel_argmax(*arguments, **kwargs), reference.gumbel_argmax(*arguments, **kwargs)
+    assert actual[1].dtype == torch.int64
+    assert torch.equal(actual[1], expected[1]), f"{actual[1]}, expected {expected[1]}"
+    compare.assert_close(actual[0], expected[0])
+    compare.assert_close(actual[2], expected[2])
+
+
+def lowest_of(logits: Tensor, temperatures: Tensor, num_kept: int) -> Tensor:
+    limits = torch.full((len(logits),), num_kept, device=logits.device)
+    nothing = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    return reference.lowest_kept_logit(logits, temperatures, limits, nothing + 1, nothing, UNLIMITED)
+
+
+@pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 1), (1, 5003), (5, 7001), (129, 40)])
+@pytest.mark.parametrize("dtype", compare.DTYPES)
+def test_draws_equal_the_reference(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+    assert_same_draws(compare.random(num_rows, vocab_size, dtype=dtype, scale=3.0), draws(num_rows))
+
+
+@pytest.mark.parametrize("first_id", [0, 3, 16161, 16162])
+@pytest.mark.parametrize("num_kept", [None, 1, 20])
+@pytest.mark.usefixtures("small_tiles")
+def test_a_shard_with_a_filter_draws_as_the_reference(first_id: int, num_kept: int | None) -> None:
+    logits, drawn = compare.random(4, 333, dtype=torch.bfloat16, scale=2.0), draws(4)
+    lowest = None if num_kept is None else lowest_of(logits, drawn[0], num_kept)
+    assert_same_draws(logits, drawn, first_id=first_id, lowest=lowest)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_shards_decide_as_the_whole_row_does() -> None:
+    logits, drawn = compare.random(4, 300), draws(4)
+    values, ids, sums = gpu.gumbel_argmax(logits, *drawn, STREAM_SAMPLE)
+    parts = [
+        gpu.gumbel_argmax(logits[:, begin : begin + 75], *drawn, STREAM_SAMPLE, first_id=begin)
+        for begin in range(0, 300, 75)
+    ]
+    part_values, part_ids, part_sums = (torch.stack(column) for column in zip(*parts, strict=True))
+    best = part_values.max(0)
+    assert torch.equal(best.values, values)
+    assert torch.equal(part_ids.gather(0, best.indices.unsqueeze(0)).squeeze(0), ids)
+    compare.assert_close(part_sums.logsumexp(0), sums)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_nothing_kept_is_minus_infinity_and_the_first_id() -> None:
+    logits = compare.random(3, 150)
+    logits[0] = -torch.inf
+    lowest = torch.tensor([-torch.inf, 1e9, 1e9], device=compare.DEVICE)
+    for first_id in (0, 7):
+        drawn = draws(3, 1.0, 0.0, 1.0)
+        assert_same_draws(logits, drawn, first_id=first_id, lowest=lowest)
+        values, ids, _ = gpu.gumbel_argmax(logits, *drawn, STREAM_SAMPLE, first_id, lowest)
+        assert values.tolist() == [-torch.inf] * 3
+        assert ids.tolist() == [first_id] * 3
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_forbidden_tokens_are_passed_over() -> None:
+    logits = compare.random(4, 200)
+    logits[:, :150] = -torch.inf
+    logits[1, :199] = -torch.inf
+    assert_same_draws(logits, draws(4))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_of_equal_logits_without_noise_the_lowest_id_wins() -> None:
+    steps = compare.integers(-2, 3, 3, 260).float()
+    steps[2] = -1.0
+    assert_same_draws(steps, draws(3, 0.0))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_where_logits_are_equal_noise_alone_decides() -> None:
+    for value in (0.0, -20.0, 30.0):
+        assert_same_draws(torch.full((4, 260), value, device=compare.DEVICE), draws(4, 1.0, COLD))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_of_values_that_round_to_the_same_the_lowest_id_wins() -> None:
+    """Noise of the same size as a float32 step, and steps that many logits share."""
+    steps = compare.integers(20, 23, 4, 200).to(torch.bfloat16)
+    for temperature in (COLD, 1e-6, 1e-7):
+        assert_same_draws(steps, draws(4, temperature))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -7.0, 100.0])
+@pytest.mark.usefixtures("small_tiles")
+def test_tokens_that_differ_in_the_last_bit_are_told_apart(value: float) -> None:
+    """Logits that undo the noise: every sum is `value` but for rounding, which must be that of exact noise."""
+    drawn = draws(2, 1.0)
+    noise = gumbel_noise(drawn[1], drawn[2], STREAM_SAMPLE, 8, 100)
+    assert_same_draws(value - noise, drawn, first_id=8)
+    # And on a scale that rounding does not reach, but float32 noise does.
+    nearly = (value - noise) + compare.random(2, 100, scale=2e-6)
+    assert_same_draws(nearly, drawn, first_id=8)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_strided_rows_draw_as_contiguous_ones() -> None:
+    for logits in (compare.random(3, 300)[:, 100:200], compare.random(100, 3).t()):
+        assert_same_draws(logits, draws(3))
+
+
+def test_no_rows_draw_nothing() -> None:
+    values, ids, sums = gpu.gumbel_argmax(compare.random(0, 50, dtype=torch.bfloat16), *draws(0), STREAM_SAMPLE)
+    assert (values.shape, ids.shape, sums.shape) == ((0,), (0,), (0,))
+    assert (values.dtype, ids.dtype, sums.dtype) == (torch.float32, torch.int64, torch.float32)
+
+
+def markov_head(vocab_size: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return compare.random(vocab_size, rank, dtype=dtype), compare.random(vocab_size, rank, dtype=dtype, scale=0.5)
+
+
+def assert_same_drafts(
+    base_logits: Tensor, head: tuple[Tensor, Tensor], drawn: tuple[Tensor, Tensor, Tensor], filters: Any = None
+) -> None:
+    anchors = compare.integers(0, base_logits.shape[2], len(base_logits))
+    arguments = (base_logits, anchors, *head, *drawn, STREAM_DRAFT, filters)
+    (tokens, sums), expected = gpu.markov_sample(*arguments), reference.markov_sample(*arguments)
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens, expected[0]), f"{tokens}, expected {expected[0]}"
+    compare.assert_close(sums, expected[1])
+
+
+# Requests fill tiles of 16, 32 and 64; 65 of them two.
+@pytest.mark.parametrize(
+    ("num_requests", "num_positions", "vocab_size", "rank"),
+    [(1, 5, 1000, 16), (16, 1, 300, 24), (19, 2, 150, 24), (65, 2, 150, 40), (129, 1, 70, 16)],
+)
+@pytest.mark.parametrize("dtype", compare.DTYPES)
+def test_drafts_equal_the_reference(
+    num_requests: int, num_positions: int, vocab_size: int, rank: int, dtype: torch.dtype
+) -> None:
+    base = compare.random(num_requests, num_positions, vocab_size, dtype=dtype, scale=2.0)
+    assert_same_drafts(base, markov_head(vocab_size, rank, dtype), draws(num_requests, 1.0, 0.0, 0.7))
+
+
+def test_float32_logits_meet_a_bfloat16_head() -> None:
+    assert_same_drafts(compare.random(3, 2, 300), markov_head(300, 24, torch.bfloat16), draws(3))
+
+
+def test_a_rank_beyond_one_product_is_summed() -> None:
+    assert_same_drafts(compare.random(2, 2, 70), markov_head(70, 530, torch.bfloat16), draws(2))
+
+
+def test_partial_results_of_many_programs_are_reduced_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_REDUCED_SPLITS", 2)
+    tiles = module._Tiles(16, 32, 16, splits=2, per_processor=2)
+    monkeypatch.setattr(module, "_markov_tiles", lambda *_: tiles)
+    assert_same_drafts(compare.random(3, 3, 400), markov_head(400, 16, torch.bfloat16), draws(3))
+
+
+def test_drafts_without_noise_need_none() -> None:
+    base = compare.random(3, 2, 300)
+    assert_same_drafts(base, markov_head(300, 16, torch.float32), draws(3, 0.0))
+    steps = compare.integers(-1, 2, 3, 2, 300).float()
+    nothing = torch.zeros(300, 16, device=compare.DEVICE)
+    assert_same_drafts(steps, (nothing, nothing), draws(3, 0.0))
+
+
+def test_drafts_that_differ_in_the_last_bit_are_told_apart() -> None:
+    drawn = draws(2, 1.0)
+    noise = gumbel_noise(drawn[1], drawn[2], STREAM_DRAFT, 0, 150).unsqueeze(1)
+    nothing = torch.zeros(150, 16, device=compare.DEVICE)
+    assert_same_drafts(3.0 - noise, (nothing, nothing), drawn)
+
+
+def test_drafts_draw_the_noise_of_the_target_at_their_positions() -> None:
+    logits, (temperatures, seeds, positions) = compare.random(2, 3, 200), draws(2, 1.0)
+    nothing = torch.zeros(200, 16, device=compare.DEVICE)
+    anchors = torch.zeros(2, dtype=torch.int64, device=compare.DEVICE)
+    tokens, _ = gpu.markov_sample(logits, anchors, nothing, nothing, temperatures, seeds, positions, STREAM_SAMPLE)
+    for k in range(3):
+        drawn = gpu.gumbel_argmax(logits[:, k], temperatures, seeds, positions + k, STREAM_SAMPLE)
+        assert torch.equal(tokens[:, k], drawn[1])
+
+
+@pytest.mark.parametrize("dtype", compare.DTYPES)
+def test_filtered_drafts_equal_the_reference(dtype: torch.dtype) -> None:
+    top_k = torch.tensor([3, UNLIMITED, 20], device=compare.DEVICE)
+    top_p, min_p = torch.tensor([[1.0, 0.8, 0.9], [0.0, 0.0, 0.02]], dtype=torch.float64, device=compare.DEVICE)
+    filters = (top_k, top_p, min_p, UNLIMITED)
+    base = compare.random(3, 2, 100, dtype=dtype, scale=2.0)
+    assert_same_drafts(base, markov_head(100, 16, dtype), draws(3, 1.0, 0.7, 1.5), filters)
+
+
+def test_strided_base_logits_are_drafted_from() -> None:
+    head, drawn = markov_head(100, 16, torch.float32), draws(2)
+    assert_same_drafts(compare.random(3, 2, 100).transpose(0, 1), head, drawn)
+    assert_same_drafts(compare.random(2, 100, 3).transpose(1, 2), head, drawn)
+
+
+def test_no_requests_draft_nothing() -> None:
+    anchors = compare.integers(0, 9, 0)
+    head = markov_head(50, 16, torch.bfloat16)
+    tokens, sums = gpu.markov_sample(compare.random(0, 5, 50), anchors, *head, *draws(0), STREAM_DRAFT)
+    assert (tokens.shape, tokens.dtype) == ((0, 5), torch.int64)
+    assert (sums.shape, sums.dtype) == ((0, 5), torch.float32)
+
+
+def test_a_head_of_two_dtypes_is_refused() -> None:
+    w1, w2 = compare.random(50, 16), compare.random(50, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="one dtype"):
+        gpu.markov_sample(compare.random(2, 1, 50), compare.integers(0, 50, 2), w1, w2, *draws(2), STREAM_DRAFT)
