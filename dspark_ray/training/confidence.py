@@ -93,12 +93,16 @@ class HeadRecorder:
         self._rounds: list[HeadRounds] = []
 
     def hear_head(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """A forward hook; the head runs once per position of a block."""
+        """A forward hook; the head runs once per block, or once per position of it."""
         if not isinstance(module, ConfidenceHead):
+            return
+        joined = torch.cat([part.float() for part in inputs], dim=-1)
+        if joined.dim() == 3:  # [R, G, K]
+            self._inputs, self._logits = list(joined.unbind(1)), list(output.unbind(1))
             return
         if len(self._inputs) == self._gamma:
             self._inputs, self._logits = [], []
-        self._inputs.append(torch.cat([part.float() for part in inputs], dim=-1))
+        self._inputs.append(joined)
         self._logits.append(output)
 
     def __call__(self, confidences: np.ndarray, verified: np.ndarray, accepted: np.ndarray) -> None:

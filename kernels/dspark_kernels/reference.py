@@ -232,12 +232,12 @@ def sparse_attention(
     Returns [N, H, D]. Source: DeepSeek-V4 specification 2.2.
     """
     head_dim, rotary_dims = query.shape[-1], 0 if cos is None else 2 * cos.shape[-1]
-    keys, index = _chosen(window_keys, window_index, head_dim, rotary_dims), window_index
+    keys, index = _chosen(window_keys, window_index, head_dim, rotary_dims).to(query.dtype), window_index
     if entry_keys is not None and entry_index is not None and entry_index.shape[1]:
-        entries = _chosen(entry_keys, entry_index, head_dim, rotary_dims)
-        keys, index = torch.cat((keys, entries.to(keys.dtype)), dim=1), torch.cat((index, entry_index), dim=1)
+        entries = _chosen(entry_keys, entry_index, head_dim, rotary_dims).to(query.dtype)
+        keys, index = torch.cat((keys, entries), dim=1), torch.cat((index, entry_index), dim=1)
     missing = index < 0  # [N, K]
-    keys = keys.to(query.dtype).masked_fill(missing.unsqueeze(2), 0.0)  # a slot nobody wrote may hold NaN
+    keys = keys.masked_fill(missing.unsqueeze(2), 0.0)  # a slot nobody wrote may hold NaN
     logits = torch.bmm(query, keys.transpose(1, 2)).float() * softmax_scale
     logits = logits.masked_fill(missing.unsqueeze(1), float("-inf"))
     logits = torch.cat((logits, sink.float().view(1, -1, 1).expand(len(query), -1, 1)), dim=-1)
@@ -253,7 +253,7 @@ def _chosen(keys: Tensor, index: Tensor, head_dim: int, rotary_dims: int) -> Ten
     rows = keys.index_select(0, index.clamp_min(0).flatten())
     if keys.dtype == torch.uint8:
         rows = unpack_keys(rows, head_dim, rotary_dims)
-    return rows.view(*index.shape, -1)
+    return rows.view(*index.shape, head_dim)
 
 
 def route(

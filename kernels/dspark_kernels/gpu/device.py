@@ -5,10 +5,13 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import triton
 from torch import Tensor
 
 _INTERPRETED_PROCESSORS = 3
 """Where kernels are interpreted, programs run one after another: enough of them that work is split at all."""
+_COMPILED_FOR = 132
+"""Of an H200, for which kernels are compiled where there is no GPU."""
 
 
 @cache
@@ -18,4 +21,6 @@ def _count(device: torch.device) -> int:
 
 def num_processors(tensor: Tensor) -> int:
     """Streaming multiprocessors that can run programs at the same time."""
-    return _count(tensor.device) if tensor.is_cuda else _INTERPRETED_PROCESSORS
+    if tensor.is_cuda:
+        return _count(tensor.device)
+    return _INTERPRETED_PROCESSORS if triton.knobs.runtime.interpret else _COMPILED_FOR

@@ -236,13 +236,12 @@ def _select_kernel(
         # Unsigned integers in the order of the scores: 0 for what is no key, at least 1 for what may be chosen.
         m_k = o_k < num_keys
         b_scores = tl.load(p_scores + o_k, mask=m_k, other=0.0)
-        b_scores = tl.where(b_scores == 0.0, 0.0, b_scores)  # -0 ties with 0
         b_bits = b_scores.to(tl.int32, bitcast=True)
         b_order = (b_bits ^ tl.where(b_bits < 0, -1, -2147483648)).to(tl.uint32, bitcast=True)
         b_order = tl.where(m_k, b_order, 0)
 
-        # The largest number that at least `width` of them reach, from its highest bit down; any between them and the
-        # others will do.
+        # The largest number that at least `width` of them reach, from its highest bit down. A smaller one that no
+        # more of them reach will do.
         lowest = tl.full([], 0, tl.uint32)
         bit = tl.full([], 2147483648, tl.uint32)
         num_reaching = num_keys

@@ -101,16 +101,15 @@ def _few_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _round_kernel(p_x, p_numbers, p_x_scale, num_rows, IN: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: E4M3 numbers [num_rows, IN], and scales [IN / 128, num_rows]."""
-    i_row = tl.program_id(0).to(tl.int64)
-    for i_group in range(0, IN // _GROUP, BLOCK):
-        o_groups = i_group + tl.arange(0, BLOCK)
-        m_groups = o_groups < IN // _GROUP
-        o_x = i_row * IN + o_groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
-        b_x = tl.load(p_x + o_x, mask=m_groups[:, None], other=0.0).to(tl.float32)
-        b_numbers, b_scale = round_activations(b_x)
-        tl.store(p_numbers + o_x, b_numbers.to(p_numbers.dtype.element_ty), mask=m_groups[:, None])
-        tl.store(p_x_scale + o_groups * num_rows + i_row, b_scale, mask=m_groups)
+    """E4M3 numbers [num_rows, IN], and scales [IN / 128, num_rows]; a program takes some groups of x's channels."""
+    GROUPS: tl.constexpr = IN // _GROUP
+    o_groups = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_groups = o_groups < num_rows * GROUPS
+    o_x = o_groups.to(tl.int64)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    b_x = tl.load(p_x + o_x, mask=m_groups[:, None], other=0.0).to(tl.float32)
+    b_numbers, b_scale = round_activations(b_x)
+    tl.store(p_numbers + o_x, b_numbers.to(p_numbers.dtype.element_ty), mask=m_groups[:, None])
+    tl.store(p_x_scale + o_groups % GROUPS * num_rows + o_groups // GROUPS, b_scale, mask=m_groups)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -193,7 +192,8 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         return out
     numbers = torch.empty_like(x, dtype=torch.float16 if x.dtype == torch.float32 else torch.float8_e4m3fn)
     x_scale = x.new_empty(in_channels // ACTIVATION_GROUP, num_rows, dtype=torch.float32)
-    _round_kernel[(num_rows,)](x, numbers, x_scale, num_rows, IN=in_channels, BLOCK=_ROUND_GROUPS)
+    rounding_programs = triton.cdiv(x.numel(), _ROUND_GROUPS * ACTIVATION_GROUP)
+    _round_kernel[(rounding_programs,)](x, numbers, x_scale, num_rows, IN=in_channels, BLOCK=_ROUND_GROUPS)
     blocks, row_blocks, channel_blocks = _blocks_of(_MANY_BLOCKS, x, out_channels)
     _many_kernel[(row_blocks * channel_blocks,)](
         numbers,

@@ -42,7 +42,7 @@ _TILE = tl.constexpr(_TILE_NUMBERS)
 
 
 _PLAN_PAIRS, _ROUND_GROUPS, _COMBINE_CHANNELS = 1024, 16, 512
-"""Pairs, groups of channels and channels that the small kernels take at a time."""
+"""Pairs at most, groups of channels and channels that the small kernels take at a time."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ _MANY_BLOCKS = {
     PLAIN: _Blocks(rows=64, channels=128, columns=64, slices=1, warps=8),
 }
 # Without tensor cores, and for tests only.
-_FLOAT32_BLOCKS = _Blocks(rows=16, channels=32, columns=32, slices=1, warps=4, stages=2)
+_FLOAT32_BLOCKS = _Blocks(rows=16, channels=64, columns=32, slices=1, warps=8, stages=2)
 
 
 @triton.jit
@@ -124,17 +124,19 @@ def _list_pairs(
 
 
 @triton.jit
-def _round_row(p_row, p_rounded, FORMAT: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr):
-    for i_channel in range(0, K, GROUPS * _GROUP):
-        o_groups = i_channel + tl.arange(0, GROUPS) * _GROUP
-        m_groups = o_groups < K
-        p_groups = p_row + o_groups[:, None] + tl.arange(0, _GROUP)[None, :]
-        b_groups = tl.load(p_groups, mask=m_groups[:, None], other=0.0).to(tl.float32)
-        # A group's row is the same for all of them.
-        store_rounded(p_rounded + o_groups * 0, b_groups, m_groups, o_groups, FORMAT, K)
+def _round_groups(p_x, p_rounded, i_block, num_rows, FORMAT: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr):
+    """Round some of the groups that rows x [num_rows, K] have one after another."""
+    GROUPS_PER_ROW: tl.constexpr = K // _GROUP
+    o_groups = i_block * GROUPS + tl.arange(0, GROUPS)
+    m_groups = o_groups < num_rows * GROUPS_PER_ROW
+    o_rows = (o_groups // GROUPS_PER_ROW).to(tl.int64) * K
+    o_channels = o_groups % GROUPS_PER_ROW * _GROUP
+    p_x = p_x + (o_rows + o_channels)[:, None] + tl.arange(0, _GROUP)[None, :]
+    b_groups = tl.load(p_x, mask=m_groups[:, None], other=0.0).to(tl.float32)
+    store_rounded(p_rounded + o_rows, b_groups, m_groups, o_channels, FORMAT, K)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "first_expert"])
+@triton.jit(do_not_specialize=["num_rows", "num_pairs", "first_expert"])
 def _plan_kernel(
     p_hidden,
     p_experts,
@@ -142,6 +144,7 @@ def _plan_kernel(
     p_pairs,
     p_tiles,
     p_totals,
+    num_rows,
     num_pairs,
     first_expert,
     FORMAT: tl.constexpr,
@@ -158,15 +161,12 @@ def _plan_kernel(
             i_program, p_experts, p_pairs, p_tiles, p_totals, num_pairs, first_expert, E, BLOCK_E, BLOCK_P, BLOCK_M
         )
     elif FORMAT != _PLAIN:
-        i_row = (i_program - E).to(tl.int64)
-        _round_row(p_hidden + i_row * K, p_rounded + i_row * K, FORMAT, K, GROUPS)
+        _round_groups(p_hidden, p_rounded, i_program - E, num_rows, FORMAT, K, GROUPS)
 
 
 @triton.jit
 def _round_kernel(p_inner, p_rounded, p_totals, FORMAT: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr):
-    i_place = tl.program_id(0).to(tl.int64)
-    if i_place < tl.load(p_totals + 1):
-        _round_row(p_inner + i_place * INNER, p_rounded + i_place * INNER, FORMAT, INNER, GROUPS)
+    _round_groups(p_inner, p_rounded, tl.program_id(0), tl.load(p_totals + 1), FORMAT, INNER, GROUPS)
 
 
 @triton.jit
@@ -404,20 +404,22 @@ def moe(
     tiles = hidden.new_empty(max_tiles, _TILE_NUMBERS, dtype=torch.int32)
     totals = hidden.new_empty(2, dtype=torch.int32)  # of tiles and of pairs
     x = torch.empty_like(hidden, dtype=torch.bfloat16) if quantised else hidden
-    _plan_kernel[(num_experts + num_rows * quantised,)](
+    rounding_programs = triton.cdiv(num_rows * d, _ROUND_GROUPS * ACTIVATION_GROUP) if quantised else 0
+    _plan_kernel[(num_experts + rounding_programs,)](
         hidden,
         experts,
         x,
         pairs,
         tiles,
         totals,
+        num_rows,
         num_pairs,
         first_expert,
         FORMAT=up_weight.format,
         K=d,
         E=num_experts,
         BLOCK_E=triton.next_power_of_2(num_experts + 1),
-        BLOCK_P=_PLAN_PAIRS,
+        BLOCK_P=min(_PLAN_PAIRS, max(128, triton.next_power_of_2(num_pairs))),
         BLOCK_M=blocks.rows,
         GROUPS=_ROUND_GROUPS,
     )
@@ -449,7 +451,7 @@ def moe(
     )
     if quantised:
         rounded = torch.empty_like(activated, dtype=torch.bfloat16)
-        _round_kernel[(num_pairs,)](
+        _round_kernel[(triton.cdiv(num_pairs * inner, _ROUND_GROUPS * ACTIVATION_GROUP),)](
             activated, rounded, totals, FORMAT=down_weight.format, INNER=inner, GROUPS=_ROUND_GROUPS
         )
         activated = rounded
