@@ -38,9 +38,9 @@ CHECKPOINT = ROOT / "deployments" / "tiny"
 RESULT = ROOT / "benchmarks" / "results" / "dispatch.json"
 
 NUM_REQUESTS = (1, 16)
-PAIRS = 200
-_STEPS_PER_TURN = 3
-_PAIRS_PER_TEXT = 20
+PAIRS = 300
+_STEPS_PER_TURN = 2
+_PAIRS_PER_TEXT = 30
 """Before requests start again: 120 steps of 6 tokens at most stay within the longest text."""
 _WARM_STEPS = 5
 _PROMPT_TOKENS = 32

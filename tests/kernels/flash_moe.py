@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from dspark_kernels import gpu
 from torch import Tensor
+
+from dspark_kernels import gpu
 
 _BFLOAT16 = torch.bfloat16
 _D, _INNER, _EXPERTS, _TOP_K = 4096, 2048, 256, 6

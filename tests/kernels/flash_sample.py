@@ -24,8 +24,8 @@ def flash_calls() -> dict[str, Callable[[], object]]:
                 gpu.gumbel_argmax, logits, *_draws(num_rows), STREAM_SAMPLE
             )
             calls[f"lowest_kept_logit {name} [{case}]"] = partial(_lowest_kept_logit, logits)
-            base = torch.empty(num_requests, _GAMMA, _VOCAB, dtype=dtype)
-            calls[f"markov_sample {name} [{case}]"] = partial(_markov_sample, base)
+        base = torch.empty(num_requests, _GAMMA, _VOCAB)
+        calls[f"markov_sample [{case}]"] = partial(_markov_sample, base)
         shard = torch.empty(num_rows, _SHARD, dtype=torch.bfloat16)
         lowest = torch.zeros(num_rows)
         calls[f"gumbel_argmax shard with filter [{case}]"] = partial(

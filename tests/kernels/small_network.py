@@ -25,49 +25,56 @@ from dspark_ray.checkpoint.stored import is_quantised, keep_stored, scale_attrib
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule
 from dspark_ray.model.blocks import Gate
-from dspark_ray.model.deepseek_v4 import DeepSeekV4
+from dspark_ray.model.deepseek_v4 import DeepSeekV4, TargetOutput
 from dspark_ray.model.parallel import ParallelGroup
-from dspark_ray.model.rows import CacheShape, Segment
+from dspark_ray.model.rows import CacheShape, Segment, build_rows
 from dspark_ray.training.initial import initialise
 
-CONFIG = ModelConfig.from_dict(
-    {
-        "model_type": "deepseek_v4",
-        "vocab_size": 301,
-        "hidden_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "head_dim": 96,
-        "qk_rope_head_dim": 32,
-        "q_lora_rank": 128,
-        "o_groups": 2,
-        "o_lora_rank": 64,
-        "sliding_window": 8,
-        "compress_ratios": [0, 4, 8, 0],
-        "index_n_heads": 4,
-        "index_head_dim": 32,
-        "index_topk": 2,
-        "n_routed_experts": 5,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 128,
-        "num_hash_layers": 1,
-        "hc_mult": 2,
-        "hc_sinkhorn_iters": 3,
-        "routed_scaling_factor": 1.5,
-        "rope_scaling": {"factor": 16, "original_max_position_embeddings": 64},
-        "dspark_block_size": 3,
-        "dspark_noise_token_id": 300,
-        "dspark_target_layer_ids": [1, 2],
-        "dspark_markov_rank": 16,
-    }
-)
+VOCAB_SIZE = 301
 GAMMA = 3
 NUM_SEQUENCES = 2
 PAGE_SIZE = 16
 NUM_PAGES = 4
 """Of one sequence."""
-SHAPE = CacheShape.of(CONFIG, GAMMA, PAGE_SIZE, NUM_SEQUENCES, max_rows=40)
+MAX_ROWS = 24
+ALL_KINDS = (0, 4, 8)
+"""Compression ratios of a sliding, a CSA and an HCA layer."""
+
+
+def config_of(ratios: tuple[int, ...]) -> ModelConfig:
+    """A target with a layer for each of these ratios, and a drafter of one stage that sees the last two."""
+    return ModelConfig.from_dict(
+        {
+            "model_type": "deepseek_v4",
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 128,
+            "num_hidden_layers": len(ratios),
+            "num_attention_heads": 4,
+            "head_dim": 96,
+            "qk_rope_head_dim": 32,
+            "q_lora_rank": 128,
+            "o_groups": 2,
+            "o_lora_rank": 64,
+            "sliding_window": 8,
+            "compress_ratios": [*ratios, 0],
+            "index_n_heads": 4,
+            "index_head_dim": 32,
+            "index_topk": 2,
+            "n_routed_experts": 3,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "num_hash_layers": 1,
+            "hc_mult": 2,
+            "hc_sinkhorn_iters": 3,
+            "routed_scaling_factor": 1.5,
+            "rope_scaling": {"factor": 16, "original_max_position_embeddings": 64},
+            "dspark_block_size": GAMMA,
+            "dspark_noise_token_id": VOCAB_SIZE - 1,
+            "dspark_target_layer_ids": list(range(len(ratios)))[-2:],
+            "dspark_markov_rank": 16,
+        }
+    )
 
 
 @contextmanager
@@ -81,10 +88,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @cache
-def network(dtype: torch.dtype, stored: bool) -> tuple[DeepSeekV4, DSparkModule]:
+def network(dtype: torch.dtype, stored: bool, ratios: tuple[int, ...] = ALL_KINDS) -> tuple[DeepSeekV4, DSparkModule]:
     """Target and drafter, with weights as a release quantises them where `stored`."""
+    config = config_of(ratios)
     with default_dtype(dtype):
-        target, drafter = DeepSeekV4(CONFIG), DSparkModule(CONFIG)
+        target, drafter = DeepSeekV4(config), DSparkModule(config)
         for seed, module in enumerate((target, drafter)):
             _fill(module, seed)
         with torch.no_grad():
@@ -123,8 +131,8 @@ def _fill(module: nn.Module, seed: int) -> None:
 def _stored(module: Any) -> Any:
     """The same network with linears in FP8 and routed experts in FP4."""
     with torch.device("meta"):
-        kept = type(module)(CONFIG)
-    keep_stored(kept, CONFIG, ParallelGroup(), _stored_dtype)
+        kept = type(module)(module.config)
+    keep_stored(kept, module.config, ParallelGroup(), _stored_dtype)
     kept.to_empty(device="cpu")
     parameters, dense = kept.state_dict(), module.state_dict()
     for name, values in dense.items():
@@ -148,9 +156,11 @@ def _stored_dtype(name: str) -> str:
     return "F8_E4M3" if local_name(name) in FP8_WEIGHTS else "BF16"
 
 
-def new_cache(dtype: torch.dtype, packed: bool) -> CacheTensors:
+def new_cache(target: DeepSeekV4, packed: bool) -> CacheTensors:
     """A cache full of NaN: bytes of ones are NaN in every format of a packed key."""
-    tensors = CacheTensors(CONFIG, SHAPE, NUM_SEQUENCES * NUM_PAGES, dtype, DEVICE, packed)
+    shape = CacheShape.of(target.config, GAMMA, PAGE_SIZE, NUM_SEQUENCES, MAX_ROWS)
+    dtype = target.norm.weight.dtype
+    tensors = CacheTensors(target.config, shape, NUM_SEQUENCES * NUM_PAGES, dtype, DEVICE, packed)
     for layer in tensors.layers:
         for tensor in vars(layer).values():
             if isinstance(tensor, Tensor):
@@ -158,10 +168,10 @@ def new_cache(dtype: torch.dtype, packed: bool) -> CacheTensors:
     return tensors
 
 
-def keys_in(tensors: CacheTensors) -> dict[str, Tensor]:
+def keys_in(tensors: CacheTensors, config: ModelConfig) -> dict[str, Tensor]:
     """Everything in a cache as numbers, by name."""
     return {
-        f"layer {number} {name}": unpack_keys(tensor, CONFIG.head_dim, CONFIG.qk_rope_head_dim)
+        f"layer {number} {name}": unpack_keys(tensor, config.head_dim, config.qk_rope_head_dim)
         if tensor.dtype == torch.uint8
         else tensor.float()
         for number, layer in enumerate(tensors.layers)
@@ -170,8 +180,13 @@ def keys_in(tensors: CacheTensors) -> dict[str, Tensor]:
     }
 
 
+def run(target: DeepSeekV4, cache: CacheTensors, pieces: list[Segment]) -> TargetOutput:
+    """One forward of `pieces`."""
+    return target(build_rows(pieces, cache.shape, DEVICE), cache)
+
+
 def segment(sequence: int, start: int, count: int, draft: int = 0) -> Segment:
     """`count` tokens from `start` on; another `draft` puts other tokens in the same places."""
-    tokens = [(37 * (start + n) + 101 * sequence + 53 * draft) % CONFIG.vocab_size for n in range(count)]
+    tokens = [(37 * (start + n) + 101 * sequence + 53 * draft) % VOCAB_SIZE for n in range(count)]
     pages = [NUM_SEQUENCES * page + sequence for page in reversed(range(NUM_PAGES))]
     return Segment(slot=1 - sequence, start=start, token_ids=tokens, pages=pages)

@@ -133,6 +133,18 @@ def test_neighbours_that_share_keys_see_several_blocks(num_rows: int) -> None:
     assert_best_are_chosen(query, head_weights, keys, index, 100, chosen)
 
 
+@pytest.mark.usefixtures("small_programs")
+def test_neighbours_may_differ_in_a_single_entry() -> None:
+    """It is the best one of the row that has it, wherever it stands."""
+    query, head_weights = exact(14, 3, 16, dtype=torch.bfloat16), torch.ones(14, 3, device=DEVICE)
+    keys, index = exact(80, 16, dtype=torch.bfloat16), visible([64], 64, 64).repeat(14, 1)
+    for row in range(1, 14, 2):
+        index[row, 4 * row] = 64 + row
+        keys[64 + row] = 64 * query[row, 0]
+    chosen = gpu.indexer_topk(query, head_weights, keys, index, 20)
+    assert torch.equal(chosen, reference.indexer_topk(query, head_weights, keys, index, 20))
+
+
 @pytest.mark.parametrize(
     ("counts", "length"), [([65, 64, 63, 33, 32, 31, 1, 0], 65), ([200, 129, 128], 200), ([400, 399], 400)]
 )
@@ -156,12 +168,11 @@ def test_ties_go_to_the_earlier_entry(topk: int, dtype: torch.dtype) -> None:
     assert torch.equal(chosen, reference.indexer_topk(query, head_weights, keys, index, topk))
 
 
-def test_zeros_of_both_signs_tie() -> None:
-    """Nothing passes the ReLU, and a weight below 0 turns its zero to -0."""
+def test_zeros_behind_the_relu_tie() -> None:
+    """A weight below 0 turns them to -0, and of one above 0 and one below 0 the scores may cancel."""
     query, keys = -torch.ones(2, 2, 16, device=DEVICE), torch.ones(9, 16, device=DEVICE)
     keys[::2] = -keys[::2]
-    query[1, 1] = 0
-    head_weights = torch.tensor([[-1.0, -2.0], [0.0, -1.0]], device=DEVICE)
+    head_weights = torch.tensor([[-1.0, -2.0], [1.0, -1.0]], device=DEVICE)
     index = torch.arange(9, device=DEVICE).flip(0).repeat(2, 1)
     chosen = gpu.indexer_topk(query, head_weights, keys, index, 6)
     assert torch.equal(chosen, reference.indexer_topk(query, head_weights, keys, index, 6))

@@ -50,9 +50,7 @@ def assert_same_filter(logits: Tensor, draws: tuple[Tensor, Tensor, Tensor, Tens
 @pytest.mark.parametrize(("num_rows", "vocab_size", "num_edits"), [(1, 1, 1), (3, 130, 200), (129, 7, 300)])
 @pytest.mark.parametrize("dtype", compare.DTYPES)
 @pytest.mark.usefixtures("small_blocks")
-def test_edited_logits_equal_the_reference(
-    num_rows: int, vocab_size: int, num_edits: int, dtype: torch.dtype
-) -> None:
+def test_edited_logits_equal_the_reference(num_rows: int, vocab_size: int, num_edits: int, dtype: torch.dtype) -> None:
     logits, edited = compare.random(num_rows, vocab_size, dtype=dtype), edits(num_rows, vocab_size, num_edits)
     compare.assert_close(gpu.edit_logits(logits, *edited), reference.edit_logits(logits, *edited))
 

@@ -23,11 +23,11 @@ def gpu_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @triton.jit
-def _tile_kernel(p_seeds, p_positions, p_bits, first_block, ROWS: tl.constexpr, STREAM: tl.constexpr, SIZE: tl.constexpr):
+def _tile_kernel(
+    p_seeds, p_positions, p_bits, first_block, ROWS: tl.constexpr, STREAM: tl.constexpr, SIZE: tl.constexpr
+):
     o_rows = tl.arange(0, ROWS)
-    b_bits = noise.philox_tile(
-        tl.load(p_seeds + o_rows), tl.load(p_positions + o_rows), STREAM, first_block, SIZE
-    )
+    b_bits = noise.philox_tile(tl.load(p_seeds + o_rows), tl.load(p_positions + o_rows), STREAM, first_block, SIZE)
     tl.store(p_bits + o_rows[:, None] * SIZE + tl.arange(0, SIZE)[None, :], b_bits.to(tl.int64))
 
 

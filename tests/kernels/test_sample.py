@@ -43,8 +43,11 @@ def assert_same_draws(logits: Tensor, drawn: tuple[Tensor, Tensor, Tensor], **kw
     actual, expected = gpu.gumbel_argmax(*arguments, **kwargs), reference.gumbel_argmax(*arguments, **kwargs)
     assert actual[1].dtype == torch.int64
     assert torch.equal(actual[1], expected[1]), f"{actual[1]}, expected {expected[1]}"
-    compare.assert_close(actual[0], expected[0])
-    compare.assert_close(actual[2], expected[2])
+    # Apart: the bound is relative to the largest value.
+    cold = (drawn[0] > 0) & (drawn[0] <= COLD)
+    for rows in (cold, ~cold):
+        compare.assert_close(actual[0][rows], expected[0][rows])
+        compare.assert_close(actual[2][rows], expected[2][rows])
 
 
 def lowest_of(logits: Tensor, temperatures: Tensor, num_kept: int) -> Tensor:
@@ -53,28 +56,30 @@ def lowest_of(logits: Tensor, temperatures: Tensor, num_kept: int) -> Tensor:
     return reference.lowest_kept_logit(logits, temperatures, limits, nothing + 1, nothing, UNLIMITED)
 
 
-@pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 1), (1, 5003), (5, 7001), (129, 40)])
-@pytest.mark.parametrize("dtype", compare.DTYPES)
+# Tiles of 2048, or 1024 of bfloat16: programs of the last shape take two.
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "dtype"),
+    [(1, 1, torch.float32), (129, 9, torch.bfloat16), (1, 5003, torch.bfloat16), (5, 7001, torch.float32)],
+)
 def test_draws_equal_the_reference(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
     assert_same_draws(compare.random(num_rows, vocab_size, dtype=dtype, scale=3.0), draws(num_rows))
 
 
-@pytest.mark.parametrize("first_id", [0, 3, 16161, 16162])
-@pytest.mark.parametrize("num_kept", [None, 1, 20])
+@pytest.mark.parametrize(("first_id", "num_kept"), [(0, 20), (3, None), (16161, 1), (16162, 20)])
 @pytest.mark.usefixtures("small_tiles")
 def test_a_shard_with_a_filter_draws_as_the_reference(first_id: int, num_kept: int | None) -> None:
-    logits, drawn = compare.random(4, 333, dtype=torch.bfloat16, scale=2.0), draws(4)
+    logits, drawn = compare.random(4, 170, dtype=torch.bfloat16, scale=2.0), draws(4)
     lowest = None if num_kept is None else lowest_of(logits, drawn[0], num_kept)
     assert_same_draws(logits, drawn, first_id=first_id, lowest=lowest)
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_shards_decide_as_the_whole_row_does() -> None:
-    logits, drawn = compare.random(4, 300), draws(4)
+    logits, drawn = compare.random(4, 160), draws(4)
     values, ids, sums = gpu.gumbel_argmax(logits, *drawn, STREAM_SAMPLE)
     parts = [
-        gpu.gumbel_argmax(logits[:, begin : begin + 75], *drawn, STREAM_SAMPLE, first_id=begin)
-        for begin in range(0, 300, 75)
+        gpu.gumbel_argmax(logits[:, begin : begin + 40], *drawn, STREAM_SAMPLE, first_id=begin)
+        for begin in range(0, 160, 40)
     ]
     part_values, part_ids, part_sums = (torch.stack(column) for column in zip(*parts, strict=True))
     best = part_values.max(0)
@@ -85,7 +90,7 @@ def test_shards_decide_as_the_whole_row_does() -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 def test_nothing_kept_is_minus_infinity_and_the_first_id() -> None:
-    logits = compare.random(3, 150)
+    logits = compare.random(3, 40)
     logits[0] = -torch.inf
     lowest = torch.tensor([-torch.inf, 1e9, 1e9], device=compare.DEVICE)
     for first_id in (0, 7):
@@ -105,6 +110,13 @@ def test_forbidden_tokens_are_passed_over() -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_an_infinite_logit_wins() -> None:
+    logits = compare.random(3, 100)
+    logits[:2, 70:90:10] = torch.inf
+    assert_same_draws(logits, draws(3, 1.0, 0.0, 1.0))
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_of_equal_logits_without_noise_the_lowest_id_wins() -> None:
     steps = compare.integers(-2, 3, 3, 260).float()
     steps[2] = -1.0
@@ -113,33 +125,28 @@ def test_of_equal_logits_without_noise_the_lowest_id_wins() -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 def test_where_logits_are_equal_noise_alone_decides() -> None:
-    for value in (0.0, -20.0, 30.0):
-        assert_same_draws(torch.full((4, 260), value, device=compare.DEVICE), draws(4, 1.0, COLD))
+    assert_same_draws(torch.full((4, 130), -20.0, device=compare.DEVICE), draws(4, 1.0, COLD))
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_of_values_that_round_to_the_same_the_lowest_id_wins() -> None:
     """Noise of the same size as a float32 step, and steps that many logits share."""
-    steps = compare.integers(20, 23, 4, 200).to(torch.bfloat16)
-    for temperature in (COLD, 1e-6, 1e-7):
-        assert_same_draws(steps, draws(4, temperature))
+    steps = compare.integers(20, 23, 3, 80).to(torch.bfloat16)
+    assert_same_draws(steps, draws(3, COLD, 1e-6, 1e-7))
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0, -7.0, 100.0])
+@pytest.mark.parametrize(("value", "scale"), [(3.0, 0.0), (-100.0, 0.0), (0.0, 2e-6)])
 @pytest.mark.usefixtures("small_tiles")
-def test_tokens_that_differ_in_the_last_bit_are_told_apart(value: float) -> None:
-    """Logits that undo the noise: every sum is `value` but for rounding, which must be that of exact noise."""
+def test_tokens_that_differ_in_the_last_bit_are_told_apart(value: float, scale: float) -> None:
+    """Logits that undo the noise: every sum is `value` but for rounding, or for less than float32 noise is off."""
     drawn = draws(2, 1.0)
-    noise = gumbel_noise(drawn[1], drawn[2], STREAM_SAMPLE, 8, 100)
-    assert_same_draws(value - noise, drawn, first_id=8)
-    # And on a scale that rounding does not reach, but float32 noise does.
-    nearly = (value - noise) + compare.random(2, 100, scale=2e-6)
-    assert_same_draws(nearly, drawn, first_id=8)
+    noise = gumbel_noise(drawn[1], drawn[2], STREAM_SAMPLE, 8, 40)
+    assert_same_draws(value - noise + compare.random(2, 40, scale=scale), drawn, first_id=8)
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_strided_rows_draw_as_contiguous_ones() -> None:
-    for logits in (compare.random(3, 300)[:, 100:200], compare.random(100, 3).t()):
+    for logits in (compare.random(3, 100)[:, 30:70], compare.random(40, 3).t()):
         assert_same_draws(logits, draws(3))
 
 
@@ -167,7 +174,7 @@ def assert_same_drafts(
 # Requests fill tiles of 16, 32 and 64; 65 of them two.
 @pytest.mark.parametrize(
     ("num_requests", "num_positions", "vocab_size", "rank"),
-    [(1, 5, 1000, 16), (16, 1, 300, 24), (19, 2, 150, 24), (65, 2, 150, 40), (129, 1, 70, 16)],
+    [(1, 5, 250, 16), (16, 1, 300, 24), (19, 2, 150, 24), (65, 2, 150, 40), (129, 1, 70, 16)],
 )
 @pytest.mark.parametrize("dtype", compare.DTYPES)
 def test_drafts_equal_the_reference(
@@ -202,8 +209,8 @@ def test_drafts_without_noise_need_none() -> None:
 
 def test_drafts_that_differ_in_the_last_bit_are_told_apart() -> None:
     drawn = draws(2, 1.0)
-    noise = gumbel_noise(drawn[1], drawn[2], STREAM_DRAFT, 0, 150).unsqueeze(1)
-    nothing = torch.zeros(150, 16, device=compare.DEVICE)
+    noise = gumbel_noise(drawn[1], drawn[2], STREAM_DRAFT, 0, 70).unsqueeze(1)
+    nothing = torch.zeros(70, 16, device=compare.DEVICE)
     assert_same_drafts(3.0 - noise, (nothing, nothing), drawn)
 
 

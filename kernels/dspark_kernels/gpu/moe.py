@@ -86,7 +86,8 @@ def _list_pairs(
     p_experts,
     p_pairs,
     p_tiles,
-    p_totals,
+    p_num_local,
+    max_tiles,
     num_pairs,
     first_expert,
     E: tl.constexpr,
@@ -111,8 +112,10 @@ def _list_pairs(
         tl.store(p_tile + 1, first + i_tile * BLOCK_M)
         tl.store(p_tile + 2, first + count)
     if i_expert == E - 1:
-        tl.store(p_totals, first_tile + num_tiles)
-        tl.store(p_totals + 1, first + count)
+        tl.store(p_num_local, first + count)
+        for i_tile in range(first_tile + num_tiles, max_tiles, BLOCK_E):
+            o_tiles = i_tile + o_experts
+            tl.store(p_tiles + o_tiles * _TILE, -1, mask=o_tiles < max_tiles)
     if count > 0:
         place = first
         for i_pair in range(0, num_pairs, BLOCK_P):
@@ -136,15 +139,16 @@ def _round_groups(p_x, p_rounded, i_block, num_rows, FORMAT: tl.constexpr, K: tl
     store_rounded(p_rounded + o_rows, b_groups, m_groups, o_channels, FORMAT, K)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_pairs", "first_expert"])
+@triton.jit(do_not_specialize=["num_rows", "max_tiles", "num_pairs", "first_expert"])
 def _plan_kernel(
     p_hidden,
     p_experts,
     p_rounded,
     p_pairs,
     p_tiles,
-    p_totals,
+    p_num_local,
     num_rows,
+    max_tiles,
     num_pairs,
     first_expert,
     FORMAT: tl.constexpr,
@@ -158,15 +162,35 @@ def _plan_kernel(
     i_program = tl.program_id(0)
     if i_program < E:
         _list_pairs(
-            i_program, p_experts, p_pairs, p_tiles, p_totals, num_pairs, first_expert, E, BLOCK_E, BLOCK_P, BLOCK_M
+            i_program,
+            p_experts,
+            p_pairs,
+            p_tiles,
+            p_num_local,
+            max_tiles,
+            num_pairs,
+            first_expert,
+            E,
+            BLOCK_E,
+            BLOCK_P,
+            BLOCK_M,
         )
     elif FORMAT != _PLAIN:
         _round_groups(p_hidden, p_rounded, i_program - E, num_rows, FORMAT, K, GROUPS)
 
 
 @triton.jit
-def _round_kernel(p_inner, p_rounded, p_totals, FORMAT: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr):
-    _round_groups(p_inner, p_rounded, tl.program_id(0), tl.load(p_totals + 1), FORMAT, INNER, GROUPS)
+def _round_kernel(p_inner, p_rounded, p_num_local, FORMAT: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr):
+    _round_groups(p_inner, p_rounded, tl.program_id(0), tl.load(p_num_local), FORMAT, INNER, GROUPS)
+
+
+@triton.jit
+def _load_tile(p_tiles, i_tile, BLOCK_M: tl.constexpr):
+    """Expert of a tile, or -1 where there is none, and places of its pairs in the sorted list with their mask."""
+    p_tile = p_tiles + i_tile * _TILE
+    i_expert, first, end = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
+    o_places = first + tl.arange(0, BLOCK_M)
+    return i_expert.to(tl.int64), o_places, o_places < end
 
 
 @triton.jit
@@ -175,7 +199,6 @@ def _gate_up_kernel(
     p_weights,
     p_pairs,
     p_tiles,
-    p_totals,
     p_w13,
     p_scale,
     p_inner,
@@ -194,12 +217,9 @@ def _gate_up_kernel(
     CHANNEL_BLOCKS: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     i_tile = tl.program_id(0) // CHANNEL_BLOCKS
     i_channel = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_N
-    if i_tile >= tl.load(p_totals):
+    i_expert, o_places, m_rows = _load_tile(p_tiles, i_tile, BLOCK_M)
+    if i_expert < 0:
         return
-    p_tile = p_tiles + i_tile * _TILE
-    i_expert = tl.load(p_tile).to(tl.int64)
-    o_places = tl.load(p_tile + 1) + tl.arange(0, BLOCK_M)
-    m_rows = o_places < tl.load(p_tile + 2)
     o_pairs = tl.load(p_pairs + o_places, mask=m_rows, other=0)
 
     o_channels = i_channel + tl.arange(0, BLOCK_N)
@@ -261,7 +281,6 @@ def _down_kernel(
     p_inner,
     p_pairs,
     p_tiles,
-    p_totals,
     p_w2,
     p_scale,
     p_out,
@@ -277,12 +296,9 @@ def _down_kernel(
 ):
     CHANNEL_BLOCKS: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     i_tile = tl.program_id(0) // CHANNEL_BLOCKS
-    if i_tile >= tl.load(p_totals):
+    i_expert, o_places, m_rows = _load_tile(p_tiles, i_tile, BLOCK_M)
+    if i_expert < 0:
         return
-    p_tile = p_tiles + i_tile * _TILE
-    i_expert = tl.load(p_tile).to(tl.int64)
-    o_places = tl.load(p_tile + 1) + tl.arange(0, BLOCK_M)
-    m_rows = o_places < tl.load(p_tile + 2)
     o_pairs = tl.load(p_pairs + o_places, mask=m_rows, other=0)
 
     o_channels = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -402,7 +418,7 @@ def moe(
     max_tiles = min(num_pairs, num_experts) + num_pairs // blocks.rows
     pairs = hidden.new_empty(num_pairs, dtype=torch.int32)
     tiles = hidden.new_empty(max_tiles, _TILE_NUMBERS, dtype=torch.int32)
-    totals = hidden.new_empty(2, dtype=torch.int32)  # of tiles and of pairs
+    num_local = hidden.new_empty(1, dtype=torch.int32)
     x = torch.empty_like(hidden, dtype=torch.bfloat16) if quantised else hidden
     rounding_programs = triton.cdiv(num_rows * d, _ROUND_GROUPS * ACTIVATION_GROUP) if quantised else 0
     _plan_kernel[(num_experts + rounding_programs,)](
@@ -411,8 +427,9 @@ def moe(
         x,
         pairs,
         tiles,
-        totals,
+        num_local,
         num_rows,
+        max_tiles,
         num_pairs,
         first_expert,
         FORMAT=up_weight.format,
@@ -439,7 +456,6 @@ def moe(
         weights,
         pairs,
         tiles,
-        totals,
         up_weight.stored,
         up_weight.scale,
         activated,
@@ -452,7 +468,7 @@ def moe(
     if quantised:
         rounded = torch.empty_like(activated, dtype=torch.bfloat16)
         _round_kernel[(triton.cdiv(num_pairs * inner, _ROUND_GROUPS * ACTIVATION_GROUP),)](
-            activated, rounded, totals, FORMAT=down_weight.format, INNER=inner, GROUPS=_ROUND_GROUPS
+            activated, rounded, num_local, FORMAT=down_weight.format, INNER=inner, GROUPS=_ROUND_GROUPS
         )
         activated = rounded
     pairs_out = out.new_empty(num_pairs, d)
@@ -460,7 +476,6 @@ def moe(
         activated,
         pairs,
         tiles,
-        totals,
         down_weight.stored,
         down_weight.scale,
         pairs_out,

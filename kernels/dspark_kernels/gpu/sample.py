@@ -25,7 +25,7 @@ from .matmul import linear_float32
 from .noise import gumbel, least_exponential, philox_bits, philox_tile, rough_gumbel
 
 _TILE = 2048
-"""Tokens of a row that `gumbel_argmax` takes at once: eight per thread."""
+"""Tokens of a row that `gumbel_argmax` takes at once, eight per thread; half as many of two bytes, or registers spill."""
 _REDUCED_ROWS, _REDUCED_SPLITS = 4, 128
 """Per program of the kernel that reduces partial results, and how many of each at once."""
 
@@ -449,12 +449,12 @@ def _markov_tiles(num_requests: int, weight: Tensor) -> _Tiles:
         # No tensor cores: right, but not made to be fast.
         return _Tiles(16, 32, min(rank, 32), splits=128, per_processor=4, num_stages=2)
     rank = min(rank, 512)
-    # 32 KiB of W2 at a time where nothing else takes shared memory and registers, else half of that.
+    # 32 KiB of W2 at a time, or 16 where more requests take shared memory and registers.
     if num_requests <= 16:
         return _Tiles(16, min(64, 16384 // rank), rank, splits=512, per_processor=2)
-    requests = 32 if num_requests <= 32 else 64
-    per_processor = 2 if requests * rank <= 16384 else 1
-    return _Tiles(requests, 32, rank, splits=2048 // requests, per_processor=per_processor)
+    if num_requests <= 32:
+        return _Tiles(32, min(32, 8192 // rank), rank, splits=64, per_processor=2)
+    return _Tiles(64, 32, rank, splits=32, per_processor=2 if rank <= 256 else 1)
 
 
 def _reduce(values: Tensor, ids: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -493,9 +493,10 @@ def gumbel_argmax(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     offset = first_id % 4
+    tile = _TILE if logits.dtype == torch.float32 else _TILE // 2
     # Four programs per processor hide the latency of a tile; a row has no more splits than tiles.
     num_splits = 4 * num_processors(logits) // num_rows
-    num_splits = max(1, min(triton.cdiv(num_columns + offset, _TILE), num_splits))
+    num_splits = max(1, min(triton.cdiv(num_columns + offset, tile), num_splits))
     values, ids, sums = _partials(num_splits, num_rows, logits)
     draws = [tensor.contiguous() for tensor in (temperatures, seeds, positions)]
     _gumbel_argmax_kernel[(num_rows, num_splits)](
@@ -513,7 +514,7 @@ def gumbel_argmax(
         OFFSET=offset,
         STREAM=stream,
         HAS_LOWEST=lowest is not None,
-        BLOCK=_TILE,
+        BLOCK=tile,
         num_warps=8,
     )
     return _reduce(values, ids, sums)
