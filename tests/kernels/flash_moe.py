@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,10 +63,10 @@ def flash_calls() -> dict[str, Callable[[], object]]:
     """By name, for `compiling.compiled_kernels`."""
     calls: dict[str, Callable[[], object]] = {}
     for n in (6, 1536):
-        calls[f"route [N={n}]"] = lambda n=n: _route(n, False)  # type: ignore[misc]
-        calls[f"route, hashed [N={n}]"] = lambda n=n: _route(n, True)  # type: ignore[misc]
+        calls[f"route [N={n}]"] = partial(_route, n, False)
+        calls[f"route, hashed [N={n}]"] = partial(_route, n, True)
         for kind in ("fp4", "fp8", "plain"):
-            calls[f"moe, {kind} [N={n}]"] = lambda n=n, kind=kind: _moe(n, kind)  # type: ignore[misc]
+            calls[f"moe, {kind} [N={n}]"] = partial(_moe, n, kind)
         for shape in _LINEARS:
-            calls[f"linear_fp8 {shape} [N={n}]"] = lambda n=n, shape=shape: _linear(n, *shape)  # type: ignore[misc]
+            calls[f"linear_fp8 {shape} [N={n}]"] = partial(_linear, n, *shape)
     return calls

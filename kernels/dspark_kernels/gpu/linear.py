@@ -10,6 +10,7 @@ Many bfloat16 rows are multiplied by FP8 tensor cores, as the official program d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,7 +154,7 @@ def _many_kernel(
     tl.store(p_out, nearest(b_sum, p_out.dtype.element_ty), mask=m_out)
 
 
-def _blocks_of(choices: tuple[_Blocks, ...], x: Tensor, out_channels: int) -> tuple[_Blocks, int, int]:
+def _blocks_of(choices: Sequence[_Blocks], x: Tensor, out_channels: int) -> tuple[_Blocks, int, int]:
     """Blocks with the numbers of blocks of rows and of output channels."""
     for blocks in choices:
         row_blocks, channel_blocks = triton.cdiv(len(x), blocks.rows), triton.cdiv(out_channels, blocks.channels)
@@ -194,7 +195,8 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     x_scale = x.new_empty(in_channels // ACTIVATION_GROUP, num_rows, dtype=torch.float32)
     rounding_programs = triton.cdiv(x.numel(), _ROUND_GROUPS * ACTIVATION_GROUP)
     _round_kernel[(rounding_programs,)](x, numbers, x_scale, num_rows, IN=in_channels, BLOCK=_ROUND_GROUPS)
-    blocks, row_blocks, channel_blocks = _blocks_of(_MANY_BLOCKS, x, out_channels)
+    choices = [blocks for blocks in _MANY_BLOCKS if blocks.rows <= max(num_rows, 64)]
+    blocks, row_blocks, channel_blocks = _blocks_of(choices, x, out_channels)
     _many_kernel[(row_blocks * channel_blocks,)](
         numbers,
         x_scale,

@@ -127,16 +127,18 @@ def _list_pairs(
 
 
 @triton.jit
-def _round_groups(p_x, p_rounded, i_block, num_rows, FORMAT: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr):
-    """Round some of the groups that rows x [num_rows, K] have one after another."""
-    GROUPS_PER_ROW: tl.constexpr = K // _GROUP
+def _round_groups(
+    p_x, p_rounded, i_block, num_rows, FORMAT: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Round some of the groups of rows [num_rows, CHANNELS]."""
+    GROUPS_PER_ROW: tl.constexpr = CHANNELS // _GROUP
     o_groups = i_block * GROUPS + tl.arange(0, GROUPS)
     m_groups = o_groups < num_rows * GROUPS_PER_ROW
-    o_rows = (o_groups // GROUPS_PER_ROW).to(tl.int64) * K
+    o_rows = (o_groups // GROUPS_PER_ROW).to(tl.int64) * CHANNELS
     o_channels = o_groups % GROUPS_PER_ROW * _GROUP
     p_x = p_x + (o_rows + o_channels)[:, None] + tl.arange(0, _GROUP)[None, :]
     b_groups = tl.load(p_x, mask=m_groups[:, None], other=0.0).to(tl.float32)
-    store_rounded(p_rounded + o_rows, b_groups, m_groups, o_channels, FORMAT, K)
+    store_rounded(p_rounded + o_rows, b_groups, m_groups, o_channels, FORMAT, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_tiles", "num_pairs", "first_expert"])
@@ -152,7 +154,7 @@ def _plan_kernel(
     num_pairs,
     first_expert,
     FORMAT: tl.constexpr,
-    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -176,7 +178,7 @@ def _plan_kernel(
             BLOCK_M,
         )
     elif FORMAT != _PLAIN:
-        _round_groups(p_hidden, p_rounded, i_program - E, num_rows, FORMAT, K, GROUPS)
+        _round_groups(p_hidden, p_rounded, i_program - E, num_rows, FORMAT, HIDDEN, GROUPS)
 
 
 @triton.jit
@@ -205,7 +207,7 @@ def _gate_up_kernel(
     limit,
     FORMAT: tl.constexpr,
     TOP_K: tl.constexpr,
-    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     SCALES: tl.constexpr,
@@ -227,7 +229,7 @@ def _gate_up_kernel(
     p_w13 += i_expert * (2 * INNER * COLUMNS)
     if FORMAT != _PLAIN:
         p_scale += i_expert * SCALES
-    p_x += (o_pairs // TOP_K).to(tl.int64) * K
+    p_x += (o_pairs // TOP_K).to(tl.int64) * HIDDEN
     b_gate = zero_sum(BLOCK_M, BLOCK_N, SLICES)
     b_up = b_gate
     for i_column in range(0, COLUMNS, BLOCK_C):
@@ -285,7 +287,7 @@ def _down_kernel(
     p_scale,
     p_out,
     FORMAT: tl.constexpr,
-    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     COLUMNS: tl.constexpr,
     SCALES: tl.constexpr,
@@ -294,7 +296,7 @@ def _down_kernel(
     BLOCK_C: tl.constexpr,
     SLICES: tl.constexpr,
 ):
-    CHANNEL_BLOCKS: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    CHANNEL_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     i_tile = tl.program_id(0) // CHANNEL_BLOCKS
     i_expert, o_places, m_rows = _load_tile(p_tiles, i_tile, BLOCK_M)
     if i_expert < 0:
@@ -302,8 +304,8 @@ def _down_kernel(
     o_pairs = tl.load(p_pairs + o_places, mask=m_rows, other=0)
 
     o_channels = tl.program_id(0) % CHANNEL_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_channels = o_channels < K
-    p_w2 += i_expert * (K * COLUMNS)
+    m_channels = o_channels < HIDDEN
+    p_w2 += i_expert * (HIDDEN * COLUMNS)
     if FORMAT != _PLAIN:
         p_scale += i_expert * SCALES
     p_inner += o_places.to(tl.int64) * INNER
@@ -326,7 +328,7 @@ def _down_kernel(
             SLICES,
         )
     b_sum = whole_sum(b_sum, FORMAT, SLICES)
-    p_out = p_out + o_pairs.to(tl.int64)[:, None] * K + o_channels[None, :]
+    p_out = p_out + o_pairs.to(tl.int64)[:, None] * HIDDEN + o_channels[None, :]
     tl.store(p_out, b_sum, mask=m_rows[:, None] & m_channels[None, :])
 
 
@@ -338,7 +340,7 @@ def _combine_kernel(
     first_expert,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
-    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
@@ -347,9 +349,9 @@ def _combine_kernel(
     for i_choice in tl.static_range(TOP_K):
         i_pair = i_row * TOP_K + i_choice
         i_expert = tl.load(p_experts + i_pair) - first_expert
-        num_channels = tl.where((i_expert >= 0) & (i_expert < E), K, 0)
-        b_sum += tl.load(p_pairs_out + i_pair * K + o_channels, mask=o_channels < num_channels, other=0.0)
-    tl.store(p_out + i_row * K + o_channels, b_sum, mask=o_channels < K)
+        num_channels = tl.where((i_expert >= 0) & (i_expert < E), HIDDEN, 0)
+        b_sum += tl.load(p_pairs_out + i_pair * HIDDEN + o_channels, mask=o_channels < num_channels, other=0.0)
+    tl.store(p_out + i_row * HIDDEN + o_channels, b_sum, mask=o_channels < HIDDEN)
 
 
 @dataclass(frozen=True)
@@ -433,7 +435,7 @@ def moe(
         num_pairs,
         first_expert,
         FORMAT=up_weight.format,
-        K=d,
+        HIDDEN=d,
         E=num_experts,
         BLOCK_E=triton.next_power_of_2(num_experts + 1),
         BLOCK_P=min(_PLAN_PAIRS, max(128, triton.next_power_of_2(num_pairs))),
@@ -443,7 +445,7 @@ def moe(
 
     launch = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     sizes = {
-        "K": d,
+        "HIDDEN": d,
         "INNER": inner,
         "BLOCK_M": blocks.rows,
         "BLOCK_N": blocks.channels,
@@ -484,6 +486,6 @@ def moe(
         **launch,
     )
     _combine_kernel[(num_rows, triton.cdiv(d, _COMBINE_CHANNELS))](
-        pairs_out, experts, out, first_expert, E=num_experts, TOP_K=top_k, K=d, BLOCK=_COMBINE_CHANNELS
+        pairs_out, experts, out, first_expert, E=num_experts, TOP_K=top_k, HIDDEN=d, BLOCK=_COMBINE_CHANNELS
     )
     return out

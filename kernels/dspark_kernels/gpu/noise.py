@@ -78,7 +78,7 @@ def gumbel(bits):
 @triton.jit
 def _below_one(bits):
     """1 - `uniform` in float32, which keeps its digits where the uniform is close to 1: where the noise is large."""
-    return ((~bits).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    return ((bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
 
 
 @triton.jit

@@ -26,7 +26,7 @@ def _logits_kernel(
     p_logits,
     num_rows,
     width,
-    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
     E: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -38,13 +38,13 @@ def _logits_kernel(
     o_experts = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_rows, m_experts = (o_rows < num_rows)[:, None], (o_experts < E)[:, None]
     i_first = tl.program_id(2) * width
-    p_hidden += o_rows.to(tl.int64)[:, None] * K
-    p_gate += o_experts[:, None] * K
+    p_hidden += o_rows.to(tl.int64)[:, None] * HIDDEN
+    p_gate += o_experts[:, None] * HIDDEN
     b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i_channel in range(i_first, min(i_first + width, K), BLOCK_K):
+    for i_channel in range(i_first, min(i_first + width, HIDDEN), BLOCK_K):
         o_channels = i_channel + tl.arange(0, BLOCK_K)[None, :]
-        b_hidden = tl.load(p_hidden + o_channels, mask=m_rows & (o_channels < K), other=0.0).to(DTYPE)
-        b_gate = tl.load(p_gate + o_channels, mask=m_experts & (o_channels < K), other=0.0).to(DTYPE)
+        b_hidden = tl.load(p_hidden + o_channels, mask=m_rows & (o_channels < HIDDEN), other=0.0).to(DTYPE)
+        b_gate = tl.load(p_gate + o_channels, mask=m_experts & (o_channels < HIDDEN), other=0.0).to(DTYPE)
         b_sum = tl.dot(numbers(b_hidden), tl.trans(numbers(b_gate)), b_sum, input_precision="ieee")
     p_logits += (tl.program_id(2).to(tl.int64) * num_rows + o_rows[:, None]) * E + o_experts[None, :]
     tl.store(p_logits, b_sum, mask=m_rows & (o_experts < E)[None, :])
@@ -147,7 +147,7 @@ def route(
         logits,
         num_rows,
         width,
-        K=d,
+        HIDDEN=d,
         E=num_experts,
         DTYPE=tl.bfloat16 if exact else tl.float32,
         BLOCK_M=block_m,

@@ -25,7 +25,10 @@ from .matmul import linear_float32
 from .noise import gumbel, least_exponential, philox_bits, philox_tile, rough_gumbel
 
 _TILE = 2048
-"""Tokens of a row that `gumbel_argmax` takes at once, eight per thread; half as many of two bytes, or registers spill."""
+"""Tokens of a row that `gumbel_argmax` takes at once, eight per thread.
+
+Half as many of two bytes, because registers would spill.
+"""
 _REDUCED_ROWS, _REDUCED_SPLITS = 4, 128
 """Per program of the kernel that reduces partial results, and how many of each at once."""
 

@@ -248,30 +248,28 @@ def round_activations(b_groups):
     b_numbers = b_groups * ((254 - b_exponents) << 23).to(tl.float32, bitcast=True)[:, None]
     # Adding 1.5 * 2^23 steps leaves float32 no room for fractions of a step. There are 8 steps between a power of two
     # and the next, and as many below the lowest one. Not a cast to FP8: the interpreter rounds that wrong.
-    b_powers = (tl.maximum(tl.abs(b_numbers), 0.015625).to(tl.int32, bitcast=True) & 0x7F800000).to(
-        tl.float32, bitcast=True
-    )
-    b_shift = b_powers * 1572864.0  # 1.5 * 2^23 / 8
+    b_bits = tl.maximum(tl.abs(b_numbers), 0.015625).to(tl.int32, bitcast=True) & 0x7F800000
+    b_shift = b_bits.to(tl.float32, bitcast=True) * 1572864.0  # 1.5 * 2^23 / 8
     b_numbers = (b_numbers + b_shift) - b_shift
     return b_numbers, (b_exponents << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def store_rounded(p_rows, b_groups, m_groups, i_channel, FORMAT: tl.constexpr, K: tl.constexpr):
+def store_rounded(p_rows, b_groups, m_groups, i_channel, FORMAT: tl.constexpr, CHANNELS: tl.constexpr):
     """Round float32 groups of 128 channels to FP8, and store their values as `load_rows` finds them.
 
-    Group g [128] has the channels from i_channel[g] on of row p_rows[g], which has K of them.
+    Group g [128] has the channels from i_channel[g] on of row p_rows[g], which has CHANNELS of them.
     """
-    CHANNELS: tl.constexpr = b_groups.shape[1]
+    GROUP: tl.constexpr = b_groups.shape[1]
     b_values, b_scale = round_activations(b_groups)
     b_values = (b_values * b_scale[:, None]).to(p_rows.dtype.element_ty)
     if FORMAT == _FP4:
-        b_even, b_odd = tl.split(tl.reshape(b_values, (b_values.shape[0], CHANNELS // 2, 2)))
-        p_rows = (p_rows + i_channel // 2)[:, None] + tl.arange(0, CHANNELS // 2)[None, :]
+        b_even, b_odd = tl.split(tl.reshape(b_values, (b_values.shape[0], GROUP // 2, 2)))
+        p_rows = (p_rows + i_channel // 2)[:, None] + tl.arange(0, GROUP // 2)[None, :]
         tl.store(p_rows, b_even, mask=m_groups[:, None])
-        tl.store(p_rows + K // 2, b_odd, mask=m_groups[:, None])
+        tl.store(p_rows + CHANNELS // 2, b_odd, mask=m_groups[:, None])
     else:
-        p_rows = (p_rows + i_channel)[:, None] + tl.arange(0, CHANNELS)[None, :]
+        p_rows = (p_rows + i_channel)[:, None] + tl.arange(0, GROUP)[None, :]
         tl.store(p_rows, b_values, mask=m_groups[:, None])
 
 
