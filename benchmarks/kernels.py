@@ -75,8 +75,6 @@ SAME_INTEGERS = 0.98
 """Share of token ids and bytes that must be the reference's: two scores may lie closer than sums are exact."""
 EAGER = ("moe",)
 """References that torch.compile is not asked to compile: a loop over experts, each looked up by the host."""
-ROUND_THEMSELVES = ("linear_fp8", "moe")
-"""Kernels that make up for the interpreter's bfloat16 on their own: with the tests' repairs they would round twice."""
 WRITTEN = {"compress": (6, 7), "store_raw": (4, 5), "store_window": (5, 6)}
 """Of operations that return nothing: their arguments that are the pool and the rows of it to write."""
 
@@ -764,8 +762,7 @@ def smoke(cases: Sequence[Case]) -> int:
         started = time.perf_counter()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(InterpretedFunction, "run", counted)
-            if case.op not in ROUND_THEMSELVES:
-                _of_tests("interpreting").compute_as_a_gpu(patch)
+            _of_tests("interpreting").compute_as_a_gpu(patch)
             try:
                 compare(case, inputs.of(case), gpu)
                 said = "equal"

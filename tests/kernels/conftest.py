@@ -39,3 +39,10 @@ def poisoned_memory() -> Iterator[None]:
 def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def rounding_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from interpreting import compute_as_a_gpu  # imports Triton
+
+    compute_as_a_gpu(monkeypatch)

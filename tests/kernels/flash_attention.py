@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from unittest import mock
 
 import torch
 
 from dspark_kernels import gpu
-from dspark_kernels.gpu import attention, indexer
 
 _BFLOAT16 = torch.bfloat16
 _ROTARY = 32  # pairs
@@ -39,17 +37,6 @@ def _choose(rows: int, entries: int) -> object:
     return gpu.indexer_topk(query, weights, torch.empty(1024, 128, dtype=_BFLOAT16), _index(rows, entries), 512)
 
 
-def _on_a_gpu(call: Callable[[], object]) -> Callable[[], object]:
-    """The work split as for the processors of an H200."""
-
-    def split() -> object:
-        processors = partial(mock.patch.object, attribute="num_processors", return_value=132)
-        with processors(attention), processors(indexer):
-            return call()
-
-    return split
-
-
 def flash_calls() -> dict[str, Callable[[], object]]:
     """By name, for `compiling.compiled_kernels`."""
     calls: dict[str, Callable[[], object]] = {}
@@ -65,4 +52,4 @@ def flash_calls() -> dict[str, Callable[[], object]]:
             f"indexer_topk 8K [N={rows}]": partial(_choose, rows, 2048),
             f"indexer_topk 1M [N={rows}]": partial(_choose, rows, 262144),
         }
-    return {name: _on_a_gpu(call) for name, call in calls.items()}
+    return calls

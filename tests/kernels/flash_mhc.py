@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-from unittest.mock import patch
+from functools import partial
 
 import torch
 
 from dspark_kernels import gpu
-from dspark_kernels.gpu import mhc
 
 M, D, MIXES = 4, 4096, 24
 EPS = 1e-6
@@ -24,18 +22,8 @@ def flash_calls() -> dict[str, Callable[[], object]]:
         fn, base, scale = torch.empty(MIXES, M * D), torch.empty(MIXES), torch.empty(3)
         hidden = streams[:, 0]
         calls |= {
-            f"mhc_read [N={num_rows}]": _on_h200(gpu.mhc_read, streams, fn, base, scale, hidden[0], 20, EPS, EPS),
-            f"mhc_write [N={num_rows}]": _on_h200(gpu.mhc_write, hidden, streams, post, comb),
-            f"mhc_head [N={num_rows}]": _on_h200(gpu.mhc_head, streams, fn[:M], base[:M], scale[:1], EPS, EPS),
+            f"mhc_read [N={num_rows}]": partial(gpu.mhc_read, streams, fn, base, scale, hidden[0], 20, EPS, EPS),
+            f"mhc_write [N={num_rows}]": partial(gpu.mhc_write, hidden, streams, post, comb),
+            f"mhc_head [N={num_rows}]": partial(gpu.mhc_head, streams, fn[:M], base[:M], scale[:1], EPS, EPS),
         }
     return calls
-
-
-def _on_h200(op: Callable[..., object], *args: Any) -> Callable[[], object]:
-    """The call as it is cut for 132 processors."""
-
-    def call() -> object:
-        with patch.object(mhc, "num_processors", return_value=132):
-            return op(*args)
-
-    return call

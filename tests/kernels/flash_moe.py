@@ -64,9 +64,9 @@ def flash_calls() -> dict[str, Callable[[], object]]:
     calls: dict[str, Callable[[], object]] = {}
     for n in (6, 1536):
         calls[f"route [N={n}]"] = partial(_route, n, False)
-        calls[f"route, hashed [N={n}]"] = partial(_route, n, True)
+        calls[f"route hashed [N={n}]"] = partial(_route, n, True)
         for kind in ("fp4", "fp8", "plain"):
-            calls[f"moe, {kind} [N={n}]"] = partial(_moe, n, kind)
+            calls[f"moe {kind} [N={n}]"] = partial(_moe, n, kind)
         for shape in _LINEARS:
-            calls[f"linear_fp8 {shape} [N={n}]"] = partial(_linear, n, *shape)
+            calls[f"linear_fp8 {shape[0]}x{shape[1]} [N={n}]"] = partial(_linear, n, *shape)
     return calls

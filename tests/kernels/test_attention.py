@@ -5,47 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import compare
-import numpy
 import pytest
 import torch
-import triton.language as tl
 from compare import DEVICE, DTYPES
 from torch import Tensor
-from triton.runtime import interpreter
 
 from dspark_kernels import gpu, reference
 from dspark_kernels.formats import pack_keys
 from dspark_kernels.gpu import attention
 
 NAN = float("nan")
-
-_TYPES = {
-    tl.float32: torch.float32,
-    tl.bfloat16: torch.bfloat16,
-    tl.float8e4nv: torch.float8_e4m3fn,
-}
-_BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.float32}
-
-
-def _convert(values: numpy.ndarray, source: tl.dtype, target: tl.dtype, *args: Any) -> numpy.ndarray:
-    numbers = torch.from_numpy(numpy.ascontiguousarray(values)).view(_TYPES[source]).to(_TYPES[target])
-    return numbers.view(_BITS[numbers.itemsize]).numpy()
-
-
-def _numbers(operand: interpreter.TensorHandle) -> numpy.ndarray:
-    is_bfloat16 = operand.dtype.scalar == tl.bfloat16
-    return _convert(operand.data, tl.bfloat16, tl.float32) if is_bfloat16 else operand.data
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter keeps bfloat16 as integers, multiplies those, and cuts off where a GPU rounds."""
-
-    def create_dot(self: Any, left: Any, right: Any, added: Any, *args: Any) -> interpreter.TensorHandle:
-        return interpreter.TensorHandle(_numbers(left) @ _numbers(right) + added.data, added.dtype.scalar)
-
-    monkeypatch.setattr(interpreter, "_convert_float", _convert)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def pool(rows: int, head_dim: int, dtype: torch.dtype, rotary_dims: int = 0) -> Tensor:

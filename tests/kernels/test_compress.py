@@ -9,7 +9,7 @@ import compare
 import pytest
 import torch
 from test_keys import random_bytes, some_slots
-from test_norm import angles, gpu_rounding  # noqa: F401  (a fixture of every test)
+from test_norm import angles
 from torch import Tensor
 
 from dspark_kernels import gpu, reference

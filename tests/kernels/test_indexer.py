@@ -6,16 +6,11 @@ reference's.
 
 from __future__ import annotations
 
-from typing import Any
-
 import compare
-import numpy
 import pytest
 import torch
-import triton.language as tl
 from compare import DEVICE, DTYPES
 from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from dspark_kernels import gpu, reference
 from dspark_kernels.gpu import indexer
@@ -24,22 +19,6 @@ NAN = float("nan")
 
 ROUNDING = 1e-5
 """Of the sum over heads of |weight * product|: sums are in float32."""
-
-
-def _numbers(operand: TensorHandle) -> numpy.ndarray:
-    if operand.dtype.scalar != tl.bfloat16:
-        return operand.data
-    return (operand.data.astype(numpy.uint32) << 16).view(numpy.float32)
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter keeps bfloat16 as integers, and multiplies those."""
-
-    def create_dot(self: Any, left: TensorHandle, right: TensorHandle, added: TensorHandle, *args: Any) -> TensorHandle:
-        return TensorHandle(_numbers(left) @ _numbers(right) + added.data, added.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture

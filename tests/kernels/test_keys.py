@@ -10,7 +10,7 @@ from __future__ import annotations
 import compare
 import pytest
 import torch
-from test_norm import angles, gpu_rounding  # noqa: F401  (a fixture of every test)
+from test_norm import angles
 from torch import Tensor
 
 from dspark_kernels import gpu, reference

@@ -5,18 +5,12 @@ from __future__ import annotations
 import compare
 import pytest
 import torch
-from interpreting import compute_as_a_gpu
 from torch import Tensor
 
 from dspark_kernels import gpu, reference
 from dspark_kernels.gpu import logits as module
 
 UNLIMITED = 2**31
-
-
-@pytest.fixture(autouse=True)
-def gpu_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute_as_a_gpu(monkeypatch)
 
 
 @pytest.fixture

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy
 import pytest
 import torch
-import triton.language as tl
 from compare import DEVICE, DTYPES, assert_close, random
 from torch import Tensor
-from triton.runtime import interpreter
-from triton.runtime.interpreter import TensorHandle
 
 from dspark_kernels import gpu, reference
 from dspark_kernels.gpu import mhc
@@ -21,31 +15,6 @@ EPS, RMS_EPS = 1e-2, 1e-2
 
 # Rows, streams and channels: one row, a tile that is not full, streams that are no power of two, several tiles.
 SHAPES = [(1, 2, 100), (7, 4, 300), (5, 3, 50), (3, 1, 64), (20, 2, 33), (129, 2, 20)]
-
-
-def _numbers(operand: TensorHandle) -> numpy.ndarray:
-    if operand.dtype.scalar != tl.bfloat16:
-        return operand.data
-    return (operand.data.astype(numpy.uint32) << 16).view(numpy.float32)
-
-
-def _create_dot(_: Any, left: TensorHandle, right: TensorHandle, added: TensorHandle, *args: Any) -> TensorHandle:
-    return TensorHandle(_numbers(left) @ _numbers(right) + added.data, added.dtype.scalar)
-
-
-def _convert_float(values: numpy.ndarray, source: tl.dtype, target: tl.dtype, mode: Any) -> numpy.ndarray:
-    assert {source, target} == {tl.bfloat16, tl.float32}
-    if source == tl.bfloat16:
-        return values.astype(numpy.uint32) << 16
-    rounded = torch.from_numpy(numpy.ascontiguousarray(values)).bfloat16()
-    return rounded.view(torch.uint16).numpy().reshape(values.shape)
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter keeps bfloat16 as integers, multiplies those, and cuts off instead of rounding."""
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _create_dot)
-    monkeypatch.setattr(interpreter, "_convert_float", _convert_float)
 
 
 def streams_of(num_rows: int, m: int, d: int, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,6 @@ from inspect import signature
 import pytest
 import torch
 from compare import DEVICE
-from interpreting import compute_as_a_gpu
 from small_network import (
     ALL_KINDS,
     GAMMA,
@@ -42,11 +41,6 @@ from dspark_ray.model.executor import LocalTarget, TargetRank
 from dspark_ray.runner.decode import DraftGraphs, TargetGraphs
 from dspark_ray.runner.graphs import Capture, CudaCapture, Outputs, Replay
 from dspark_ray.types import Request, SamplingParams, SpeculativeParams
-
-
-@pytest.fixture(autouse=True)
-def rounding_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute_as_a_gpu(monkeypatch)
 
 
 @contextmanager

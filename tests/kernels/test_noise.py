@@ -7,7 +7,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreting import compute_as_a_gpu
 from torch import Tensor
 
 from dspark_kernels import philox
@@ -15,11 +14,6 @@ from dspark_kernels.gpu import noise
 
 SEEDS = (0, 1, -1, -(2**63), 2**63 - 1, 2**32, -(2**32) + 5, 123456789012345)
 POSITIONS = (0, 2**32 - 1, 2**32, 2**40 + 7, 5, 2**62, 17, 1)
-
-
-@pytest.fixture(autouse=True)
-def gpu_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute_as_a_gpu(monkeypatch)
 
 
 @triton.jit

@@ -5,17 +5,11 @@ from __future__ import annotations
 import compare
 import pytest
 import torch
-from interpreting import compute_as_a_gpu
 from torch import Tensor
 
 from dspark_kernels import gpu, reference
 
 EPS = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def gpu_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute_as_a_gpu(monkeypatch)
 
 
 def angles(rows: int, rotary_dims: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any
 import compare
 import pytest
 import torch
-from interpreting import compute_as_a_gpu
 from torch import Tensor
 
 from dspark_kernels import gpu, reference
@@ -17,11 +16,6 @@ from dspark_kernels.philox import STREAM_DRAFT, STREAM_SAMPLE, gumbel_noise
 COLD = 1e-5
 """The lowest temperature above 0 that the engine uses: logits near a million, where float32 steps are 0.06."""
 UNLIMITED = 2**31
-
-
-@pytest.fixture(autouse=True)
-def gpu_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute_as_a_gpu(monkeypatch)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from torch import Tensor
 from dspark_kernels.formats import ACTIVATION_GROUP, FP8_BLOCK
 
 from .device import num_processors
-from .weights import nearest, round_activations, scale_bytes, slices
+from .weights import round_activations, scale_bytes, slices
 
 _GROUP = tl.constexpr(ACTIVATION_GROUP)
 _BLOCK_ROWS = tl.constexpr(FP8_BLOCK[0])
@@ -95,7 +95,7 @@ def _few_kernel(
         b_scale = _scale_of(p_scale, i_channel, i_group + tl.arange(0, SLICES), GROUPS)
         b_products = tl.dot(slices(b_weight.to(tl.float16), SLICES), b_x)  # [SLICES, BLOCK_N, BLOCK_M]
         b_sum += b_products * (b_scale[:, None] * b_x_scale)[:, None, :]
-    b_out = nearest(tl.trans(tl.sum(b_sum, axis=0)), p_out.dtype.element_ty)
+    b_out = tl.trans(tl.sum(b_sum, axis=0)).to(p_out.dtype.element_ty)
     p_out += o_rows.to(tl.int64)[:, None] * OUT + o_channels[None, :]
     tl.store(p_out, b_out, mask=m_rows[:, None] & m_channels[None, :])
 
@@ -151,7 +151,7 @@ def _many_kernel(
         b_sum += tl.dot(b_numbers, tl.trans(b_weight.to(DTYPE))) * b_scale[:, None]
     p_out += o_rows.to(tl.int64)[:, None] * OUT + o_channels[None, :]
     m_out = m_rows[:, None] & m_channels[None, :]
-    tl.store(p_out, nearest(b_sum, p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_out, b_sum.to(p_out.dtype.element_ty), mask=m_out)
 
 
 def _blocks_of(choices: Sequence[_Blocks], x: Tensor, out_channels: int) -> tuple[_Blocks, int, int]:

@@ -27,7 +27,6 @@ from .weights import (
     PLAIN,
     load_rows,
     multiply_add,
-    nearest,
     scale_bytes,
     store_rounded,
     whole_sum,
@@ -269,11 +268,11 @@ def _gate_up_kernel(
 
     DTYPE: tl.constexpr = p_inner.dtype.element_ty
     if FORMAT == _PLAIN:
-        b_gate, b_up = nearest(b_gate, DTYPE).to(tl.float32), nearest(b_up, DTYPE).to(tl.float32)
+        b_gate, b_up = b_gate.to(DTYPE).to(tl.float32), b_up.to(DTYPE).to(tl.float32)
     b_gate = tl.minimum(b_gate, limit)
     b_up = tl.minimum(tl.maximum(b_up, -limit), limit)
     b_weights = tl.load(p_weights + o_pairs, mask=m_rows, other=0.0)
-    b_inner = nearest(b_gate * tl.sigmoid(b_gate) * b_up * b_weights[:, None], DTYPE)
+    b_inner = (b_gate * tl.sigmoid(b_gate) * b_up * b_weights[:, None]).to(DTYPE)
     p_inner = p_inner + o_places.to(tl.int64)[:, None] * INNER + o_channels[None, :]
     tl.store(p_inner, b_inner, mask=m_rows[:, None] & m_channels[None, :])
 

@@ -35,15 +35,6 @@ _FP4_UNIT = tl.constexpr(2.0**32)
 
 
 @triton.jit
-def nearest(b_x, DTYPE: tl.constexpr):
-    """float32 b_x in DTYPE. The interpreter cuts off what does not fit in a bfloat16."""
-    if _INTERPRETED and DTYPE.is_bf16():
-        b_bits = b_x.to(tl.int32, bitcast=True)
-        b_x = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return b_x.to(DTYPE)
-
-
-@triton.jit
 def numbers(b_tile):
     """The tile: the interpreter keeps bfloat16 as integers, and multiplies those."""
     if _INTERPRETED:
