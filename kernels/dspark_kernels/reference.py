@@ -187,14 +187,15 @@ def compress(
     Source: DeepSeek-V4 specification 2.3.
     """
     closes = store_entries >= 0
-    index, cos, sin = index[closes], cos[closes], sin[closes]
+    if not closes.all():
+        index, cos, sin, store_entries = (rows[closes] for rows in (index, cos, sin, store_entries))
     kv, gate = pool[index.clamp_min(0)].chunk(2, dim=-1)
     if kv.shape[-1] == 2 * len(weight):
         kv, gate = overlapping(kv), overlapping(gate)
     dtype = weight.dtype if entries.dtype == torch.uint8 else entries.dtype
     pooled = softmax_pool(kv, gate, index >= 0).to(dtype)
     keys = norm_rope(pooled, weight, eps, cos, sin)
-    _store_keys(keys, entries, store_entries[closes], 2 * cos.shape[-1], quantise)
+    _store_keys(keys, entries, store_entries, 2 * cos.shape[-1], quantise)
 
 
 def indexer_topk(query: Tensor, head_weights: Tensor, keys: Tensor, entry_index: Tensor, topk: int) -> Tensor:
@@ -491,7 +492,7 @@ def markov_sample(
         addresses = positions.unsqueeze(1) + torch.arange(num_positions, device=positions.device)
         noise = gumbel_noise(seeds.repeat_interleave(num_positions), addresses.flatten(), stream, 0, vocab_size)
         noise = noise.view(num_requests, num_positions, vocab_size) * (temperatures > 0).view(-1, 1, 1)
-    previous, tokens, log_sums = anchors, [], []
+    previous, tokens, rows = anchors, [], []
     for k in range(num_positions):
         bias = F.linear(w1[previous].float(), w2.float())
         untempered = base_logits[:, k].float() + bias
@@ -501,8 +502,8 @@ def markov_sample(
             kept = logits.masked_fill(logits < lowest.unsqueeze(1), -torch.inf)
         previous = (kept if noise is None else kept + noise[:, k]).argmax(-1)
         tokens.append(previous)
-        log_sums.append(logits.logsumexp(-1))
-    return torch.stack(tokens, 1), torch.stack(log_sums, 1)
+        rows.append(logits)
+    return torch.stack(tokens, 1), torch.stack(rows, 1).logsumexp(-1)
 
 
 def admit_prefixes(confidences: Tensor, limits: Tensor, thresholds: Tensor, budget: Tensor) -> Tensor:
