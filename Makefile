@@ -22,7 +22,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 # Two ranks and a drafter share the cores of a laptop: one thread each is faster than a crowd.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install serve generate test lint format bench bench-schedule bench-controller clean
+.PHONY: help install serve generate test lint format bench bench-schedule bench-controller bench-kernels clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -70,6 +70,9 @@ bench-schedule: $(INSTALLED) ## Measure the schedules against fixed lengths; wri
 
 bench-controller: $(INSTALLED) ## Simulate load control and autoscaling; writes benchmarks/results/controller*.
 	$(BIN)/python -m benchmarks.controller --readme $(ARGS)
+
+bench-kernels: $(INSTALLED) ## Measure every kernel against its floor and a compiled reference (needs a GPU).
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 clean: ## Remove the virtual environment and caches; scratch work in .build stays.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -118,6 +118,7 @@ def join_as_leader(
     rank = _load_target_rank(checkpoint, model_config, config, meeting.group, with_projector=config.speculation)
     drafter = _drafter_of(spec, checkpoint, rank.model, config)
     _wait_for_all(spec)
+    rank.record_graphs()
     target = LeadingTarget(rank, meeting.control) if meeting.group.size > 1 else LocalTarget(rank)
     engine = Engine(config, model_config, target, drafter)
     engine.planner = Planner(config, _cost_table(spec, engine, progress), temperatures)
@@ -153,6 +154,7 @@ def join_as_follower(spec: GangSpec, rank: int) -> Follower:
         Checkpoint.open(spec.checkpoint), model_config, config, meeting.group, with_projector=False
     )
     _wait_for_all(spec)
+    target_rank.record_graphs()
     return Follower(target_rank, meeting.control)
 
 
@@ -236,8 +238,6 @@ def _load_target_rank(
     capture, graphs = _capture(config), None
     if capture is not None:
         graphs = TargetGraphs(model.eval(), cache, config.max_num_seqs, config.max_model_len, capture)
-        with torch.inference_mode():
-            graphs.record_all()
     return TargetRank(model.eval(), cache, projector, graphs)
 
 

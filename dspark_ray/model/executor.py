@@ -86,6 +86,12 @@ class TargetRank:
             return self._graphs.run(segments)
         return self.model(build_rows(segments, self.cache.shape, self.model.norm.weight.device), self.cache)
 
+    @torch.inference_mode()
+    def record_graphs(self) -> None:
+        """Record all decode steps. Every rank at the same time: their sums are recorded with them."""
+        if self._graphs is not None:
+            self._graphs.record_all()
+
     @property
     def graph_sizes(self) -> tuple[int, ...]:
         """Rows to which decode steps are filled up; empty where every step runs with its own."""
