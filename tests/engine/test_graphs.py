@@ -68,6 +68,14 @@ def test_rejection_verification_replays_the_target_and_launches_the_draft() -> N
     assert capture.num_replays > 0
 
 
+def test_a_text_that_fills_the_model_is_replayed_to_its_last_token() -> None:
+    changes: dict[str, object] = {"max_model_len": 64}
+    asked = request(PROMPT, "long", temperature=1.0, seed=2, max_tokens=1000)
+    replayed = run(build_small_engine(capture=Rerun(), **changes), asked)
+    assert replayed == run(build_small_engine(**changes), asked)
+    assert len(replayed["long"]) == 64 - len(PROMPT)
+
+
 def test_long_texts_replay_with_the_indexer_and_short_ones_without(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs, cache = target_graphs(Rerun(), max_length=256)
     looked: list[int] = []

@@ -10,7 +10,8 @@ import torch
 import dspark_kernels
 from benchmarks import kernels
 from benchmarks.kernel_floors import CASES, FLASH, H100, H200, OPERATIONS, REQUESTS, TINY, Floor, distinct_experts
-from benchmarks.kernels import Inputs, num_bytes, results_of
+from benchmarks.kernel_inputs import Inputs
+from benchmarks.kernels import num_bytes, results_of
 from dspark_kernels import reference
 
 # Not all of their inputs is read: chosen experts and entries, single rows of pools and embeddings.
