@@ -22,6 +22,8 @@ from deployments.generation import Piece
 from deployments.messages import MAX_STEPS, StepLog
 from dspark_ray.records import to_json
 from dspark_ray.types import (
+    MAX_CHOICES,
+    MAX_STOP_STRINGS,
     RequestError,
     SamplingParams,
     SpeculationStats,
@@ -30,9 +32,6 @@ from dspark_ray.types import (
     VerificationPolicy,
 )
 
-MAX_CHOICES = 128
-"""Sequences that one HTTP request may start: prompts times n."""
-MAX_STOP_STRINGS = 16
 _LOWEST_LOGPROB = -9999.0
 
 

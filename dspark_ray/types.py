@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,38 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 BypassReason = Literal["predicted_loss", "policy", "no_room"]
 """Why a step drafted for nobody: it would have cost more than it brings, the policy says so, or every request is
 about to end."""
+
+
+# Limits of one request. The HTTP schema uses the same names.
+
+MAX_INT64 = 2**63 - 1
+MIN_INT64 = -(2**63)
+MAX_TOKEN_ID = 2**31 - 1
+"""Of any vocabulary; the engine checks ids against the model's own."""
+MAX_TEMPERATURE = 100.0
+MAX_TOP_K = 2**31 - 1
+MAX_PENALTY = 2.0
+"""Of presence and frequency penalties, in either direction."""
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 10.0
+"""A logit is divided by it: much smaller values leave float32."""
+MAX_BIAS = 100.0
+"""Of one token, in either direction."""
+MAX_LOGIT_BIASES = 300
+"""Tokens that one request may bias; OpenAI's limit."""
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_LENGTH = 256
+"""Characters of one stop string: that much text may be held back from a stream."""
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGPROBS = 20
+"""Alternatives reported per token."""
+MAX_MAX_TOKENS = 2**31 - 1
+"""Of max_tokens and min_tokens; the model's length ends a text earlier."""
+MAX_CHOICES = 128
+"""Sequences that one HTTP request may start: prompts times n."""
+MAX_DRAFT_TOKENS = 1024
+"""Of a request's or a policy's own limit; the engine never drafts more than gamma."""
+MAX_POLICY_SECONDS = 1e9
+MAX_REQUEST_ID_LENGTH = 512
 
 
 class RequestError(ValueError):
@@ -26,12 +59,64 @@ class QueueFullError(RuntimeError):
 
 def _check(condition: bool, param: str, value: object, expected: str) -> None:
     if not condition:
-        raise RequestError(param, f"{param}={value!r}: expected {expected}")
+        raise RequestError(param, f"{param}={_shown(value)}: expected {expected}")
+
+
+def _shown(value: object) -> str:
+    """The value as an error message shows it, which is short whatever the value is."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        # Python refuses to write integers of more than 4300 digits.
+        return f"<an integer of {value.bit_length()} bits>"
+    text = repr(value[:20]) if isinstance(value, str | list | tuple) else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _is_integer(value: object) -> bool:
+    """A bool is an int to Python, and never what a number means here."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_integer(value) or isinstance(value, float)
+
+
+def _check_integer(param: str, value: object, lowest: int, highest: int) -> None:
+    in_range = _is_integer(value) and lowest <= value <= highest  # type: ignore[operator]
+    _check(in_range, param, value, f"an integer in [{lowest}, {highest}]")
+
+
+def _check_number(param: str, value: object, lowest: float, highest: float) -> None:
+    """NaN is in no range."""
+    in_range = _is_number(value) and lowest <= value <= highest  # type: ignore[operator]
+    _check(in_range, param, value, f"a number in [{lowest:g}, {highest:g}]")
+
+
+def _check_flag(param: str, value: object) -> None:
+    _check(isinstance(value, bool), param, value, "true or false")
+
+
+def _check_size(param: str, values: SequenceOf[object] | Mapping[int, float], most: int, of: str) -> None:
+    if len(values) > most:
+        raise RequestError(param, f"{param} has {len(values)} {of}: expected at most {most}")
+
+
+def _check_token_ids(param: str, token_ids: Collection[int]) -> None:
+    """In few passes that run in C: a prompt may have a million tokens."""
+    if not token_ids:
+        return
+    are_integers = set(map(type, token_ids)) == {int}
+    if are_integers and min(token_ids) >= 0 and max(token_ids) <= MAX_TOKEN_ID:
+        return
+    wrong = next(t for t in token_ids if type(t) is not int or not 0 <= t <= MAX_TOKEN_ID)
+    raise RequestError(param, f"{param} has token id {_shown(wrong)}: expected integers in [0, {MAX_TOKEN_ID}]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the target's logits become tokens; names and meanings are OpenAI's and vLLM's."""
+    """How the target's logits become tokens; names and meanings are OpenAI's and vLLM's.
+
+    Raises RequestError for a value of another type or outside the limits above.
+    """
 
     temperature: float = 1.0
     """0 takes the likeliest token."""
@@ -47,7 +132,7 @@ class SamplingParams:
     """Names the noise: the same seed, prompt and parameters give the same text."""
     max_tokens: int = 16
     min_tokens: int = 0
-    """End-of-sequence and stop ids are impossible before this many tokens."""
+    """End-of-sequence ids, stop ids and stop strings do not end the text before this many tokens."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -55,21 +140,41 @@ class SamplingParams:
     """Report the chosen token's log-probability and this many alternatives; None reports nothing."""
 
     def __post_init__(self) -> None:
-        _check(0.0 <= self.temperature <= 100.0, "temperature", self.temperature, "a number in [0, 100]")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive number of tokens")
-        _check(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "a number in (0, 1]")
-        _check(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "a number in [0, 1]")
-        _check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "-2 to 2")
-        _check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "-2 to 2")
-        _check(0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", self.repetition_penalty, "(0, 10]")
-        _check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a signed 64-bit integer")
-        _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "0 to max_tokens")
-        _check(all(self.stop), "stop", self.stop, "non-empty strings")
-        for bias in self.logit_bias.values():
-            _check(-100.0 <= bias <= 100.0, "logit_bias", bias, "values in [-100, 100]")
+        self._check_filters()
+        self._check_edits()
+        self._check_ends()
+        _check_integer("seed", self.seed, MIN_INT64, MAX_INT64)
         if self.logprobs is not None:
-            _check(0 <= self.logprobs <= 20, "logprobs", self.logprobs, "0 to 20 alternatives")
+            _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+    def _check_filters(self) -> None:
+        _check_number("temperature", self.temperature, 0, MAX_TEMPERATURE)
+        _check_integer("top_k", self.top_k, 0, MAX_TOP_K)
+        _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        _check_number("min_p", self.min_p, 0, 1)
+
+    def _check_edits(self) -> None:
+        _check_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _check_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _check_number("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+        _check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "a bias by token id")
+        _check_size("logit_bias", self.logit_bias, MAX_LOGIT_BIASES, "tokens")
+        _check_token_ids("logit_bias", self.logit_bias)
+        for bias in self.logit_bias.values():
+            _check_number("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+
+    def _check_ends(self) -> None:
+        _check_integer("max_tokens", self.max_tokens, 1, MAX_MAX_TOKENS)
+        _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_flag("ignore_eos", self.ignore_eos)
+        _check(isinstance(self.stop, tuple), "stop", self.stop, "a tuple of strings")
+        _check_size("stop", self.stop, MAX_STOP_STRINGS, "strings")
+        for text in self.stop:
+            _check(isinstance(text, str) and text != "", "stop", text, "non-empty strings")
+            _check_size("stop", text, MAX_STOP_STRING_LENGTH, "characters in one string")
+        _check(isinstance(self.stop_token_ids, tuple), "stop_token_ids", self.stop_token_ids, "a tuple of token ids")
+        _check_size("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS, "ids")
+        _check_token_ids("stop_token_ids", self.stop_token_ids)
 
     @property
     def has_penalties(self) -> bool:
@@ -84,7 +189,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeParams:
-    """What a request asks of speculation; its text does not depend on it in coupled verification."""
+    """What a request asks of speculation; its text does not depend on it in coupled verification.
+
+    Raises RequestError for a value of another type or outside the limits above.
+    """
 
     enabled: bool = True
     max_draft_tokens: int | None = None
@@ -93,15 +201,18 @@ class SpeculativeParams:
     """Drafted positions whose survival is below this are not verified."""
 
     def __post_init__(self) -> None:
+        _check_flag("speculative.enabled", self.enabled)
         if self.max_draft_tokens is not None:
-            _check(self.max_draft_tokens >= 0, "speculative.max_draft_tokens", self.max_draft_tokens, "0 or more")
-        threshold = self.confidence_threshold
-        _check(0.0 <= threshold <= 1.0, "speculative.confidence_threshold", threshold, "a number in [0, 1]")
+            _check_integer("speculative.max_draft_tokens", self.max_draft_tokens, 0, MAX_DRAFT_TOKENS)
+        _check_number("speculative.confidence_threshold", self.confidence_threshold, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerificationPolicy:
-    """What an operator or a controller lets an engine verify; it acts on top of the schedule and of the request."""
+    """What an operator or a controller lets an engine verify; it acts on top of the schedule and of the request.
+
+    Raises RequestError for a value of another type or outside the limits above.
+    """
 
     confidence_threshold: float = 0.0
     """Drafted positions whose survival is below this are not verified."""
@@ -115,15 +226,20 @@ class VerificationPolicy:
     """From when the engine gets it; afterwards the engine's own policy counts again. None never expires."""
 
     def __post_init__(self) -> None:
-        threshold, most, valid = self.confidence_threshold, self.max_draft_tokens, self.valid_seconds
-        _check(0.0 <= threshold <= 1.0, "confidence_threshold", threshold, "a number in [0, 1]")
-        _check(most is None or most >= 0, "max_draft_tokens", most, "0 or more, or None")
-        _check(valid is None or valid > 0, "valid_seconds", valid, "a positive number of seconds, or None")
+        _check_number("confidence_threshold", self.confidence_threshold, 0, 1)
+        if self.max_draft_tokens is not None:
+            _check_integer("max_draft_tokens", self.max_draft_tokens, 0, MAX_DRAFT_TOKENS)
+        _check_flag("bypass", self.bypass)
+        _check_integer("version", self.version, MIN_INT64, MAX_INT64)
+        seconds = self.valid_seconds
+        if seconds is not None:
+            in_range = _is_number(seconds) and 0 < seconds <= MAX_POLICY_SECONDS
+            _check(in_range, "valid_seconds", seconds, f"a number in (0, {MAX_POLICY_SECONDS:g}], or None")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked for, tokenised."""
+    """What the user asked for, tokenised. Raises RequestError for ids that no vocabulary has."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -133,7 +249,11 @@ class Request:
     """Tokens another engine already produced for this request: generation goes on behind them."""
 
     def __post_init__(self) -> None:
+        _check(isinstance(self.request_id, str), "request_id", self.request_id, "a string")
+        _check_size("request_id", self.request_id, MAX_REQUEST_ID_LENGTH, "characters")
         _check(len(self.prompt_token_ids) > 0, "prompt", self.prompt_token_ids, "at least one token")
+        _check_token_ids("prompt", self.prompt_token_ids)
+        _check_token_ids("output_token_ids", self.output_token_ids)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def test_a_full_queue_refuses_and_says_how_full_it_is():
         (request((1,) * 256), "256 tokens: expected fewer than 256"),
         (request((1, 61)), "token id 61: expected 0..60"),
         (request((1,), logit_bias={99: 1.0}), "logit_bias has token id 99"),
-        (request((1,), stop_token_ids=(-1,)), "stop_token_ids has token id -1"),
+        (request((1,), stop_token_ids=(61,)), "stop_token_ids has token id 61"),
     ],
 )
 def test_requests_that_can_never_run_are_refused_with_the_value(bad, message):
