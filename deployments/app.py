@@ -29,7 +29,7 @@ def build(args: AppArgs) -> Application:
     engine = EngineReplica.options(
         ray_actor_options=actor_options(args.placement.replica),
         max_ongoing_requests=args.max_ongoing_requests,
-        max_queued_requests=limits.max_queued_requests,
+        max_queued_requests=args.max_queued_requests,
         health_check_period_s=health.check_period_s,
         health_check_timeout_s=health.check_timeout_s,
         graceful_shutdown_timeout_s=health.graceful_shutdown_timeout_s,

@@ -143,8 +143,9 @@ class LimitArgs(_Block):
 
     max_ongoing_requests: PositiveInt | None = None
     """Per Engine replica; None lets in what the engine can run and queue."""
-    max_queued_requests: PositiveInt = 256
-    """Per Ingress replica, waiting for an Engine replica to have room."""
+    max_queued_requests: PositiveInt | None = None
+    """Per Ingress replica, waiting for an Engine replica to have room. None is max_ongoing_requests: all requests that
+    one Engine replica admits pass through this queue when they arrive at once."""
     max_ingress_requests: PositiveInt = 4096
     """Connections per Ingress replica."""
     retry_after_s: PositiveInt = 1
@@ -232,6 +233,10 @@ class AppArgs(_Block):
     @property
     def max_ongoing_requests(self) -> int:
         return self.limits.max_ongoing_requests or self.engine.max_num_seqs + self.engine.max_waiting
+
+    @property
+    def max_queued_requests(self) -> int:
+        return self.limits.max_queued_requests or self.max_ongoing_requests
 
     @property
     def num_threads(self) -> int | None:

@@ -299,7 +299,7 @@ class EngineConfig:
     page_size: int = 128
     """Positions per page; a multiple of every compression ratio in the model."""
     max_waiting: int = 256
-    """Requests accepted but not yet running; one more is refused."""
+    """Requests accepted beyond max_num_seqs; one more is refused."""
     gamma: int | None = None
     """Drafted tokens verified per request and round; None takes the checkpoint's block size."""
     verification: VerificationMode = "coupled"

@@ -49,9 +49,17 @@ class Scheduler:
         return request_id in self._by_id
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises QueueFullError when `max_waiting` are queued already."""
-        if len(self.waiting) >= self.config.max_waiting:
-            raise QueueFullError(f"{len(self.waiting)} requests are waiting, max_waiting={self.config.max_waiting}")
+        """Queue a sequence; raises QueueFullError when max_num_seqs + max_waiting have not ended yet.
+
+        Running ones count too: nothing is admitted before the next step, so a burst on an idle engine has to pass
+        through the queue. A request that another engine began was accepted there and is never refused here.
+        """
+        limit = self.config.max_num_seqs + self.config.max_waiting
+        if len(self._by_id) >= limit and not sequence.request.output_token_ids:
+            raise QueueFullError(
+                f"{len(self._by_id)} requests have not ended, max_num_seqs={self.config.max_num_seqs}"
+                f" and max_waiting={self.config.max_waiting} more may wait"
+            )
         self._by_id[sequence.request.request_id] = sequence
         self.waiting.append(sequence)
 

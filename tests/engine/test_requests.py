@@ -83,17 +83,26 @@ def test_an_aborted_request_says_so_once_and_leaves_nothing_behind():
 def test_aborting_a_waiting_request_frees_its_place():
     engine = build_small_engine(max_num_seqs=1, max_waiting=1)
     engine.add_request(request(PROMPT, "a"))
-    engine.abort("a")
     engine.add_request(request(PROMPT, "b"))
+    engine.abort("a")
+    engine.add_request(request(PROMPT, "c"))
     assert engine.has_unfinished()
 
 
-def test_a_full_queue_refuses_and_says_how_full_it_is():
-    engine = build_small_engine(max_waiting=2)
-    engine.add_request(request(PROMPT, "a"))
-    engine.add_request(request(PROMPT, "b"))
-    with pytest.raises(QueueFullError, match="max_waiting=2"):
-        engine.add_request(request(PROMPT, "c"))
+def test_a_burst_on_an_idle_engine_is_accepted_up_to_what_may_run_and_wait():
+    engine = build_small_engine(max_num_seqs=4, max_waiting=2)
+    for index in range(6):
+        engine.add_request(request(PROMPT, str(index)))
+    with pytest.raises(QueueFullError, match="6 requests have not ended, max_num_seqs=4 and max_waiting=2 more"):
+        engine.add_request(request(PROMPT, "one more"))
+
+
+def test_a_full_queue_takes_a_request_that_another_engine_began():
+    engine = build_small_engine(max_num_seqs=1, max_waiting=1)
+    for request_id in ("a", "b"):
+        engine.add_request(request(PROMPT, request_id))
+    engine.add_request(replace(request(PROMPT, "resumed"), output_token_ids=(1,)))
+    assert engine.has_unfinished()
 
 
 @pytest.mark.parametrize(

@@ -227,3 +227,9 @@ def test_keys_beside_a_preset_replace_the_presets():
 
 def test_an_application_can_do_without_a_controller():
     assert args(load_controller=None).controller_config() is None
+
+
+def test_the_queue_of_an_ingress_holds_all_that_an_engine_admits():
+    sizes = args(engine={"max_num_seqs": 16, "max_waiting": 500})
+    assert (sizes.max_ongoing_requests, sizes.max_queued_requests) == (516, 516)
+    assert args(limits={"max_queued_requests": 3}).max_queued_requests == 3
