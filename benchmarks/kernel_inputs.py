@@ -134,13 +134,14 @@ class Inputs:
         w2 = (shapes.experts, shapes.hidden, shapes.expert_width)
         if variant == "bf16":
             stored = [self._normal(*shape, scale=shape[-1] ** -0.5) for shape in (w13, w2)]
-            return hidden, weights, experts, *stored, 10.0
+            return hidden, weights, experts, *stored, 10.0, shapes.experts
         if variant == "FP8":
             stored = [self._fp8(*shape) for shape in (w13, w2)]
         else:
             stored = [self._bytes(0, 256, *shape[:-1], shape[-1] // 2).view(torch.int8) for shape in (w13, w2)]
         block = FP8_BLOCK if variant == "FP8" else FP4_BLOCK
-        return hidden, weights, experts, *stored, 10.0, 0, self._scales(block, *w13), self._scales(block, *w2)
+        scales = (self._scales(block, *w13), self._scales(block, *w2))
+        return hidden, weights, experts, *stored, 10.0, shapes.experts, 0, *scales
 
     def norm_rope(self, variant: str) -> Args:
         query = self._normal(self.rows, self.shapes.heads, self.shapes.head_dim)

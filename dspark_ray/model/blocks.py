@@ -254,6 +254,7 @@ class MoE(nn.Module):
             experts.w13,
             experts.w2,
             self.limit,
+            len(self.gate.weight),
             experts.first,
             experts.w13_scale,
             experts.w2_scale,

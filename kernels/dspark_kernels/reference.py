@@ -312,24 +312,34 @@ def moe(
     w13: Tensor,
     w2: Tensor,
     limit: float,
+    num_experts: int,
     first_expert: int = 0,
     w13_scale: Tensor | None = None,
     w2_scale: Tensor | None = None,
 ) -> Tensor:
     """Routed experts of rows hidden [N, d]: sum over k of weights[:, k] * expert(experts[:, k]).
 
-    w13 [E, 2I, d] holds the gate rows first, w2 [E, d, I]; E experts numbered from `first_expert`, the
-    others belong to other ranks and add nothing. Returns [N, d] in float32.
+    w13 [E, 2I, d] holds the gate rows first, w2 [E, d, I]: this rank's experts, numbers first_expert ..
+    first_expert + E - 1 of the layer's `num_experts`. The others belong to other ranks and add nothing, nor does
+    expert -1, which padding rows choose. Returns [N, d] in float32.
 
     Quantised weights come with scales: FP8 (E4M3, [E, ceil(2I/128), ceil(d/128)]) or FP4 (int8 [E, 2I, d/2] with
     scales [E, 2I, d/32]). Then the inputs of both products are rounded to FP8 per 128 channels, as the official
     program does; I must be a multiple of 128 so that no block of scales holds gate and up rows.
     """
+    check_expert_range(num_experts, first_expert, len(w13))
     if w13_scale is not None and w2_scale is not None:
         return _moe_quantised(hidden, weights, experts, (w13, w13_scale), (w2, w2_scale), limit, first_expert)
     if w13.shape[0] <= _DENSE_MAX_EXPERTS and hidden.shape[0] <= _DENSE_MAX_ROWS:
         return _moe_dense(hidden, weights, experts, w13, w2, limit, first_expert)
     return _moe_grouped(hidden, weights, experts, w13, w2, limit, first_expert)
+
+
+def check_expert_range(num_experts: int, first_expert: int, num_local_experts: int) -> None:
+    """Raise ValueError where a rank's experts are not some of the layer's."""
+    last = first_expert + num_local_experts - 1
+    if first_expert < 0 or last >= num_experts:
+        raise ValueError(f"experts {first_expert} .. {last} of {num_experts}: expected some of 0 .. {num_experts - 1}")
 
 
 def _moe_quantised(
@@ -379,13 +389,15 @@ def _moe_grouped(
     hidden: Tensor, weights: Tensor, experts: Tensor, w13: Tensor, w2: Tensor, limit: float, first_expert: int
 ) -> Tensor:
     """Rows sorted by expert, one product per expert that anybody chose."""
-    top_k = experts.shape[1]
-    order = experts.flatten().argsort(stable=True)
-    counts = torch.bincount(experts.flatten(), minlength=first_expert + w13.shape[0]).tolist()
+    num_experts, top_k = w13.shape[0], experts.shape[1]
+    local = experts.flatten() - first_expert
+    local = torch.where((local >= 0) & (local < num_experts), local, num_experts)  # the last stands for all others
+    order = local.argsort(stable=True)
+    counts = torch.bincount(local, minlength=num_experts).tolist()
     out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    start = sum(counts[:first_expert])
-    for expert in range(w13.shape[0]):
-        chosen = order[start : start + counts[first_expert + expert]]
+    start = 0
+    for expert in range(num_experts):
+        chosen = order[start : start + counts[expert]]
         start += len(chosen)
         if len(chosen) == 0:
             continue

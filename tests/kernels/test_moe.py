@@ -47,6 +47,7 @@ def check(
     weights: Tensor,
     experts: Tensor,
     stored: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    num_experts: int | None = None,
     first_expert: int = 0,
 ) -> Tensor:
     """Results are float32, and as good as the rows they come from.
@@ -54,7 +55,8 @@ def check(
     With quantised experts they are as good as bfloat16 rows at best: an activation between two FP8 numbers becomes the
     other one where its sum is a little different.
     """
-    arguments = (hidden, weights, experts, *stored[:2], LIMIT, first_expert, *stored[2:])
+    num_experts = len(stored[0]) if num_experts is None else num_experts
+    arguments = (hidden, weights, experts, *stored[:2], LIMIT, num_experts, first_expert, *stored[2:])
     actual, expected = gpu.moe(*arguments), reference.moe(*arguments)
     assert_close(actual, expected, hidden.dtype if stored[2] is None else torch.bfloat16)
     return actual
@@ -90,8 +92,8 @@ def test_the_parts_of_two_ranks_add_up(kind: str) -> None:
     parts = []
     for first, last in ((0, 3), (3, 5)):
         mine = tuple(None if tensor is None else tensor[first:last] for tensor in stored)
-        parts.append(check(hidden, weights, experts, mine, first))  # type: ignore[arg-type]
-    whole = gpu.moe(hidden, weights, experts, *stored[:2], LIMIT, 0, *stored[2:])
+        parts.append(check(hidden, weights, experts, mine, 5, first))  # type: ignore[arg-type]
+    whole = gpu.moe(hidden, weights, experts, *stored[:2], LIMIT, 5, 0, *stored[2:])
     assert_close(parts[0] + parts[1], whole)
 
 
@@ -101,10 +103,10 @@ def test_experts_that_nobody_chose_are_not_read(dtype: torch.dtype) -> None:
     w13, w2, *_ = experts_of("plain", 6, 64, 32, dtype)
     hidden, (weights, experts) = random(5, 64, dtype=dtype), choices(5, 2, 2)
     experts = experts * 3 + 1  # 1 and 4
-    expected = reference.moe(hidden, weights, experts, w13, w2, LIMIT)
+    expected = reference.moe(hidden, weights, experts, w13, w2, LIMIT, 6)
     for expert in (0, 2, 3, 5):
         w13[expert], w2[expert] = torch.nan, torch.nan
-    assert_close(gpu.moe(hidden, weights, experts, w13, w2, LIMIT), expected, dtype)
+    assert_close(gpu.moe(hidden, weights, experts, w13, w2, LIMIT, 6), expected, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,8 +121,27 @@ def test_all_rows_may_choose_one_expert(kind: str, num_rows: int, num_experts: i
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_whose_experts_nobody_chose_adds_nothing(kind: str) -> None:
     weights, experts = choices(3, 2, 4)
-    actual = check(random(3, 128), weights, experts, experts_of(kind, 4, 128, 128), first_expert=4)
+    actual = check(random(3, 128), weights, experts, experts_of(kind, 4, 128, 128), num_experts=8, first_expert=4)
     assert not actual.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_rows", [9, 70])
+def test_rows_that_choose_no_expert_add_nothing(kind: str, num_rows: int) -> None:
+    """Padding rows choose expert -1; their weights may be anything."""
+    weights, experts = choices(num_rows, 2, 4)
+    padding = torch.arange(num_rows, device=DEVICE) % 3 == 1
+    weights[padding], experts[padding] = torch.nan, -1
+    dtype = torch.bfloat16
+    actual = check(random(num_rows, 128, dtype=dtype), weights, experts, experts_of(kind, 4, 128, 128, dtype), 8)
+    assert not actual[padding].any()
+
+
+def test_experts_that_the_layer_has_not_are_refused() -> None:
+    w13, w2, *_ = experts_of("plain", 2, 64, 32)
+    for op in (gpu.moe, reference.moe):
+        with pytest.raises(ValueError, match=r"experts 3 \.\. 4 of 4: expected some of 0 \.\. 3"):
+            op(random(1, 64), *choices(1, 1, 2), w13, w2, LIMIT, 4, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,16 +159,16 @@ def test_channels_that_fill_no_group_are_refused() -> None:
     arguments = (random(1, 192), *choices(1, 1, 2))
     w13, w2, w13_scale, w2_scale = experts_of("fp4", 2, 192, 128)
     with pytest.raises(ValueError, match=r"\(192, 128\) channels: expected multiples of 128"):
-        gpu.moe(*arguments, w13, w2, LIMIT, 0, w13_scale, w2_scale)
+        gpu.moe(*arguments, w13, w2, LIMIT, 2, 0, w13_scale, w2_scale)
 
 
 def test_experts_of_another_dtype_are_refused() -> None:
     w13, w2, *_ = experts_of("plain", 2, 64, 32, torch.bfloat16)
     with pytest.raises(ValueError, match="expected one dtype"):
-        gpu.moe(random(1, 64), *choices(1, 1, 2), w13, w2, LIMIT)
+        gpu.moe(random(1, 64), *choices(1, 1, 2), w13, w2, LIMIT, 2)
 
 
 def test_scales_of_another_dtype_are_refused() -> None:
     w13, w2, w13_scale, w2_scale = experts_of("fp8", 2, 128, 128)
     with pytest.raises(ValueError, match=r"expected torch\.float8_e8m0fnu"):
-        gpu.moe(random(1, 128), *choices(1, 1, 2), w13, w2, LIMIT, 0, w13_scale.float(), w2_scale)
+        gpu.moe(random(1, 128), *choices(1, 1, 2), w13, w2, LIMIT, 2, 0, w13_scale.float(), w2_scale)

@@ -55,15 +55,15 @@ def test_experts_of_two_ranks_add_up_to_those_of_one(num_rows: int) -> None:
     """Few rows take the dense mixture, many the grouped one."""
     hidden, w13, w2 = random(num_rows, 8), random(6, 10, 8, seed=1), random(6, 8, 5, seed=2)
     weights, experts = random(num_rows, 2, seed=3), random(num_rows, 6, seed=4).argsort(1)[:, :2]
-    whole = ops.moe(hidden, weights, experts, w13, w2, limit=1.0)
-    parts = [ops.moe(hidden, weights, experts, w13[part], w2[part], 1.0, part.start) for part in (LOW, HIGH)]
+    whole = ops.moe(hidden, weights, experts, w13, w2, limit=1.0, num_experts=6)
+    parts = [ops.moe(hidden, weights, experts, w13[part], w2[part], 1.0, 6, part.start) for part in (LOW, HIGH)]
     torch.testing.assert_close(sum(parts), whole)
 
 
 def test_mixed_experts_equal_one_row_at_a_time() -> None:
     hidden, w13, w2 = random(100, 8), random(6, 10, 8, seed=1), random(6, 8, 5, seed=2)
     weights, experts = random(100, 2, seed=3), random(100, 6, seed=4).argsort(1)[:, :2]
-    together = ops.moe(hidden, weights, experts, w13, w2, limit=1.0)
+    together = ops.moe(hidden, weights, experts, w13, w2, limit=1.0, num_experts=6)
     for row in (0, 17, 99):
         expected = torch.zeros(8)
         for weight, expert in zip(weights[row], experts[row], strict=True):

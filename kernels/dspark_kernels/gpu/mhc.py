@@ -61,10 +61,7 @@ class _Blocks:
 
     @classmethod
     def of(cls, num_rows: int, width: int, dtype: torch.dtype, processors: int) -> _Blocks:
-        rows = min(max(triton.next_power_of_2(num_rows), 16), 128)
-        columns = 64 if rows == 128 else 128
-        if dtype == torch.float32:
-            rows, columns = min(rows, 32), 32  # these products keep their operands in registers
+        rows, columns = _tile_of(num_rows, dtype)
         tiles, steps = triton.cdiv(num_rows, rows), triton.cdiv(width, columns)
         # Few tiles: every processor takes part. Many: about eight steps each, so that tiles end soon one after another.
         splits = max(min(processors // tiles, steps), triton.cdiv(steps, 8))
@@ -73,6 +70,19 @@ class _Blocks:
         mixed_splits = splits if mixed_rows == 1 else max(splits // 32, 1)
         lag = min(tiles, triton.cdiv(2 * processors, splits))
         return cls(rows, columns, splits, mixed_rows, mixed_splits, lag)
+
+
+def _tile_of(num_rows: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(rows, columns) that one step of a projection takes, for `num_rows` rows.
+
+    32 rows of 128 columns would spill registers, and so would 16 rows of 64; 128 rows leave no room for 128 columns of
+    three loads under way beside another program.
+    `mhc_read` looks this function up at every call: a benchmark that puts another in its place measures other tiles.
+    """
+    rows = min(max(triton.next_power_of_2(num_rows), 16), 128)
+    if dtype == torch.float32:
+        return min(rows, 32), 32  # these products keep their operands in registers
+    return rows, 128 if rows in (16, 64) else 64
 
 
 @triton.jit
@@ -107,8 +117,9 @@ def _project(
         p_block = p_fn + o_sum[:, None] * WIDTH + o_k[None, :]
         b_fn = tl.load(p_block, mask=(o_sum < MIXES)[:, None] & m_k[None, :], other=0.0)
         if b_x.dtype == tl.bfloat16:
-            # Three bfloat16 numbers hold a float32 one, and their products with the streams are exact. Each has its own
-            # sum: tensor cores cut off what does not fit, and where sums are passed on Triton changes their layout.
+            # Three bfloat16 numbers hold a float32 one, and their products with the streams are exact. Tensor cores cut
+            # off what does not fit into a sum, so over several steps each of the three has its own. Over one step the
+            # compiler adds all into one sum, smallest products first, whose error is of the same size.
             b_high = b_fn.to(tl.bfloat16)
             b_rest = b_fn - b_high.to(tl.float32)
             b_middle = b_rest.to(tl.bfloat16)

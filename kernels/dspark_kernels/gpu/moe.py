@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dspark_kernels.formats import ACTIVATION_GROUP
+from dspark_kernels.reference import check_expert_range
 
 from .weights import (
     FP4,
@@ -376,10 +377,14 @@ def _weight_of(weight: Tensor, scale: Tensor | None) -> _Weight:
     return _Weight(weight.view(torch.uint8), scale_bytes(scale), FP4)
 
 
-def _blocks_of(weight_format: int, dtype: torch.dtype, pairs_per_expert: float) -> _Blocks:
+def _blocks_of(weight_format: int, dtype: torch.dtype, num_pairs: int, num_experts: int) -> _Blocks:
+    """Blocks for `num_pairs` pairs of `num_experts` experts, both counted over all ranks, as choices spread over all.
+
+    `moe` looks this function up at every call: a benchmark that puts another in its place measures other blocks.
+    """
     if weight_format == PLAIN and dtype == torch.float32:
         return _FLOAT32_BLOCKS
-    return (_FEW_BLOCKS if pairs_per_expert <= _FEW_PAIRS else _MANY_BLOCKS)[weight_format]
+    return (_FEW_BLOCKS if num_pairs <= _FEW_PAIRS * num_experts else _MANY_BLOCKS)[weight_format]
 
 
 def _check(hidden: Tensor, w13: _Weight, w2: _Weight, inner: int) -> None:
@@ -399,14 +404,16 @@ def moe(
     w13: Tensor,
     w2: Tensor,
     limit: float,
+    num_experts: int,
     first_expert: int = 0,
     w13_scale: Tensor | None = None,
     w2_scale: Tensor | None = None,
 ) -> Tensor:
     """See `reference.moe`."""
     num_rows, d = hidden.shape
-    num_experts, inner, top_k = len(w13), w13.shape[1] // 2, experts.shape[1]
+    num_local_experts, inner, top_k = len(w13), w13.shape[1] // 2, experts.shape[1]
     up_weight, down_weight = _weight_of(w13, w13_scale), _weight_of(w2, w2_scale)
+    check_expert_range(num_experts, first_expert, num_local_experts)
     _check(hidden, up_weight, down_weight, inner)
     hidden, weights, experts = hidden.contiguous(), weights.contiguous(), experts.contiguous()
     out = hidden.new_empty(num_rows, d, dtype=torch.float32)
@@ -415,14 +422,14 @@ def moe(
 
     quantised = up_weight.format != PLAIN
     num_pairs = num_rows * top_k
-    blocks = _blocks_of(up_weight.format, hidden.dtype, num_pairs / num_experts)
-    max_tiles = min(num_pairs, num_experts) + num_pairs // blocks.rows
+    blocks = _blocks_of(up_weight.format, hidden.dtype, num_pairs, num_experts)
+    max_tiles = min(num_pairs, num_local_experts) + num_pairs // blocks.rows
     pairs = hidden.new_empty(num_pairs, dtype=torch.int32)
     tiles = hidden.new_empty(max_tiles, _TILE_NUMBERS, dtype=torch.int32)
     num_local = hidden.new_empty(1, dtype=torch.int32)
     x = torch.empty_like(hidden, dtype=torch.bfloat16) if quantised else hidden
     rounding_programs = triton.cdiv(num_rows * d, _ROUND_GROUPS * ACTIVATION_GROUP) if quantised else 0
-    _plan_kernel[(num_experts + rounding_programs,)](
+    _plan_kernel[(num_local_experts + rounding_programs,)](
         hidden,
         experts,
         x,
@@ -435,8 +442,8 @@ def moe(
         first_expert,
         FORMAT=up_weight.format,
         HIDDEN=d,
-        E=num_experts,
-        BLOCK_E=triton.next_power_of_2(num_experts + 1),
+        E=num_local_experts,
+        BLOCK_E=triton.next_power_of_2(num_local_experts + 1),
         BLOCK_P=min(_PLAN_PAIRS, max(128, triton.next_power_of_2(num_pairs))),
         BLOCK_M=blocks.rows,
         GROUPS=_ROUND_GROUPS,
@@ -485,6 +492,6 @@ def moe(
         **launch,
     )
     _combine_kernel[(num_rows, triton.cdiv(d, _COMBINE_CHANNELS))](
-        pairs_out, experts, out, first_expert, E=num_experts, TOP_K=top_k, HIDDEN=d, BLOCK=_COMBINE_CHANNELS
+        pairs_out, experts, out, first_expert, E=num_local_experts, TOP_K=top_k, HIDDEN=d, BLOCK=_COMBINE_CHANNELS
     )
     return out
