@@ -4,15 +4,19 @@ No `from __future__ import annotations` here: with it Serve would not validate t
 """
 
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from deployments.args import AppArgs
 from deployments.engine import EngineReplica
 from deployments.gang import actor_options
 from deployments.ingress import Ingress
 from deployments.load import LoadControllerReplica
+from deployments.routing import AvoidingRouter
 
 _MAX_HEARTBEATS = 10_000
 """At once: each is answered in microseconds, and none should wait for another."""
+
+_CONTROLLER_SHUTDOWN_SECONDS = 2.0
 
 
 def build(args: AppArgs) -> Application:
@@ -25,6 +29,8 @@ def build(args: AppArgs) -> Application:
             max_ongoing_requests=_MAX_HEARTBEATS,
             health_check_period_s=health.check_period_s,
             health_check_timeout_s=health.check_timeout_s,
+            # It has no streams to end, and one that is stopped by a signal must not wait for any.
+            graceful_shutdown_timeout_s=_CONTROLLER_SHUTDOWN_SECONDS,
         ).bind(config, args.model_name)
     engine = EngineReplica.options(
         ray_actor_options=actor_options(args.placement.replica),
@@ -33,6 +39,7 @@ def build(args: AppArgs) -> Application:
         health_check_period_s=health.check_period_s,
         health_check_timeout_s=health.check_timeout_s,
         graceful_shutdown_timeout_s=health.graceful_shutdown_timeout_s,
+        request_router_config=RequestRouterConfig.model_validate({"request_router_class": AvoidingRouter}),
         **args.placement_options(),
     ).bind(args, controller)
     return Ingress.options(

@@ -151,20 +151,25 @@ class LimitArgs(_Block):
     retry_after_s: PositiveInt = 1
     """Said with 429 and 503."""
     max_resubmissions: int = Field(default=3, ge=0)
-    """How often a request moves on when the gang that serves it dies."""
+    """How often a request moves on when the gang that serves it dies. One that was in flight runs alone among such
+    requests at first, and is given up when that gang dies too."""
+    resubmission_deadline_s: PositiveFloat = 30.0
+    """How long a request tries to reach an engine that takes it over; longer than the loss of a node goes unnoticed.
+    Where all have died it waits for a new one, as long as that takes to load."""
 
 
 class HealthArgs(_Block):
     check_period_s: PositiveFloat = 2.0
     check_timeout_s: PositiveFloat = 10.0
     step_timeout_s: PositiveFloat = 120.0
-    """Rank 0 counts as hung when it says nothing for so long."""
+    """Rank 0 counts as hung when it is silent for so long, and so does the replica. Longer than any step."""
     peer_timeout_s: PositiveFloat = 60.0
     """A member of the gang that is silent for so long counts as dead to the others."""
     startup_timeout_s: PositiveFloat = 1800.0
     """From the start of the actors to weights loaded."""
     graceful_shutdown_timeout_s: NonNegativeFloat = 600.0
-    """At least the longest answer: a redeploy waits so long for streams to end."""
+    """At least the longest answer: a redeploy waits so long for streams to end. Replicas that cannot go on end
+    themselves and do not wait."""
 
 
 class LoadControllerArgs(BaseModel):

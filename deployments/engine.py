@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 from collections.abc import AsyncGenerator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -14,22 +14,20 @@ from ray.serve.handle import DeploymentHandle
 
 from autoscale.policies import SpeculationAwarePolicy, check_kwargs
 from deployments.args import AppArgs
-from deployments.channel import EngineChannel
+from deployments.channel import MAX_FRAMES, EngineChannel
 from deployments.gang import start_gang
 from deployments.heartbeat import HeartbeatLoop, LoadWindow
-from deployments.messages import Refusal, StepLog
-from deployments.metrics import EngineMetrics
-from dspark_ray.types import Request, SequenceOutput, VerificationPolicy
-
-logger = logging.getLogger("ray.serve")
+from deployments.messages import Accepted, EngineEvent, StepLog
+from deployments.metrics import EngineMetrics, failure_counter
+from deployments.supervision import BackgroundTasks, Watchdog
+from dspark_ray.types import Request, VerificationPolicy
 
 _POLICY = f"{SpeculationAwarePolicy.__module__}:{SpeculationAwarePolicy.__name__}"
 """As a YAML file names it."""
-_WATCH_SECONDS = 1.0
-_SETTLE_SECONDS = 0.3
-"""A dead process makes its peers raise; wait this long to see which came first."""
 _FAREWELL_SECONDS = 1.0
-"""For errors to reach clients before the process ends."""
+"""For streams to end with EngineLost before the process does."""
+_TRANSPORT_SECONDS = 0.2
+"""For those errors to leave the process."""
 
 
 @serve.deployment(name="Engine")
@@ -46,20 +44,29 @@ class EngineReplica:
         check_autoscaling(serve.get_replica_context()._deployment_config)
         self._args = args
         self._id = serve.get_replica_context().replica_tag
-        self._tasks: list[asyncio.Task[None]] = []
+        self._watchdog = Watchdog(partial(self._say_farewell, asyncio.get_running_loop()))
+        self._tasks = BackgroundTasks(failure_counter(args.model_name), self._watchdog.lose)
         self._window = LoadWindow(self._id, args.engine.max_num_seqs)
-        self._channel = EngineChannel(EngineMetrics(args.model_name), self._window)
+        max_frames = max(MAX_FRAMES, 4 * args.max_ongoing_requests)
+        self._channel = EngineChannel(EngineMetrics(args.model_name), self._window, max_frames=max_frames)
         args.resolve()
-        self._tasks.append(asyncio.create_task(self._channel.listen()))
-        self._gang = await start_gang(args, self._channel.requests_address, self._channel.outputs_address)
+        self._tasks.start("listen", self._channel.listen, is_essential=True)
+        self._gang = await start_gang(args, self._channel.address)
         await self._until_ready()
-        self._tasks.append(asyncio.create_task(self._watch()))
+        self._tasks.start("beat", self._channel.beat, is_essential=True)
+        self._watch()
         self._heartbeats = self._start_heartbeats(controller)
 
-    async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput | Refusal]:
-        """Stream a request's outputs; when the caller leaves, the sequence is freed within a round."""
-        async for output in self._channel.generate(request):
-            yield output
+    async def generate(
+        self, request: Request, on_trial: bool = False, avoid: str | None = None
+    ) -> AsyncGenerator[EngineEvent]:
+        """Stream a request's outputs; when the caller leaves, the sequence is freed within a round.
+
+        `on_trial`: the request was in flight when an engine died. `avoid` is for the router and says which replica that
+        was.
+        """
+        async for event in self._channel.generate(request, on_trial):
+            yield replace(event, replica=self._id) if isinstance(event, Accepted) else event
 
     async def steps(self, last: int) -> StepLog:
         """What this replica's engine decided in its latest steps, at most `last` of them."""
@@ -75,13 +82,13 @@ class EngineReplica:
         return self._window.stats() | (self._heartbeats.stats() if self._heartbeats is not None else {})
 
     def check_health(self) -> None:
-        """The second net behind `_watch`."""
+        """The second net behind the watchdog."""
         self._gang.raise_end()
 
     def __del__(self) -> None:
         """Serve's graceful stop."""
-        for task in self._tasks:
-            task.cancel()
+        self._watchdog.stop()
+        self._tasks.cancel()
         self._channel.close()
 
     def _start_heartbeats(self, controller: DeploymentHandle | None) -> HeartbeatLoop | None:
@@ -92,35 +99,44 @@ class EngineReplica:
         loop = HeartbeatLoop(
             self._window, controller.heartbeat.remote, self._channel.set_policy, config.heartbeat_seconds
         )
-        self._tasks.append(asyncio.create_task(loop.run()))
+        self._tasks.start("heartbeat", loop.run, is_essential=False)
         return loop
 
     async def _until_ready(self) -> None:
         """Raises the error of the first member that could not start."""
         ready = asyncio.create_task(self._channel.ready.wait())
         timeout = self._args.health.startup_timeout_s
-        either: list[asyncio.Future[Any]] = [ready, *self._gang.runs.values()]
+        either: list[asyncio.Future[Any]] = [ready, *map(asyncio.wrap_future, self._gang.runs.values())]
         await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         self._gang.raise_end()
         if not ready.done():
             raise TimeoutError(f"the engine was not ready after health.startup_timeout_s={timeout}")
 
-    async def _watch(self) -> None:
-        """End this process when a member has ended or rank 0 is silent for too long."""
-        while not await self._gang.first_end(_WATCH_SECONDS):
-            if self._channel.seconds_of_silence > self._args.health.step_timeout_s:
-                self._exit(f"rank 0 was silent for {self._channel.seconds_of_silence:.0f} s")
-        await asyncio.sleep(_SETTLE_SECONDS)
-        words, died = self._gang.end()
-        if not died:
-            # An exception would follow the requests to the next gang, so they end here.
-            self._channel.fail_all(self._channel.failure or words)
-            await asyncio.sleep(_FAREWELL_SECONDS)
-        self._exit(words)
+    def _watch(self) -> None:
+        for name, run in self._gang.runs.items():
+            self._watchdog.watch(name, run)
+        self._watchdog.check(partial(find_silence, self._channel, self._args.health.step_timeout_s))
+        self._watchdog.start()
 
-    def _exit(self, reason: str) -> None:
-        logger.critical("the gang is lost, this replica ends: %s", reason)
-        os._exit(1)
+    def _say_farewell(self, loop: asyncio.AbstractEventLoop, reason: str) -> None:
+        """Called by the watchdog, in its thread."""
+        asyncio.run_coroutine_threadsafe(end_streams(self._channel, reason), loop).result(_FAREWELL_SECONDS)
+
+
+def find_silence(channel: EngineChannel, limit_seconds: float) -> str | None:
+    """What has been silent for too long, rank 0 or this process's own event loop; callable from any thread."""
+    if channel.seconds_without_beat > limit_seconds:
+        return f"the event loop stood still for {channel.seconds_without_beat:.0f} s"
+    if channel.seconds_of_silence > limit_seconds:
+        return f"rank 0 was silent for {channel.seconds_of_silence:.0f} s"
+    return None
+
+
+async def end_streams(channel: EngineChannel, reason: str) -> None:
+    """End every stream with EngineLost, and let that reach the callers."""
+    channel.lose(channel.failure or reason)
+    await channel.until_unread()
+    await asyncio.sleep(_TRANSPORT_SECONDS)
 
 
 def check_autoscaling(config: DeploymentConfig) -> None:

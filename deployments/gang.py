@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -25,15 +26,11 @@ class Gang:
     """Ordinary actors owned by the replica, so that they die when it does."""
 
     actors: list[ActorHandle]
-    runs: dict[str, asyncio.Future[None]]
-    """What each actor does for life, by the actor's name; the end of one is the end of the gang."""
+    runs: dict[str, Future[None]]
+    """What each actor does for life, by the actor's name; the end of one is the end of the gang. They end in Ray's
+    threads and not in the event loop."""
     places: tuple[Place, ...]
     """Where each actor is, in the same order."""
-
-    async def first_end(self, timeout_seconds: float) -> bool:
-        """Wait for the first run to end; False when none did in time."""
-        ended, _ = await asyncio.wait(self.runs.values(), timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
-        return bool(ended)
 
     def raise_end(self) -> None:
         """Raise the error of a run that has ended, unchanged: Serve restarts at once for a dead actor's."""
@@ -42,14 +39,8 @@ class Gang:
                 run.result()
                 raise RuntimeError(f"{name} ended its run")
 
-    def end(self) -> tuple[str, bool]:
-        """How the gang ended, in words, and whether a process died (rather than raised)."""
-        errors = {name: run.exception() for name, run in self.runs.items() if run.done()}
-        died = any(isinstance(e, RayActorError) and not isinstance(e, RayTaskError) for e in errors.values())
-        return "; ".join(f"{name}: {error!r}" for name, error in errors.items()), died
 
-
-async def start_gang(args: AppArgs, requests_address: str, outputs_address: str) -> Gang:
+async def start_gang(args: AppArgs, channel_address: str) -> Gang:
     """Start every actor, import what takes long, and let them meet; call it in a replica's constructor only.
 
     Actors called from a request would be cancelled with that request.
@@ -57,15 +48,14 @@ async def start_gang(args: AppArgs, requests_address: str, outputs_address: str)
     actors = _create_actors(args)
     places: list[Place] = await asyncio.gather(*(actor.prepare.remote() for actor in actors))
     spec = _spec(args, await actors[0].meeting_point.remote())
-    refs = {"verifier 0": actors[0].lead.remote(spec, requests_address, outputs_address)}
+    refs = {"verifier 0": actors[0].lead.remote(spec, channel_address, os.getpid(), args.health.step_timeout_s)}
     for rank in range(1, args.tensor_parallel_size):
         refs[f"verifier {rank}"] = actors[rank].follow.remote(spec, rank)
     if args.has_draft_actor:
         refs["drafter"] = actors[-1].draft.remote(spec)
     for name, place in zip(refs, places, strict=True):
         logger.info("%s is on node %s, with accelerators %s", name, place.node_id, place.accelerators)
-    runs = {name: asyncio.wrap_future(ref.future()) for name, ref in refs.items()}
-    return Gang(actors, runs, tuple(places))
+    return Gang(actors, {name: ref.future() for name, ref in refs.items()}, tuple(places))
 
 
 def _spec(args: AppArgs, meeting_point: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a request to text: asks an engine for tokens, finds stop strings, and moves on when an engine dies."""
+"""From a request to text: asks engines for tokens and finds stop strings."""
 
 from __future__ import annotations
 
@@ -8,42 +8,37 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
-from deployments.messages import Refusal, StepLog
+from deployments.messages import Accepted, EngineEvent, EngineLost, StepLog
+from deployments.resubmission import EngineBusy, EngineFailed, RequestRefused, ResubmissionPolicy, events_of
 from dspark_ray.text import TextStream
 from dspark_ray.tokenizer import Tokenizer
 from dspark_ray.types import Request, SequenceOutput, SpeculationStats, TokenLogprobs, VerificationPolicy
 
+__all__ = [
+    "EngineBusy",
+    "EngineClient",
+    "EngineFailed",
+    "EngineLost",
+    "Piece",
+    "RequestRefused",
+    "ResubmissionPolicy",
+    "generate_text",
+    "merge",
+]
+
 T = TypeVar("T")
-_BACKOFF_SECONDS = 0.1
-
-
-class EngineLost(Exception):
-    """The engine died while it served this request; another one can go on with it."""
-
-
-class EngineBusy(Exception):
-    """Every engine has as many requests as it may."""
-
-
-class EngineFailed(Exception):
-    """The engine gave this request up; another one would do the same."""
-
-
-class RequestRefused(Exception):
-    """The engine did not accept the request."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
 
 
 class EngineClient(Protocol):
-    """Any engine, however far away."""
+    """An engine, in process or remote."""
 
-    def generate(self, request: Request) -> AsyncGenerator[SequenceOutput | Refusal]:
-        """Outputs until one has a finish_reason, or one Refusal; closing it early aborts the request.
+    def generate(
+        self, request: Request, on_trial: bool = False, avoid: str | None = None
+    ) -> AsyncGenerator[EngineEvent]:
+        """Accepted, then outputs until one has a finish_reason; or one Refusal. Closing it early aborts the request.
 
-        Raises EngineLost and EngineBusy.
+        `on_trial`: no other request that was in flight when an engine died may be in the engine meanwhile. `avoid` is
+        the id of the replica to try last. Raises EngineLost, EngineBusy and EngineFailed.
         """
         ...
 
@@ -89,50 +84,22 @@ class Piece:
 
 
 async def generate_text(
-    client: EngineClient, tokenizer: Tokenizer, request: Request, max_resubmissions: int
+    client: EngineClient, tokenizer: Tokenizer, request: Request, resubmission: ResubmissionPolicy
 ) -> AsyncGenerator[Piece]:
-    """The pieces of one choice, the last one with a finish_reason.
+    """The pieces of one choice, the last one with a finish_reason; a silent one as soon as an engine has accepted it.
 
     Raises RequestRefused, EngineBusy, EngineFailed, and EngineLost when resubmitting did not help.
     """
     text = TextStream(tokenizer, request.sampling.stop)
-    async with aclosing(_outputs(client, request, max_resubmissions)) as outputs:
-        async for output in outputs:
-            piece = _piece(text, request, output)
+    async with aclosing(events_of(client, request, resubmission)) as events:
+        async for event in events:
+            if isinstance(event, Accepted):
+                yield Piece()
+                continue
+            piece = _piece(text, request, event)
             yield piece
             if piece.finish_reason is not None:
                 return
-
-
-async def _outputs(client: EngineClient, request: Request, max_resubmissions: int) -> AsyncGenerator[SequenceOutput]:
-    """What engines say about a request, one engine after the other where they die."""
-    produced = request.output_token_ids
-    for attempt in range(max_resubmissions + 1):
-        # Each attempt has its own id: an engine may still know the one before.
-        resumed = replace(request, request_id=f"{request.request_id}.{attempt}", output_token_ids=produced)
-        try:
-            async with aclosing(client.generate(resumed)) as outputs:
-                async for output in outputs:
-                    output = _accepted(output)
-                    produced += output.token_ids
-                    yield output
-                    if output.finish_reason is not None:
-                        return
-            raise EngineLost("the engine ended a request without a word")
-        except EngineLost:
-            if attempt == max_resubmissions:
-                raise
-        await asyncio.sleep(_BACKOFF_SECONDS * 2**attempt)
-
-
-def _accepted(output: SequenceOutput | Refusal) -> SequenceOutput:
-    if isinstance(output, Refusal):
-        raise RequestRefused(output)
-    if output.finish_reason == "error":
-        raise EngineFailed(output.error or "the engine failed")
-    if output.finish_reason == "abort":
-        raise EngineFailed("the engine aborted the request")
-    return output
 
 
 def _piece(text: TextStream, request: Request, output: SequenceOutput) -> Piece:

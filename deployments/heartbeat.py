@@ -102,7 +102,7 @@ def policy_of(decision: Decision) -> VerificationPolicy:
 
 
 class HeartbeatLoop:
-    """Speaks to the controller for as long as the replica lives, and lets nothing that happens there matter here.
+    """Sends heartbeats for the replica's lifetime; the controller's failures never affect the engine.
 
     A controller that is gone, slow or broken costs a log line; its last policy then expires in the engine.
     """
@@ -123,23 +123,23 @@ class HeartbeatLoop:
         self._valid_until = 0.0
 
     async def run(self) -> None:
-        """For ever."""
+        """Send heartbeats until cancelled."""
         self._window.start(self._clock())
         while True:
             await asyncio.sleep(self._period)
             await self.beat()
 
     async def beat(self) -> None:
-        """One heartbeat; raises nothing."""
+        """One heartbeat; raises nothing that the controller causes."""
         sample = self._window.take(self._clock())
         try:
             decision = await asyncio.wait_for(self._ask(sample), _PATIENCE * self._period)
+            self._apply(policy_of(decision))
         except Exception as error:  # Whatever it is, the engine has its own schedule.
             self._on_silence(error)
             return
         self._decision, self._period = decision, decision.heartbeat_seconds
         self._valid_until = self._clock() + decision.valid_seconds
-        self._apply(policy_of(decision))
         if not self._is_answered:
             self._is_answered = True
             logger.info("the load controller answers again")
@@ -156,7 +156,7 @@ class HeartbeatLoop:
     def _on_silence(self, error: Exception) -> None:
         if self._is_answered:
             self._is_answered = False
-            logger.warning("the load controller does not answer (%s); its policy expires", _words(error))
+            logger.warning("no usable answer from the load controller (%s); its policy expires", _words(error))
 
 
 def _words(error: Exception) -> str:

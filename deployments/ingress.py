@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -35,10 +35,11 @@ from deployments.generation import (
     EngineLost,
     Piece,
     RequestRefused,
+    ResubmissionPolicy,
     generate_text,
     merge,
 )
-from deployments.messages import Refusal, StepLog
+from deployments.messages import EngineEvent, StepLog
 from deployments.protocol import (
     MAX_CHOICES,
     Answer,
@@ -57,7 +58,7 @@ from deployments.protocol import (
     overloaded,
 )
 from dspark_ray.tokenizer import Tokenizer
-from dspark_ray.types import Request, RequestError, SamplingParams, SequenceOutput, VerificationPolicy
+from dspark_ray.types import Request, RequestError, SamplingParams, VerificationPolicy
 
 logger = logging.getLogger("ray.serve")
 
@@ -78,7 +79,7 @@ class Service:
     bos_token_id: int
     created: int = 0
     retry_after_s: int = 1
-    max_resubmissions: int = 3
+    resubmission: ResubmissionPolicy = field(default_factory=ResubmissionPolicy)
 
 
 @dataclass(frozen=True)
@@ -260,10 +261,7 @@ class _Tally:
 
 async def _answer(service: Service, body: GenerationRequest, job: _Job) -> Response:
     pieces = merge(
-        [
-            generate_text(service.client, service.tokenizer, request, service.max_resubmissions)
-            for request in job.requests
-        ]
+        [generate_text(service.client, service.tokenizer, request, service.resubmission) for request in job.requests]
     )
     tally = _Tally(job, service.gamma)
     if body.stream:
@@ -376,8 +374,9 @@ def _as_api_errors(service: Service) -> Iterator[None]:
         logger.error("a request was given up: %s", error)
         raise overloaded(503, "the engine was lost and no other took over", service.retry_after_s) from error
     except EngineFailed as error:
-        logger.error("a request failed: %s", error)
-        raise ApiError(500, f"the engine failed: {error}", kind="internal_server_error") from error
+        logger.error("request %s was given up: %s", error.request_id, error)
+        message = f"internal error (request id {error.request_id})"
+        raise ApiError(500, message, kind="internal_server_error") from error
 
 
 def _add_error_handlers(http: FastAPI, service: Service) -> None:
@@ -445,8 +444,10 @@ class HandleClient:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle, self._stream_handle = handle, handle.options(stream=True)
 
-    async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput | Refusal]:
-        stream = self._stream_handle.generate.remote(request)
+    async def generate(
+        self, request: Request, on_trial: bool = False, avoid: str | None = None
+    ) -> AsyncGenerator[EngineEvent]:
+        stream = self._stream_handle.generate.remote(request, on_trial=on_trial, avoid=avoid)
         try:
             with _translating():
                 async for output in stream:  # type: ignore[union-attr]
@@ -505,6 +506,9 @@ def _translating() -> Iterator[None]:
 
 def _translated(error: Exception) -> Exception:
     """A dead process is a lost engine; an exception of living code is a failure of its own."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, EngineLost):
+        return EngineLost(cause.reason, cause.in_flight)
     if isinstance(error, BackPressureError):
         return EngineBusy(error.message)
     died = isinstance(error, RayActorError)
@@ -529,7 +533,10 @@ class Ingress:
             bos_token_id=model_config.bos_token_id,
             created=int((args.checkpoint / "config.json").stat().st_mtime),
             retry_after_s=args.limits.retry_after_s,
-            max_resubmissions=args.limits.max_resubmissions,
+            resubmission=ResubmissionPolicy(
+                max_losses=args.limits.max_resubmissions,
+                deadline_seconds=args.limits.resubmission_deadline_s,
+            ),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from autoscale.controller import Bounds, ControllerConfig, Decision, LoadController
 from autoscale.probe import LoadProbe
 from autoscale.signals import LoadSample, NodeLoad
-from deployments.metrics import LoadMetrics
+from deployments.metrics import LoadMetrics, failure_counter
 
 logger = logging.getLogger("ray.serve")
 
@@ -120,6 +120,7 @@ class LoadControllerReplica:
     async def __init__(self, config: ControllerConfig, model_name: str) -> None:  # type: ignore[misc]  # Serve awaits it
         self._controller = LoadController(config)
         self._metrics = LoadMetrics(model_name)
+        self._count_failure = failure_counter(model_name)
         self._probes = Probes()
         self._watching = asyncio.create_task(self._watch())
 
@@ -161,20 +162,31 @@ class LoadControllerReplica:
             self._watching.result()
 
     async def _watch(self) -> None:
-        """Poll the probes, for ever."""
+        """Poll the probes, until cancelled.
+
+        Ray's view of the nodes cannot be had while its head restarts; operators' bounds have to outlive that, so a
+        failed round is logged and counted, and the next one is tried.
+        """
         while True:
             started = time.monotonic()
-            loads, left = await self._probes.poll()
-            now = time.monotonic()
-            for load in loads:
-                self._controller.on_node(load, now)
-            for node_id in left:
-                logger.info("node %s has left", node_id)
-                self._controller.forget_node(node_id)
-            for replica in self._controller.forget_silent(now):
-                logger.info("replica %s is silent: forgotten", replica)
-            self._metrics.on_nodes(loads)
-            await asyncio.sleep(max(0.0, POLL_SECONDS - (now - started)))
+            try:
+                await self._watch_once()
+            except Exception:
+                logger.exception("the nodes could not be polled")
+                self._count_failure("watch")
+            await asyncio.sleep(max(0.0, POLL_SECONDS - (time.monotonic() - started)))
+
+    async def _watch_once(self) -> None:
+        loads, left = await self._probes.poll()
+        now = time.monotonic()
+        for load in loads:
+            self._controller.on_node(load, now)
+        for node_id in left:
+            logger.info("node %s has left", node_id)
+            self._controller.forget_node(node_id)
+        for replica in self._controller.forget_silent(now):
+            logger.info("replica %s is silent: forgotten", replica)
+        self._metrics.on_nodes(loads)
 
 
 def _sentence(sample: LoadSample, before: Bounds, decision: Decision) -> str:

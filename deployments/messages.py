@@ -1,6 +1,6 @@
-"""What the engine replica and verifier rank 0 say to each other, over ZeroMQ on the loopback of one node.
+"""Messages between the Engine replica and verifier rank 0, over ZeroMQ on one node.
 
-Messages are JSON, so that whatever connects to the port can be refused but never run.
+Messages are JSON, so that a frame can be refused but never run.
 """
 
 from __future__ import annotations
@@ -8,14 +8,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from dspark_ray.types import Request, StepOutput, StepRecord, VerificationPolicy
+from dspark_ray.types import Request, SequenceOutput, StepOutput, StepRecord, VerificationPolicy
 
 MAX_STEPS = 1000
 """Steps whose records a replica keeps."""
 
-RefusalReason = Literal["invalid", "queue_full"]
+TRIAL_TOKENS = 16
+"""A suspect, which was in flight when an engine died, is trusted again once it has produced so many tokens alone."""
+
+RefusalReason = Literal["invalid", "queue_full", "failed"]
+"""The request is wrong; the engine has no room for it now; the engine's own code failed on it."""
+
+
+class EngineLost(Exception):
+    """The engine that had this request died or cannot be reached; another one can go on with it."""
+
+    def __init__(self, reason: str, in_flight: bool = False) -> None:
+        """`in_flight`: the engine had begun with the request, so the request may be why it died."""
+        super().__init__(reason, in_flight)
+        self.reason, self.in_flight = reason, in_flight
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +56,13 @@ class SetPolicy:
 
     policy: VerificationPolicy
     kind: Literal["set_policy"] = "set_policy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ping:
+    """Replica to rank 0, once a second: the replica's event loop runs."""
+
+    kind: Literal["ping"] = "ping"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +97,16 @@ class Outputs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """Rank 0 to replica to ingress: the engine has this request, and outputs follow."""
+
+    request_id: str
+    replica: str | None = None
+    """The id of the Engine replica, which the replica fills in."""
+    kind: Literal["accepted"] = "accepted"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Refusal:
     """Rank 0 to replica to ingress: this request was not accepted."""
 
@@ -101,9 +134,11 @@ class StepLog:
     records: list[StepRecord]
 
 
-ToRank0 = Submit | Abort | SetPolicy | Close
-FromRank0 = Ready | Heartbeat | Outputs | Refusal | Failed
+ToRank0 = Submit | Abort | SetPolicy | Ping | Close
+FromRank0 = Ready | Heartbeat | Accepted | Outputs | Refusal | Failed
 Message = ToRank0 | FromRank0
+EngineEvent = Accepted | SequenceOutput | Refusal
+"""What an engine tells of one request."""
 
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(
     Annotated[Message, Field(discriminator="kind")], config=ConfigDict(ser_json_inf_nan="constants")
@@ -118,3 +153,19 @@ def encode(message: Message) -> bytes:
 def decode(data: bytes) -> Message:
     """Raises pydantic.ValidationError for anything that `encode` did not write."""
     return _ADAPTER.validate_json(data)
+
+
+class _RequestId(BaseModel):
+    request_id: str
+
+
+class _FrameWithRequest(BaseModel):
+    request: _RequestId
+
+
+def request_id_of(frame: bytes) -> str | None:
+    """The id of the request in a Submit that `decode` refuses; None where there is none."""
+    try:
+        return _FrameWithRequest.model_validate_json(frame).request.request_id
+    except ValidationError:
+        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ray.serve.metrics import Counter, Gauge, Histogram
@@ -107,6 +107,12 @@ class LoadMetrics:
         _show(self._power, device.power_watts, tags)
         for unit in ("sm", "tensor", "dram"):
             _show(self._activity, getattr(device, f"{unit}_activity"), {**tags, "unit": unit})
+
+
+def failure_counter(model_name: str) -> Callable[[str], None]:
+    """Counts failures of background tasks, by the task's name."""
+    counter = _Maker(model_name).counter("background_failures", "Background tasks that raised or ended.", "task")
+    return lambda task: counter.inc(tags={"task": task})
 
 
 class StepMetrics:

@@ -1,8 +1,12 @@
-"""The actors of one gang: each is one long `run`, whose end is its death."""
+"""The actors of one gang: each runs one long task; when that returns or raises, the gang is lost."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+import os
+import signal
 import socket
 import time
 from typing import Any, Protocol
@@ -12,8 +16,10 @@ import zmq
 from pydantic import ValidationError
 
 from autoscale.signals import Place
+from deployments.channel import MAX_FRAMES
 from deployments.messages import (
     Abort,
+    Accepted,
     Close,
     Failed,
     FromRank0,
@@ -26,6 +32,7 @@ from deployments.messages import (
     Submit,
     decode,
     encode,
+    request_id_of,
 )
 from dspark_ray.types import QueueFullError, Request, RequestError, StepOutput, VerificationPolicy
 
@@ -53,41 +60,59 @@ class SteppingEngine(Protocol):
     def close(self) -> None: ...
 
 
-class StepLoop:
-    """Runs an engine between two sockets until told to close."""
+class ReplicaSilent(Exception):
+    """The Engine replica neither sends nor takes messages: its process or its event loop stands still."""
 
-    def __init__(self, engine: SteppingEngine, inbox: zmq.Socket, outbox: zmq.Socket) -> None:
-        self._engine, self._inbox, self._outbox = engine, inbox, outbox
+
+class StepLoop:
+    """Runs an engine on one end of a channel until told to close."""
+
+    def __init__(self, engine: SteppingEngine, channel: zmq.Socket, max_silence_seconds: float = math.inf) -> None:
+        """`channel` is a connected PAIR socket. A replica that is silent for longer than `max_silence_seconds` is
+        given up."""
+        self._engine, self._channel = engine, channel
+        self._max_silence = max_silence_seconds
+        if math.isfinite(max_silence_seconds):
+            channel.sndtimeo = int(max_silence_seconds * 1000)
         self._closed = False
-        self._spoke_at = time.monotonic()
+        self._spoke_at = self._heard_at = time.monotonic()
 
     def run(self) -> None:
-        """Step while there is work, else sleep on the inbox; an exception is reported and raised again."""
+        """Step while there is work, else sleep on the channel; an exception is reported and raised again.
+
+        Raises ReplicaSilent.
+        """
         try:
             while not self._closed:
-                self._read_inbox()
+                self._read_frames()
                 if self._engine.has_unfinished():
                     self._send(Outputs(step=self._engine.step()))
                 elif time.monotonic() - self._spoke_at >= HEARTBEAT_SECONDS:
                     self._engine.keep_alive()
                     self._send(Heartbeat())
             self._engine.close()
+        except ReplicaSilent:
+            raise
         except Exception as error:
-            self._send(Failed(message=f"{type(error).__name__}: {error}"))
+            with contextlib.suppress(zmq.ZMQError, ReplicaSilent):  # The error counts, not that it could not be sent.
+                self._send(Failed(message=f"{type(error).__name__}: {error}"))
             raise
 
-    def _read_inbox(self) -> None:
+    def _read_frames(self) -> None:
         """Take everything that has arrived; wait for it only when there is nothing to step."""
         if not self._engine.has_unfinished():
-            self._inbox.poll(int(HEARTBEAT_SECONDS * 1000))
-        while not self._closed and self._inbox.poll(0):
-            self._obey(self._inbox.recv())
+            self._channel.poll(int(HEARTBEAT_SECONDS * 1000))
+        while not self._closed and self._channel.poll(0):
+            self._heard_at = time.monotonic()
+            self._handle(self._channel.recv())
+        if time.monotonic() - self._heard_at > self._max_silence:
+            raise ReplicaSilent(f"the replica was silent for {self._max_silence:.0f} s")
 
-    def _obey(self, frame: bytes) -> None:
+    def _handle(self, frame: bytes) -> None:
         try:
             message = decode(frame)
-        except ValidationError:
-            logger.exception("a frame that is not a message was ignored")
+        except ValidationError as error:
+            self._refuse_frame(frame, error)
             return
         if isinstance(message, Submit):
             self._submit(message.request)
@@ -99,19 +124,49 @@ class StepLoop:
             self._closed = True
 
     def _submit(self, request: Request) -> None:
+        """Whatever adding a request raises is that request's affair."""
         try:
             self._engine.add_request(request)
         except RequestError as error:
-            self._refuse(request, "invalid", str(error), error.param)
+            self._refuse(request.request_id, "invalid", str(error), error.param)
         except QueueFullError as error:
-            self._refuse(request, "queue_full", str(error))
+            self._refuse(request.request_id, "queue_full", str(error))
+        except Exception as error:
+            logger.exception("request %s could not be added", request.request_id)
+            self._refuse(request.request_id, "failed", f"{type(error).__name__}: {error}")
+        else:
+            self._send(Accepted(request_id=request.request_id))
 
-    def _refuse(self, request: Request, reason: RefusalReason, message: str, param: str | None = None) -> None:
-        self._send(Refusal(request_id=request.request_id, reason=reason, message=message, param=param))
+    def _refuse_frame(self, frame: bytes, error: ValidationError) -> None:
+        request_id = request_id_of(frame)
+        logger.error("a frame that is no message (request %s): %s", request_id, error)
+        if request_id is not None:
+            cause = error.errors()[0].get("ctx", {}).get("error")
+            if isinstance(cause, RequestError):
+                self._refuse(request_id, "invalid", str(cause), cause.param)
+            else:
+                self._refuse(request_id, "failed", f"the request could not be decoded: {error}")
+
+    def _refuse(self, request_id: str, reason: RefusalReason, message: str, param: str | None = None) -> None:
+        self._send(Refusal(request_id=request_id, reason=reason, message=message, param=param))
 
     def _send(self, message: FromRank0) -> None:
-        self._outbox.send(encode(message))
+        try:
+            self._channel.send(encode(message))
+        except zmq.Again:
+            raise ReplicaSilent(f"the replica took no message for {self._max_silence:.0f} s") from None
         self._spoke_at = time.monotonic()
+
+
+class ReplicaProcess:
+    """The process of the Engine replica, held so that its id cannot come to name another process."""
+
+    def __init__(self, pid: int) -> None:
+        self._descriptor = os.pidfd_open(pid)
+
+    def kill(self) -> None:
+        """Also when it is stopped by a signal; Ray then ends its actors, and Serve starts another replica."""
+        signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
 
 
 def _log_profiling(num_done: int, num_sizes: int) -> None:
@@ -156,19 +211,27 @@ class VerifierWorker(_Worker):
             free.bind((address, 0))
             return f"tcp://{address}:{free.getsockname()[1]}"
 
-    def lead(self, spec: dict[str, Any], inbox_address: str, outbox_address: str) -> None:
-        """Be rank 0 until the replica says Close; the addresses are where the replica listens."""
+    def lead(self, spec: dict[str, Any], address: str, replica_pid: int, max_silence_seconds: float) -> None:
+        """Run as rank 0 until the replica sends Close; `address` is the replica's channel.
+
+        A replica that is silent for longer than `max_silence_seconds` is killed: Serve would stop it gracefully, which
+        takes as long as the longest answer.
+        """
         from dspark_ray.runtime import GangSpec, join_as_leader, leave_gang
 
+        replica = ReplicaProcess(replica_pid)
         engine = join_as_leader(GangSpec(**spec), _log_profiling)
         context = zmq.Context()
-        inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-        outbox.set_hwm(0)
-        inbox.connect(inbox_address)
-        outbox.connect(outbox_address)
-        outbox.send(encode(Ready(gamma=engine.gamma, num_pages=engine.scheduler.pool.num_pages)))
+        channel = context.socket(zmq.PAIR)
+        channel.set_hwm(MAX_FRAMES)
+        channel.connect(address)
+        channel.send(encode(Ready(gamma=engine.gamma, num_pages=engine.scheduler.pool.num_pages)))
         try:
-            StepLoop(engine, inbox, outbox).run()
+            StepLoop(engine, channel, max_silence_seconds).run()
+        except ReplicaSilent as error:
+            logger.critical("%s: it is killed", error)
+            replica.kill()
+            raise
         finally:
             context.destroy(linger=_FLUSH_MILLISECONDS)
         leave_gang()

@@ -35,6 +35,10 @@ class EchoEngine:
     policies: list[VerificationPolicy] = field(default_factory=list)
     step_gate: threading.Event = field(default_factory=threading.Event)
     breaks: bool = False
+    chokes_on: str = ""
+    """The id of the request that raises when it is added."""
+    most_suspects: int = 0
+    """That ran at the same time, by their ids."""
     num_steps: int = 0
     _running: dict[str, tuple[Request, int]] = field(default_factory=dict)
 
@@ -43,13 +47,19 @@ class EchoEngine:
 
     def reset(self) -> None:
         """As new, for the next test."""
-        self.max_requests, self.breaks = 64, False
+        self.max_requests, self.breaks, self.chokes_on = 64, False, ""
         self.seen.clear()
         self.aborted.clear()
         self.policies.clear()
         self.step_gate.set()
 
+    @property
+    def running(self) -> list[Request]:
+        return [request for request, _ in list(self._running.values())]
+
     def add_request(self, request: Request) -> None:
+        if request.request_id == self.chokes_on:
+            raise RuntimeError("cannot add it")
         for token in request.prompt_token_ids:
             if not 0 <= token < self.vocab_size:
                 raise RequestError("prompt", f"prompt has token id {token}: expected 0..{self.vocab_size - 1}")
@@ -57,6 +67,7 @@ class EchoEngine:
             raise QueueFullError(f"{len(self._running)} requests are waiting")
         self.seen.append(request)
         self._running[request.request_id] = request, len(request.output_token_ids)
+        self.most_suspects = max(self.most_suspects, sum(name.startswith("suspect") for name in self._running))
 
     def abort(self, request_id: str) -> None:
         if self._running.pop(request_id, None) is not None:

@@ -15,10 +15,11 @@ from byte_tokenizer import BOS
 from echo_engine import EchoEngine
 
 from deployments.admin import ControllerClient
-from deployments.channel import EngineChannel
+from deployments.channel import MAX_FRAMES, EngineChannel
 from deployments.generation import EngineBusy, EngineLost
 from deployments.ingress import Service, build_http
-from deployments.messages import Refusal, StepLog
+from deployments.messages import EngineEvent, Ready, StepLog, encode
+from deployments.resubmission import ResubmissionPolicy
 from deployments.workers import StepLoop
 from dspark_ray.tokenizer import Tokenizer
 from dspark_ray.types import Request, SequenceOutput, VerificationPolicy
@@ -27,13 +28,31 @@ MAX_MODEL_LEN = 256
 
 
 @contextlib.contextmanager
-def running_loop(engine: EchoEngine, channel: EngineChannel) -> Iterator[threading.Thread]:
-    """Rank 0's step loop on the other end of the channel; ends when the channel is closed."""
+def running_loop(
+    engine: EchoEngine,
+    channel: EngineChannel,
+    closes: bool = False,
+    says_ready: bool = True,
+    max_frames: int = MAX_FRAMES,
+) -> Iterator[threading.Thread]:
+    """Rank 0's step loop on the other end of the channel; ends when the channel is closed.
+
+    With `closes` its end of the channel closes with the loop, as where the process of rank 0 ends.
+    """
     context = zmq.Context()
-    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    inbox.connect(channel.requests_address)
-    outbox.connect(channel.outputs_address)
-    thread = threading.Thread(target=_run_quietly, args=(StepLoop(engine, inbox, outbox),), daemon=True)
+    rank_0 = context.socket(zmq.PAIR)
+    rank_0.set_hwm(max_frames)
+    rank_0.connect(channel.address)
+    if says_ready:
+        rank_0.send(encode(Ready(gamma=5, num_pages=1)))
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            StepLoop(engine, rank_0).run()
+        if closes:
+            context.destroy(linger=100)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield thread
@@ -41,11 +60,6 @@ def running_loop(engine: EchoEngine, channel: EngineChannel) -> Iterator[threadi
         channel.close()
         thread.join(10)
         context.destroy(linger=0)
-
-
-def _run_quietly(loop: StepLoop) -> None:
-    with contextlib.suppress(RuntimeError):
-        loop.run()
 
 
 class ChannelClient:
@@ -57,17 +71,26 @@ class ChannelClient:
 
     def reset(self) -> None:
         self.healthy = True
+        self.trials: list[bool] = []
+        """Whether each attempt so far was on trial."""
         self.is_busy = False
         self.num_losses = 0
-        """How many streams still break off after their first output."""
+        """How many streams still break off."""
+        self.tokens_before_loss = 1
+        """Of each stream that breaks off, counted from its submission to this engine."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput | Refusal]:
+    async def generate(
+        self, request: Request, on_trial: bool = False, avoid: str | None = None
+    ) -> AsyncGenerator[EngineEvent]:
         if self.is_busy:
             raise EngineBusy("too many queued requests")
-        async with contextlib.aclosing(self._channel.generate(request)) as outputs:
-            async for output in outputs:
-                yield output
-                if self.num_losses > 0:
+        self.trials.append(on_trial)
+        num_tokens = 0
+        async with contextlib.aclosing(self._channel.generate(request, on_trial)) as events:
+            async for event in events:
+                yield event
+                num_tokens += len(event.token_ids) if isinstance(event, SequenceOutput) else 0
+                if self.num_losses > 0 and num_tokens >= self.tokens_before_loss:
                     self.num_losses -= 1
                     raise EngineLost("lost on purpose")
 
@@ -131,7 +154,7 @@ async def _serve(
         max_model_len=MAX_MODEL_LEN,
         gamma=5,
         bos_token_id=BOS,
-        max_resubmissions=2,
+        resubmission=ResubmissionPolicy(max_losses=2, deadline_seconds=2),
     )
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(build_http(service), log_level="warning", lifespan="off"))

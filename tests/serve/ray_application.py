@@ -114,8 +114,8 @@ def running_yaml(config: dict[str, Any]) -> Iterator[Application]:
 
 
 @contextlib.contextmanager
-def local_ray(directory: str, num_cpus: int) -> Iterator[None]:
-    """A cluster of one node that nobody else can meet."""
+def local_ray(directory: str, num_cpus: int, **options: Any) -> Iterator[None]:
+    """A cluster of one node that no other test can meet; `options` are ray.init's."""
     ray.init(
         address="local",
         include_dashboard=False,
@@ -123,6 +123,7 @@ def local_ray(directory: str, num_cpus: int) -> Iterator[None]:
         object_store_memory=80 * 2**20,
         _temp_dir=directory,
         log_to_driver=False,
+        **options,
     )
     try:
         yield

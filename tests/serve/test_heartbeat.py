@@ -147,7 +147,7 @@ async def test_a_controller_in_trouble_costs_one_line_and_nothing_else(window, c
         await loop.beat()
     assert applied == []
     assert len(caplog.records) == 1
-    assert "does not answer" in caplog.text
+    assert "no usable answer" in caplog.text
     assert "story" not in caplog.text
 
 

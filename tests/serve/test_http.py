@@ -14,6 +14,7 @@ import pytest
 from byte_tokenizer import EOS
 from http_server import MAX_MODEL_LEN, Server
 
+from deployments.messages import TRIAL_TOKENS
 from dspark_ray.cli import main
 from dspark_ray.types import StepRecord, VerificationPolicy
 
@@ -400,21 +401,39 @@ def test_a_client_that_leaves_frees_its_sequence(server, echo):
 
 def test_a_lost_engine_is_replaced_and_the_stream_goes_on(client, server, echo):
     whole = complete(client, "abcdefg", max_tokens=20, seed=3).choices[0].text
-    server.client.num_losses = 2
+    server.client.num_losses = 1
     chunks = complete(client, "abcdefg", max_tokens=20, seed=3, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole
-    assert [len(request.output_token_ids) for request in echo.seen] == [0, 0, 3, 6]
+    assert [len(request.output_token_ids) for request in echo.seen] == [0, 0, 3]
+    assert server.client.trials == [False, False, True]
+
+
+def test_a_request_whose_second_engine_dies_at_once_is_given_up_with_its_id(client, server, echo):
+    server.client.num_losses = 10
+    with pytest.raises(openai.InternalServerError, match=r"internal error \(request id [^ ]+\)") as caught:
+        complete(client, max_tokens=200)
+    assert caught.value.status_code == 500
+    assert len(echo.seen) == 2
+    assert "lost on purpose" not in str(caught.value)
+
+
+def test_a_request_that_has_gone_on_for_long_enough_is_trusted_again(client, server, echo):
+    whole = complete(client, "abcdefg", max_tokens=60, seed=3).choices[0].text
+    server.client.reset()
+    server.client.num_losses, server.client.tokens_before_loss = 2, TRIAL_TOKENS
+    assert complete(client, "abcdefg", max_tokens=60, seed=3).choices[0].text == whole
+    assert len(echo.seen) == 4
 
 
 def test_an_engine_that_is_lost_too_often_is_503(client, server):
-    server.client.num_losses = 10
+    server.client.num_losses, server.client.tokens_before_loss = 10, TRIAL_TOKENS
     with pytest.raises(openai.InternalServerError) as caught:
         complete(client, max_tokens=200)
     assert caught.value.status_code == 503
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_an_event(client, server):
-    server.client.num_losses = 10
+    server.client.num_losses, server.client.tokens_before_loss = 10, TRIAL_TOKENS
     with pytest.raises(openai.APIError, match="the engine was lost"):
         list(complete(client, max_tokens=200, stream=True))
 

@@ -1,0 +1,289 @@
+"""What ends a replica: its watchdog, whatever its event loop does, and its background tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import pytest
+import zmq
+from http_server import running_loop
+
+from autoscale.controller import Bounds, ControllerConfig, LoadController
+from autoscale.signals import NodeLoad
+from deployments import load
+from deployments.channel import EngineChannel
+from deployments.engine import end_streams, find_silence
+from deployments.load import LoadControllerReplica, Probes
+from deployments.messages import EngineLost, Ping, encode
+from deployments.supervision import BackgroundTasks, Watchdog
+from deployments.workers import ReplicaSilent, StepLoop
+from dspark_ray.types import Request, SamplingParams
+
+
+@dataclass
+class Exits:
+    """Stands in for os._exit."""
+
+    codes: list[int] = field(default_factory=list)
+    called: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, code: int) -> None:
+        self.codes.append(code)
+        self.called.set()
+
+
+@pytest.fixture
+def exits() -> Exits:
+    return Exits()
+
+
+@pytest.fixture
+def farewells() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def watchdog(exits: Exits, farewells: list[str]) -> Iterator[Watchdog]:
+    dog = Watchdog(farewells.append, exits)
+    yield dog
+    dog.stop()
+
+
+def test_the_end_of_a_run_ends_the_process_with_its_reason(watchdog, exits, farewells):
+    run: Future[None] = Future()
+    watchdog.watch("verifier 1", run)
+    watchdog.start()
+    run.set_exception(RuntimeError("out of memory"))
+    assert exits.called.wait(10)
+    assert exits.codes == [1]
+    assert farewells == ["verifier 1 failed: RuntimeError('out of memory')"]
+
+
+def test_a_run_that_returns_ends_the_process_too(watchdog, exits, farewells):
+    run: Future[None] = Future()
+    run.set_result(None)
+    watchdog.watch("drafter", run)
+    watchdog.start()
+    assert exits.called.wait(10)
+    assert farewells == ["drafter ended its run"]
+
+
+def test_a_fault_that_a_check_finds_ends_the_process(watchdog, exits, farewells):
+    faults: list[str | None] = [None, None, "rank 0 was silent"]
+    watchdog.check(lambda: faults.pop(0) if faults else None)
+    watchdog.start()
+    assert exits.called.wait(10)
+    assert farewells == ["rank 0 was silent"]
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_farewell_that_hangs_or_raises_does_not_keep_the_process(exits, hangs):
+    release = threading.Event()
+
+    def say_farewell(reason: str) -> None:
+        if hangs:
+            release.wait(60)
+        raise RuntimeError
+
+    watchdog = Watchdog(say_farewell, exits)
+    watchdog.start()
+    watchdog.lose("lost")
+    assert exits.called.wait(20)
+    watchdog.stop()
+    release.set()
+
+
+def test_a_replica_that_closes_lets_its_runs_end(watchdog, exits):
+    run: Future[None] = Future()
+    watchdog.watch("verifier 0", run)
+    watchdog.start()
+    watchdog.stop()
+    run.set_result(None)
+    assert not exits.called.wait(1.5)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 0.6, 0.9])
+async def test_a_rank_that_raises_ends_the_process_and_its_streams_whenever_it_does(engine, exits, seconds):
+    """With all that a replica sends: requests, aborts, pings and policies, at every moment after the failure."""
+    channel = EngineChannel()
+    loop = asyncio.get_running_loop()
+    watchdog = Watchdog(
+        lambda reason: asyncio.run_coroutine_threadsafe(end_streams(channel, reason), loop).result(1.0), exits
+    )
+    tasks = BackgroundTasks(lambda name: None, watchdog.lose)
+    tasks.start("listen", channel.listen, is_essential=True)
+    tasks.start("beat", channel.beat, is_essential=True)
+    run: Future[None] = Future()
+    watchdog.watch("verifier 0", run)
+    watchdog.check(lambda: find_silence(channel, 30.0))
+    watchdog.start()
+    with running_loop(engine, channel, closes=True) as thread:
+        await asyncio.wait_for(channel.ready.wait(), 10)
+        await asyncio.sleep(seconds)
+        engine.breaks = True
+        first = asyncio.create_task(read(channel, "first"))
+        ended = asyncio.create_task(asyncio.to_thread(fail_when_it_ends, thread, run))
+        stranded = [asyncio.create_task(read(channel, f"r{n}")) async for n in every(0.02, 40)]
+        assert await asyncio.to_thread(exits.called.wait, 10)
+        await ended
+        results = await asyncio.gather(first, *stranded, return_exceptions=True)
+        assert all(isinstance(result, EngineLost) for result in results)
+        assert results[0].in_flight
+        assert "the engine broke on purpose" in results[0].reason
+        tasks.cancel()
+        watchdog.stop()
+
+
+async def read(channel: EngineChannel, request_id: str) -> int:
+    request = Request(request_id=request_id, prompt_token_ids=(5,), sampling=SamplingParams(max_tokens=90))
+    return len([event async for event in channel.generate(request)])
+
+
+async def every(seconds: float, count: int):
+    for n in range(count):
+        await asyncio.sleep(seconds)
+        yield n
+
+
+def fail_when_it_ends(thread: threading.Thread, run: Future[None]) -> None:
+    thread.join()
+    run.set_exception(RuntimeError("the engine broke on purpose"))
+
+
+async def test_an_event_loop_that_stands_still_is_found_by_the_thread(exits):
+    channel = EngineChannel()
+    watchdog = Watchdog(lambda reason: None, exits)
+    beating = asyncio.create_task(channel.beat())
+    watchdog.check(lambda: find_silence(channel, 1.5))
+    watchdog.start()
+    await asyncio.sleep(0.1)
+    time.sleep(4)  # the fault under test
+    assert exits.called.is_set()
+    assert "the event loop stood still" in watchdog.reason
+    beating.cancel()
+    channel.close()
+    watchdog.stop()
+
+
+@pytest.mark.parametrize("replica", ["silent", "deaf"])
+def test_rank_0_gives_up_a_replica_that_stands_still(replica, engine):
+    with zmq.Context() as context, context.socket(zmq.PAIR) as far, context.socket(zmq.PAIR) as near:
+        far.set_hwm(1)
+        near.set_hwm(1)
+        near.linger = far.linger = 0
+        near.connect(f"tcp://127.0.0.1:{far.bind_to_random_port('tcp://127.0.0.1')}")
+        loop = StepLoop(engine, near, max_silence_seconds=1.5)
+        if replica == "deaf":
+            # It has asked for more than the sockets hold, and reads none of it.
+            request = Request(
+                request_id="r",
+                prompt_token_ids=tuple(range(5, 9)),
+                sampling=SamplingParams(max_tokens=10**6, logprobs=20),
+            )
+            engine.add_request(request)
+            keep_alive = threading.Thread(target=send_pings, args=(far, 8.0))
+            keep_alive.start()
+        with pytest.raises(ReplicaSilent):
+            loop.run()
+        if replica == "deaf":
+            keep_alive.join()
+
+
+def send_pings(socket: zmq.Socket, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            socket.send(encode(Ping()), zmq.DONTWAIT)
+        except zmq.Again:
+            return
+        time.sleep(0.1)
+
+
+# Background tasks.
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+        self.ends: list[str] = []
+
+    def tasks(self) -> BackgroundTasks:
+        return BackgroundTasks(self.failures.append, self.ends.append)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_an_essential_task_that_raises_is_counted_and_reported():
+    async def work() -> None:
+        raise ValueError("a bug")
+
+    recorder = Recorder()
+    recorder.tasks().start("listen", work, is_essential=True)
+    await until(lambda: bool(recorder.ends))
+    assert recorder.failures == ["listen"]
+    assert recorder.ends == ["listen failed: ValueError('a bug')"]
+
+
+async def test_another_task_that_raises_is_started_again():
+    calls = []
+
+    async def work() -> None:
+        calls.append(len(calls))
+        if len(calls) == 1:
+            raise ValueError("a bug")
+        await asyncio.sleep(60)
+
+    recorder = Recorder()
+    tasks = recorder.tasks()
+    tasks.start("heartbeat", work, is_essential=False)
+    await until(lambda: len(calls) == 2)
+    assert (recorder.failures, recorder.ends) == (["heartbeat"], [])
+    tasks.cancel()
+
+
+async def test_a_cancelled_task_is_no_failure():
+    recorder = Recorder()
+    tasks = recorder.tasks()
+    tasks.start("listen", lambda: asyncio.sleep(60), is_essential=True)
+    await asyncio.sleep(0)
+    tasks.cancel()
+    await asyncio.sleep(0.05)
+    assert (recorder.failures, recorder.ends) == ([], [])
+
+
+async def test_a_controller_goes_on_when_the_nodes_cannot_be_listed(monkeypatch, caplog):
+    rounds: list[int] = []
+
+    async def poll(self: Probes) -> tuple[list[NodeLoad], list[str]]:
+        rounds.append(len(rounds))
+        if len(rounds) <= 2:
+            raise ConnectionError("the head is restarting")
+        return [], []
+
+    monkeypatch.setattr(Probes, "poll", poll)
+    monkeypatch.setattr(load, "POLL_SECONDS", 0.01)
+    counted: list[str] = []
+    controller = object.__new__(LoadControllerReplica.func_or_class)
+    controller._controller = LoadController(ControllerConfig())
+    controller._controller.override(Bounds(threshold=0.5), None, 0.0)
+    controller._probes, controller._metrics, controller._count_failure = Probes(), FakeMetrics(), counted.append
+    controller._watching = asyncio.create_task(controller._watch())
+    await until(lambda: len(rounds) >= 4)
+    controller.check_health()
+    controller._watching.cancel()
+    assert counted == ["watch"] * 2
+    assert "the head is restarting" in caplog.text
+
+
+class FakeMetrics:
+    def on_nodes(self, loads: list[NodeLoad]) -> None:
+        pass
