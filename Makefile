@@ -22,7 +22,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 # Two ranks and a drafter share the cores of a laptop: one thread each is faster than a crowd.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install serve generate test lint format bench bench-schedule bench-controller bench-kernels clean
+.PHONY: help install serve generate test lint format bench bench-schedule bench-controller bench-kernels gpu-day clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -73,6 +73,12 @@ bench-controller: $(INSTALLED) ## Simulate load control and autoscaling; writes 
 
 bench-kernels: $(INSTALLED) ## Measure every kernel against its floor and a compiled reference (needs a GPU).
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+# On a machine whose own Python has torch with CUDA, nothing is installed: such machines often reach no package index.
+gpu-day: ## Everything that only a GPU can tell, in nine minutes (ARGS=--dry-run goes through it without one).
+	@if $(PYTHON) -c 'import torch, triton; assert torch.cuda.is_available()' 2>/dev/null; then python="$(PYTHON)"; \
+	else $(MAKE) --no-print-directory install; python=$(BIN)/python; fi; \
+	PYTHONPATH=kernels:. "$$python" -m benchmarks.gpu_day $(ARGS)
 
 clean: ## Remove the virtual environment and caches; scratch work in .build stays.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -3,6 +3,7 @@ reference.
 
     python -m benchmarks.kernels                                on a GPU: measure all that the results do not have yet
     python -m benchmarks.kernels --ops mhc_read,moe --requests 1,32
+    python -m benchmarks.kernels --without-baseline             not the references, which take long to compile
     python -m benchmarks.kernels --readme                       fill the tables of kernels/README.md, measure nothing
     python -m benchmarks.kernels --interpret-smoke              anywhere: that this program runs, and nothing else
 
@@ -128,13 +129,13 @@ def compare(case: Case, args: Args, gpu: ModuleType) -> None:
         for rows in same_rows:
             actual, expected = actual[rows], expected[rows]
         try:
-            _of_tests("compare").assert_close(actual, expected, torch.bfloat16 if case.op == "moe" else None)
+            of_tests("compare").assert_close(actual, expected, torch.bfloat16 if case.op == "moe" else None)
         except AssertionError as error:
             raise Different(str(error)) from None
 
 
 @cache
-def _of_tests(name: str) -> ModuleType:
+def of_tests(name: str) -> ModuleType:
     """A module that kernel tests share."""
     folder = str(ROOT / "tests" / "kernels")
     if folder not in sys.path:
@@ -152,7 +153,7 @@ def _chosen_by_both(actual: Tensor, expected: Tensor) -> Tensor:
 # Preparation: in processes of their own, so that a kernel that crashes takes nothing else with it.
 
 
-def prepare(case: Case, requests: int, device: torch.device) -> dict[str, Any]:
+def prepare(case: Case, requests: int, device: torch.device, with_baseline: bool) -> dict[str, Any]:
     """Compare, compile, and find out how each side can be replayed."""
     from dspark_kernels import gpu
 
@@ -162,9 +163,11 @@ def prepare(case: Case, requests: int, device: torch.device) -> dict[str, Any]:
         check = "equal"
     except torch.OutOfMemoryError:
         check = "not compared: out of memory"
-    kernel = getattr(gpu, case.op)
-    baseline, how = baseline_of(case, args)
-    graphs = {name: _can_record(function, args) for name, function in (("kernel", kernel), ("baseline", baseline))}
+    functions: dict[str, Callable[..., Any]] = {"kernel": getattr(gpu, case.op)}
+    how = ""
+    if with_baseline:
+        functions["baseline"], how = baseline_of(case, args)
+    graphs = {name: _can_record(function, args) for name, function in functions.items()}
     return {"check": check, "baseline": how, "graphs": graphs}
 
 
@@ -212,14 +215,14 @@ def _can_record(function: Callable[..., Any], args: Args) -> bool:
     return True
 
 
-def prepare_here(case: Case, requests: Sequence[int]) -> None:
+def prepare_here(case: Case, requests: Sequence[int], with_baseline: bool) -> None:
     """Be the process of one case: one JSON line for each number of requests."""
     device = torch.device("cuda")
     for number in requests:
         prepared: dict[str, Any] = {}
         for attempt in range(6):
             try:
-                prepared = prepare(case, number, device)
+                prepared = prepare(case, number, device, with_baseline)
             except torch.OutOfMemoryError:
                 # Others are at work on the same memory.
                 prepared = {"problem": "out of memory"}
@@ -233,11 +236,13 @@ def prepare_here(case: Case, requests: Sequence[int]) -> None:
         print(json.dumps({"requests": number, **prepared}), flush=True)
 
 
-def prepare_all(missing: dict[Case, list[int]], workers: int, until: float) -> dict[tuple[Case, int], dict[str, Any]]:
-    """By case and number of requests; `until` is a time.monotonic()."""
+def prepare_all(
+    missing: dict[Case, list[int]], workers: int, until: float, options: Sequence[str]
+) -> dict[tuple[Case, int], dict[str, Any]]:
+    """By case and number of requests; `until` is a time.monotonic(), `options` are added to each process's command."""
     prepared: dict[tuple[Case, int], dict[str, Any]] = {}
     with ThreadPoolExecutor(workers) as pool:
-        for case, lines, problem in pool.map(lambda case: _prepare_apart(case, missing[case], until), missing):
+        for case, lines, problem in pool.map(lambda case: _prepare_apart(case, missing[case], until, options), missing):
             found = {line.pop("requests"): line for line in lines}
             for number in missing[case]:
                 prepared[case, number] = found.get(number, {"problem": problem})
@@ -246,13 +251,16 @@ def prepare_all(missing: dict[Case, list[int]], workers: int, until: float) -> d
     return prepared
 
 
-def _prepare_apart(case: Case, requests: list[int], until: float) -> tuple[Case, list[dict[str, Any]], str]:
+def _prepare_apart(
+    case: Case, requests: list[int], until: float, options: Sequence[str]
+) -> tuple[Case, list[dict[str, Any]], str]:
     """(case, what its process said, why it said no more)"""
     seconds = min(PREPARE_SECONDS, until - time.monotonic())
     if seconds <= 0:
         return case, [], LATER
     numbers = ",".join(map(str, requests))
     command = [sys.executable, "-m", "benchmarks.kernels", "--prepare", case.name, "--requests", numbers]
+    command += options
     # One compiler each: several processes compile at the same time.
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     try:
@@ -337,7 +345,9 @@ def measure(case: Case, requests: int, prepared: dict[str, Any], card: Card, clo
 
     floor = case.floor(requests)
     args = Inputs(FLASH, requests, clock.device).of(case)
-    functions = {"kernel": getattr(gpu, case.op), "baseline": baseline_of(case, args)[0]}
+    functions: dict[str, Callable[..., Any]] = {"kernel": getattr(gpu, case.op)}
+    if prepared["baseline"]:
+        functions["baseline"] = baseline_of(case, args)[0]
     copies = [args]
     runs: dict[str, Callable[[], None]] = {}
     counts: dict[str, int] = {}
@@ -353,19 +363,23 @@ def measure(case: Case, requests: int, prepared: dict[str, Any], card: Card, clo
     for turn in range(TURNS):
         for name in sorted(runs, reverse=turn % 2 == 1):
             seconds[name].append(clock.seconds(runs[name]) / counts[name])
-    kernel, baseline = (statistics.median(seconds[name]) for name in ("kernel", "baseline"))
-    return {
+    kernel = statistics.median(seconds["kernel"])
+    figures = {
         "kernel_us": _spread(seconds["kernel"]),
-        "baseline_us": _spread(seconds["baseline"]),
-        "baseline": prepared["baseline"],
         "check": prepared["check"],
         "recorded": prepared["graphs"],
         "copies": counts,
         "floor_us": 1e6 * floor.seconds(card),
         "bound": floor.bound(card),
         "over_floor": kernel / floor.seconds(card),
-        "baseline_over_kernel": baseline / kernel,
     }
+    if prepared["baseline"]:
+        figures |= {
+            "baseline": prepared["baseline"],
+            "baseline_us": _spread(seconds["baseline"]),
+            "baseline_over_kernel": statistics.median(seconds["baseline"]) / kernel,
+        }
+    return figures
 
 
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -414,12 +428,15 @@ def describe(case: Case, requests: int, figures: dict[str, Any]) -> str:
     name = f"{case.name:28} {requests:4} requests"
     if "problem" in figures:
         return f"{name}  {figures['problem']}"
-    kernel, baseline = figures["kernel_us"], figures["baseline_us"]
-    return (
+    kernel = figures["kernel_us"]
+    line = (
         f"{name} {kernel['median']:10.2f} us ({kernel['min']:.2f} .. {kernel['max']:.2f})"
         f"  floor {figures['floor_us']:.2f} ({figures['bound']}), over it {figures['over_floor']:.2f}"
-        f"  {figures['baseline']} {baseline['median']:.2f}, over the kernel {figures['baseline_over_kernel']:.2f}"
     )
+    if "baseline_us" not in figures:
+        return line
+    median, ratio = figures["baseline_us"]["median"], figures["baseline_over_kernel"]
+    return f"{line}  {figures['baseline']} {median:.2f}, over the kernel {ratio:.2f}"
 
 
 def measured_table(content: dict[str, Any]) -> str:
@@ -449,7 +466,8 @@ def _cell(figures: dict[str, Any] | None) -> str:
     # What moves next to nothing takes as long as a launch.
     over_floor = f"{figures['over_floor']:.1f}" if figures["floor_us"] >= 1 else "-"
     time_taken = kernel_floors.microseconds(1e-6 * figures["kernel_us"]["median"])
-    return f"{time_taken} ({over_floor}; {figures['baseline_over_kernel']:.1f})"
+    over_kernel = f"{figures['baseline_over_kernel']:.1f}" if "baseline_over_kernel" in figures else "-"
+    return f"{time_taken} ({over_floor}; {over_kernel})"
 
 
 NOT_MEASURED = "No kernel has run on a GPU yet."
@@ -464,8 +482,8 @@ def tables(path: Path) -> dict[str, str]:
 # Where there is no GPU.
 
 
-def smoke(cases: Sequence[Case]) -> int:
-    """Every case once, interpreted, at tiny sizes; how many failed."""
+def smoke(cases: Sequence[Case], results: Results | None) -> int:
+    """Every case once, interpreted, at tiny sizes; how many failed. `results` hears what became of each."""
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     import pytest
     from triton.runtime.interpreter import InterpretedFunction
@@ -485,7 +503,7 @@ def smoke(cases: Sequence[Case]) -> int:
         started = time.perf_counter()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(InterpretedFunction, "run", counted)
-            _of_tests("interpreting").compute_as_a_gpu(patch)
+            of_tests("interpreting").compute_as_a_gpu(patch)
             try:
                 compare(case, inputs.of(case), gpu)
                 said = "equal"
@@ -494,19 +512,22 @@ def smoke(cases: Sequence[Case]) -> int:
                 said = f"{type(error).__name__}: {error}"
         seconds = time.perf_counter() - started
         print(f"{case.name:28} {seconds:5.1f} s  launches {len(launches)}  {said}", flush=True)
+        if results is not None:
+            results.add(case, inputs.requests, {"check": said})
     return failed
 
 
 def measure_all(arguments: argparse.Namespace) -> int:
     """What is missing, until time is up; 1 if something could not be measured."""
     started, seconds = time.monotonic(), 60 * arguments.minutes
-    results = Results(arguments.json, arguments.commit)
+    results = Results(arguments.json or RESULT, arguments.commit)
     gpu_name = results.origin["machine"]["gpu"]
     card = kernel_floors.card_called(gpu_name)
     numbers = {case: [n for n in arguments.requests if not results.has(case, n)] for case in arguments.cases}
     missing = {case: found for case, found in numbers.items() if found}
     print(f"{sum(map(len, missing.values()))} to measure, {gpu_name}", flush=True)
-    prepared = prepare_all(missing, arguments.workers, started + PREPARE_SHARE * seconds)
+    options = ["--without-baseline"] if arguments.without_baseline else []
+    prepared = prepare_all(missing, arguments.workers, started + PREPARE_SHARE * seconds, options)
     clock = Clock(torch.device("cuda"))
     problems = 0
     for number, case in _in_order(arguments.requests, missing):
@@ -541,13 +562,16 @@ def _parse() -> argparse.Namespace:
         default=list(REQUESTS),
         help="numbers of requests (default: 1,8,32,128,256)",
     )
-    parser.add_argument("--json", type=Path, default=RESULT)
+    parser.add_argument(
+        "--json", type=Path, help="results (default: benchmarks/results/kernels.json; none of a smoke test)"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the tables, and measure nothing")
     parser.add_argument(
         "--readme", action="store_true", help="fill the tables of kernels/README.md, and measure nothing"
     )
     parser.add_argument("--interpret-smoke", action="store_true", help="every operation once, interpreted, tiny")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="to stop after (default: %(default)s)")
+    parser.add_argument("--without-baseline", action="store_true", help="compile and time no references")
     parser.add_argument("--workers", type=int, default=WORKERS, help="cases that are prepared at a time")
     parser.add_argument("--commit", help="what this is a copy of, on a machine that has no repository")
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
@@ -563,7 +587,7 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     arguments = _parse()
     if arguments.markdown or arguments.readme:
-        for name, text in tables(arguments.json).items():
+        for name, text in tables(arguments.json or RESULT).items():
             if arguments.readme:
                 report.fill(README, name, text)
             else:
@@ -571,13 +595,15 @@ def main() -> int:
         return 0
     with torch.no_grad():
         if arguments.interpret_smoke:
-            return min(1, smoke(arguments.cases))
+            results = None if arguments.json is None else Results(arguments.json, arguments.commit)
+            return min(1, smoke(arguments.cases, results))
         if not torch.cuda.is_available():
             print(kernel_floors.table())
             print("\nnot measured: no GPU")
             return 0
         if arguments.prepare is not None:
-            prepare_here(next(case for case in CASES if case.name == arguments.prepare), arguments.requests)
+            case = next(case for case in CASES if case.name == arguments.prepare)
+            prepare_here(case, arguments.requests, not arguments.without_baseline)
             return 0
         return measure_all(arguments)
 

@@ -324,6 +324,14 @@ def _part(figures: dict[str, Any], name: str, shown: list[str]) -> float:
     return kernels.get(name, 0.0)
 
 
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """An interruption leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.replace(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", default="1,8,32,128,256", help="numbers of requests (default: %(default)s)")
@@ -331,13 +339,18 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=8192, help="tokens before the round (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--shape", choices=("flash", "tiny"), default="flash")
-    parser.add_argument("--json", type=Path, default=RESULT)
+    parser.add_argument("--json", type=Path, help="results (default: benchmarks/results/round.json, on a GPU alone)")
+    parser.add_argument("--commit", help="what this is a copy of, on a machine that has no repository")
+    parser.add_argument(
+        "--compile", action="store_true", help="run every round once, for Triton's cache, and measure nothing"
+    )
     parser.add_argument("--picture", action="store_true", help="draw the results that are there, and measure nothing")
     arguments = parser.parse_args()
-    if arguments.picture:
-        draw(json.loads(arguments.json.read_text()), arguments.json.with_suffix(".png"))
-        return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path: Path = arguments.json or RESULT
+    if arguments.picture:
+        draw(json.loads(path.read_text()), path.with_suffix(".png"))
+        return 0
     if device.type == "cpu" and arguments.shape == "flash":
         print("no GPU: nothing to measure (--shape tiny shows that the program runs)")
         return 1
@@ -345,19 +358,22 @@ def main() -> int:
     whole = FLASH if arguments.shape == "flash" else TINY
     layers = arguments.layers or (num_layers_that_fit(device) if whole is FLASH else TINY["num_hidden_layers"])
     origin = report.provenance(ROOT, " ".join(["python -m benchmarks.round", *sys.argv[1:]]))
+    origin |= {"commit": arguments.commit} if arguments.commit else {}
     settings = {"shape": arguments.shape, "layers": layers, "context": arguments.context}
-    kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    kept = json.loads(path.read_text()) if path.exists() else {}
     same = kept.get("origin", {}).get("commit") == origin["commit"] and kept.get("settings") == settings
     results: dict[str, Any] = kept["results"] if same else {}
     with torch.inference_mode():
         bench = Bench(with_layers(whole, layers), device, max(numbers), arguments.context)
+        if arguments.compile:
+            for number in numbers:
+                bench.at_context(bench.round(number, arguments.temperature))()
+            return 0
         for number in numbers:
             if str(number) not in results:
                 results[str(number)] = measure(bench, number, arguments.temperature)
-                if device.type == "cuda":
-                    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                    content = {"origin": origin, "settings": settings, "results": results}
-                    arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+                if device.type == "cuda" or arguments.json is not None:
+                    _write(path, {"origin": origin, "settings": settings, "results": results})
             print(describe(results[str(number)]), flush=True)
     return 0
 
