@@ -21,6 +21,7 @@ from pydantic import (
 
 from autoscale.controller import ControllerConfig
 from autoscale.presets import controller_config
+from deployments.keys import KeySource, read_keys
 from dspark_ray.config import CacheDType, ConfigError, DType, EngineConfig, ModelConfig, ScheduleKind, VerificationMode
 
 _ENGINE = EngineConfig()
@@ -148,6 +149,10 @@ class LimitArgs(_Block):
     one Engine replica admits pass through this queue when they arrive at once."""
     max_ingress_requests: PositiveInt = 4096
     """Connections per Ingress replica."""
+    max_body_bytes: PositiveInt = 16 * 2**20
+    """Of one HTTP request."""
+    max_waiting_prompts: PositiveInt = 64
+    """Requests per Ingress replica that wait for a thread of the tokenizer."""
     retry_after_s: PositiveInt = 1
     """Said with 429 and 503."""
     max_resubmissions: int = Field(default=3, ge=0)
@@ -156,6 +161,16 @@ class LimitArgs(_Block):
     resubmission_deadline_s: PositiveFloat = 30.0
     """How long a request tries to reach an engine that takes it over; longer than the loss of a node goes unnoticed.
     Where all have died it waits for a new one, as long as that takes to load."""
+
+
+class HttpArgs(_Block):
+    """The HTTP application of every Ingress replica."""
+
+    cors_origins: list[str] = []
+    """Origins of web pages that may call from a browser, such as https://example.org, or "*" for all of them."""
+    keep_alive_s: NonNegativeFloat = 15.0
+    """A stream that is silent for so long carries a comment, so that proxies keep it open; 0 sends none."""
+    tokenizer_threads: PositiveInt = 2
 
 
 class HealthArgs(_Block):
@@ -205,6 +220,11 @@ class AppArgs(_Block):
     dspark: DSparkArgs = DSparkArgs()
     placement: PlacementArgs = PlacementArgs()
     limits: LimitArgs = LimitArgs()
+    http: HttpArgs = HttpArgs()
+    api_key: KeySource = None
+    """Keys of clients: one, a list, {file: PATH} or {env: NAME}. null serves everybody who reaches the port."""
+    admin_api_key: KeySource = None
+    """Keys of the /admin routes. null serves them to processes of the same machine alone."""
     health: HealthArgs = HealthArgs()
     load_controller: LoadControllerArgs | None = LoadControllerArgs()
     """null serves without a load controller."""
@@ -230,6 +250,14 @@ class AppArgs(_Block):
     @property
     def model_name(self) -> str:
         return self.served_model_name or Path(self.model).name
+
+    def api_keys(self) -> list[str]:
+        """Call it where HTTP is served: files and variables are that process's. Raises ConfigError."""
+        return read_keys("api_key", self.api_key, _from_package)
+
+    def admin_api_keys(self) -> list[str]:
+        """As `api_keys`."""
+        return read_keys("admin_api_key", self.admin_api_key, _from_package)
 
     @property
     def has_draft_actor(self) -> bool:

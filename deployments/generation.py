@@ -11,7 +11,6 @@ from typing import Literal, Protocol, TypeVar
 from deployments.messages import Accepted, EngineEvent, EngineLost, StepLog
 from deployments.resubmission import EngineBusy, EngineFailed, RequestRefused, ResubmissionPolicy, events_of
 from dspark_ray.text import TextStream
-from dspark_ray.tokenizer import Tokenizer
 from dspark_ray.types import Request, SequenceOutput, SpeculationStats, TokenLogprobs, VerificationPolicy
 
 __all__ = [
@@ -62,7 +61,10 @@ class Piece:
     """Generated tokens it stands for, an end-of-sequence token included."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One per token; None where the request does not ask."""
+    token_ids: tuple[int, ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
+    """The stop string or the request's stop id that ended the text."""
     stats: SpeculationStats | None = None
     """With finish_reason; where a stop string ended the text, the engine's totals at that step."""
 
@@ -79,18 +81,19 @@ class Piece:
             last,
             text="".join(piece.text for piece in pieces),
             num_tokens=sum(piece.num_tokens for piece in pieces),
+            token_ids=tuple(token_id for piece in pieces for token_id in piece.token_ids),
             logprobs=None if last.logprobs is None else sum((piece.logprobs or () for piece in pieces), ()),
         )
 
 
 async def generate_text(
-    client: EngineClient, tokenizer: Tokenizer, request: Request, resubmission: ResubmissionPolicy
+    client: EngineClient, text: TextStream, request: Request, resubmission: ResubmissionPolicy
 ) -> AsyncGenerator[Piece]:
     """The pieces of one choice, the last one with a finish_reason; a silent one as soon as an engine has accepted it.
 
-    Raises RequestRefused, EngineBusy, EngineFailed, and EngineLost when resubmitting did not help.
+    `text` is an empty one. Raises RequestRefused, EngineBusy, EngineFailed, and EngineLost when resubmitting did not
+    help.
     """
-    text = TextStream(tokenizer, request.sampling.stop)
     async with aclosing(events_of(client, request, resubmission)) as events:
         async for event in events:
             if isinstance(event, Accepted):
@@ -103,14 +106,16 @@ async def generate_text(
 
 
 def _piece(text: TextStream, request: Request, output: SequenceOutput) -> Piece:
-    shown = output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids
-    delta = text.push(shown)
+    is_hidden = output.stop_token_id is not None and not text.include_stop
+    delta = text.push(output.token_ids[:-1] if is_hidden else output.token_ids)
     if delta.stopped:
         return Piece(
             text=delta.text,
             num_tokens=delta.num_tokens_kept,
             logprobs=_logprobs(request, output, delta.num_tokens_kept),
+            token_ids=output.token_ids[: delta.num_tokens_kept],
             finish_reason="stop",
+            stop_reason=delta.stop,
             stats=output.stats,
         )
     ended = output.finish_reason is not None
@@ -118,7 +123,9 @@ def _piece(text: TextStream, request: Request, output: SequenceOutput) -> Piece:
         text=delta.text + (text.flush() if ended else ""),
         num_tokens=len(output.token_ids),
         logprobs=_logprobs(request, output, len(output.token_ids)),
+        token_ids=output.token_ids,
         finish_reason=output.finish_reason,  # type: ignore[arg-type]
+        stop_reason=output.stop_token_id if output.stop_token_id in request.sampling.stop_token_ids else None,
         stats=output.stats if ended else None,
     )
 

@@ -1,16 +1,19 @@
-"""DeepSeek-V4's message encoding: a conversation becomes one string, special tokens included.
+"""DeepSeek-V4's message encoding: a conversation becomes one prompt of control markers and plain text.
 
     BOS system <User>question<Assistant></think>answer EOS <User>question<Assistant></think>          chat mode
     BOS system <User>question<Assistant><think>reasoning</think>answer EOS                             thinking mode
 
-Source: layout specification, section 6. The checkpoint has no template file for it.
+What a message says is text, even where it spells a marker: only the markers that this module writes become control
+tokens. The checkpoint has no template file for this layout.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from itertools import groupby
 from typing import Any, Literal
 
 from dspark_ray.types import RequestError
@@ -31,6 +34,25 @@ class SpecialStrings:
 
 
 SPECIAL = SpecialStrings()
+_MARKERS = re.compile("|".join(map(re.escape, astuple(SPECIAL))))
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """A piece of a prompt: a control marker, or text that stays text whatever it spells."""
+
+    text: str
+    is_marker: bool = False
+
+
+def _template(text: str) -> list[PromptPart]:
+    """Text of this module, whose markers count."""
+    parts, start = [], 0
+    for found in _MARKERS.finditer(text):
+        parts += [PromptPart(text[start : found.start()]), PromptPart(found.group(), is_marker=True)]
+        start = found.end()
+    return [*parts, PromptPart(text[start:])]
+
 
 Message = Mapping[str, Any]
 TurnKind = Literal["system", "user", "developer", "latest_reminder", "assistant"]
@@ -62,20 +84,26 @@ class _Turn:
     """Whether an assistant turn is complete; False lets the model go on with it."""
 
 
-def render(
+def render(messages: Sequence[Message], **options: Any) -> str:
+    """The prompt of a conversation as one string, for people to read: see `render_parts`."""
+    return "".join(part.text for part in render_parts(messages, **options))
+
+
+def render_parts(
     messages: Sequence[Message],
     *,
     thinking: bool | None = None,
     reasoning_effort: str | None = None,
     tools: Sequence[Any] | None = None,
     drop_thinking: bool = True,
-    add_generation_prompt: bool = True,
-) -> str:
-    """The prompt of a conversation; encode it without adding special tokens.
+    add_generation_prompt: bool | None = None,
+) -> list[PromptPart]:
+    """The prompt of a conversation, markers and texts taking turns; `Tokenizer.encode_parts` makes tokens of it.
 
     `thinking` None follows the effort, and without one is chat mode. `drop_thinking` leaves out what was reasoned (and
-    what developers said) before the last question. The prompt ends with an opened assistant turn
-    unless the last message is the assistant's. Raises RequestError naming the field that is wrong.
+    what developers said) before the last question. `add_generation_prompt` opens an assistant turn at the end; None
+    does so unless the last message is the assistant's. A last message with `wo_eos` is always continued. Raises
+    RequestError naming the field that is wrong.
     """
     thinks = _thinks(thinking, reasoning_effort)
     if tools:
@@ -84,15 +112,30 @@ def render(
     if thinks and drop_thinking:
         turns = _without_old_developers(turns)
     first_reasoning = _last_asking(turns) if drop_thinking else 0
-    parts = [SPECIAL.bos]
+    parts = _template(SPECIAL.bos)
     for number, turn in enumerate(turns):
         reasons = thinks and number >= first_reasoning
         if turn.kind == "assistant" and number > 0 and turns[number - 1].kind in _ASKING:
-            parts.append(_header(reasons))
-        parts.append(_rendered(turn, reasons))
-    if add_generation_prompt and turns[-1].kind != "assistant":
-        parts.append(_header(thinks))
-    return "".join(parts)
+            parts += _header(reasons)
+        parts += _rendered(turn, reasons)
+    if _opens_a_turn(turns[-1], add_generation_prompt):
+        parts += _header(thinks)
+    return _merged(parts)
+
+
+def _opens_a_turn(last: _Turn, asked: bool | None) -> bool:
+    if last.kind != "assistant":
+        return asked is not False
+    return bool(asked) and last.ends
+
+
+def _merged(parts: Sequence[PromptPart]) -> list[PromptPart]:
+    """Neighbouring texts as one, so that they are tokenised as one; empty ones left out."""
+    merged = []
+    for is_marker, run in groupby((part for part in parts if part.text), key=lambda part: part.is_marker):
+        texts = [part.text for part in run]
+        merged += [PromptPart(text, is_marker=True) for text in texts] if is_marker else [PromptPart("".join(texts))]
+    return merged
 
 
 def _thinks(thinking: bool | None, effort: str | None) -> bool:
@@ -104,8 +147,8 @@ def _thinks(thinking: bool | None, effort: str | None) -> bool:
     return effort == "low" if thinking is None else thinking
 
 
-def _header(thinks: bool) -> str:
-    return SPECIAL.assistant + (SPECIAL.think_start if thinks else SPECIAL.think_end)
+def _header(thinks: bool) -> list[PromptPart]:
+    return _template(SPECIAL.assistant + (SPECIAL.think_start if thinks else SPECIAL.think_end))
 
 
 def _last_asking(turns: Sequence[_Turn]) -> int:
@@ -118,34 +161,40 @@ def _without_old_developers(turns: list[_Turn]) -> list[_Turn]:
     return [turn for number, turn in enumerate(turns) if turn.kind != "developer" or number >= last]
 
 
-def _rendered(turn: _Turn, reasons: bool) -> str:
+def _rendered(turn: _Turn, reasons: bool) -> list[PromptPart]:
+    text = PromptPart(turn.text)
     if turn.kind == "system":
-        return turn.text
+        return [text]
     if turn.kind == "latest_reminder":
-        return SPECIAL.latest_reminder + turn.text
+        return [*_template(SPECIAL.latest_reminder), text]
     if turn.kind in _ASKING:
-        return SPECIAL.user + turn.text
-    reasoning = turn.reasoning + SPECIAL.think_end if reasons else ""
-    return reasoning + turn.text + _tool_block(turn.tool_calls) + (SPECIAL.eos if turn.ends else "")
+        return [*_template(SPECIAL.user), text]
+    reasoning = [PromptPart(turn.reasoning), *_template(SPECIAL.think_end)] if reasons else []
+    end = _template(SPECIAL.eos) if turn.ends else []
+    return [*reasoning, text, *_tool_block(turn.tool_calls), *end]
 
 
-def _tool_block(calls: Sequence[_ToolCall]) -> str:
+def _tool_block(calls: Sequence[_ToolCall]) -> list[PromptPart]:
     if not calls:
-        return ""
-    lines = [f"<{SPECIAL.dsml}tool_calls>"]
+        return []
+    parts = _template(f"{_BLANK_LINE}<{SPECIAL.dsml}tool_calls>\n")
     for call in calls:
-        lines.append(f'<{SPECIAL.dsml}invoke name="{call.name}">')
-        lines.extend(_parameter(name, value) for name, value in call.arguments.items())
-        lines.append(f"</{SPECIAL.dsml}invoke>")
-    lines.append(f"</{SPECIAL.dsml}tool_calls>")
-    return _BLANK_LINE + "\n".join(lines)
+        parts += [*_template(f'<{SPECIAL.dsml}invoke name="'), PromptPart(call.name), PromptPart('">\n')]
+        for name, value in call.arguments.items():
+            parts += _parameter(name, value)
+        parts += _template(f"</{SPECIAL.dsml}invoke>\n")
+    return parts + _template(f"</{SPECIAL.dsml}tool_calls>")
 
 
-def _parameter(name: str, value: Any) -> str:
+def _parameter(name: str, value: Any) -> list[PromptPart]:
     is_text = isinstance(value, str)
     text = value if is_text else json.dumps(value, ensure_ascii=False)
     kind = "true" if is_text else "false"
-    return f'<{SPECIAL.dsml}parameter name="{name}" string="{kind}">{text}</{SPECIAL.dsml}parameter>'
+    return [
+        *_template(f'<{SPECIAL.dsml}parameter name="'),
+        PromptPart(f'{name}" string="{kind}">{text}'),
+        *_template(f"</{SPECIAL.dsml}parameter>\n"),
+    ]
 
 
 def _turns(messages: Sequence[Message]) -> Iterator[_Turn]:
@@ -258,7 +307,11 @@ def _tool_call(call: Any, where: str) -> _ToolCall:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         where = f"{where}.function"
         raise RequestError(where, f"{where}={function!r}: expected an object with name and arguments")
-    return _ToolCall(call.get("id"), function["name"], _arguments(function.get("arguments", "{}")))
+    arguments = _arguments(function.get("arguments", "{}"))
+    if not _can_be_spelled([function["name"], arguments]):
+        where = f"{where}.function"
+        raise RequestError(where, f"{where}: expected valid Unicode and moderate nesting")
+    return _ToolCall(call.get("id"), function["name"], arguments)
 
 
 def _arguments(arguments: Any) -> Mapping[str, Any]:
@@ -267,6 +320,15 @@ def _arguments(arguments: Any) -> Mapping[str, Any]:
         return arguments
     try:
         parsed = json.loads(arguments)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         parsed = None
     return parsed if isinstance(parsed, dict) else {"arguments": arguments}
+
+
+def _can_be_spelled(value: Any) -> bool:
+    """Whether JSON in UTF-8 can spell it: JSON's escapes can also write half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True

@@ -26,10 +26,21 @@ class TextDelta:
 class TextStream:
     """One text under construction. After a stop, tokens change nothing."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop: bool = False) -> None:
-        self._tokenizer, self._stop, self._include_stop = tokenizer, tuple(stop), include_stop
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        *,
+        show_special: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        """`show_special` spells special tokens out. A stop string that is complete before `min_tokens` is text."""
+        self._tokenizer, self._stop, self.include_stop = tokenizer, tuple(stop), include_stop
+        self._show_special, self._min_tokens = show_special, min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
+        self._num_tokens = 0
         self._stopped = False
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
@@ -38,7 +49,8 @@ class TextStream:
             return TextDelta("", stopped=True, num_tokens_kept=0)
         shown = []
         for number, token_id in enumerate(token_ids, start=1):
-            text, found = self._add(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+            self._num_tokens += 1
+            text, found = self._add(self._decoder.decode(self._tokenizer.token_bytes(token_id, self._show_special)))
             shown.append(text)
             if found is not None:
                 return TextDelta("".join(shown), stopped=True, num_tokens_kept=number, stop=found)
@@ -57,9 +69,9 @@ class TextStream:
         """(text to show, stop string that is now complete)."""
         self._held += text
         first = self._first_stop()
-        if first is not None:
+        if first is not None and self._num_tokens >= self._min_tokens:
             start, stop = first
-            shown = self._held[: start + len(stop)] if self._include_stop else self._held[:start]
+            shown = self._held[: start + len(stop)] if self.include_stop else self._held[:start]
             self._held, self._stopped = "", True
             return shown, stop
         waits = self._num_waiting()

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from dspark_ray.chat import SPECIAL, Message, render
+from dspark_ray.chat import SPECIAL, Message, PromptPart, render, render_parts
 from dspark_ray.config import ConfigError
 
 
@@ -49,30 +49,78 @@ class Tokenizer:
         """Number of tokens, added ones included; a model's vocabulary may be larger."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def longest_token(self) -> int | None:
+        """Most characters that one token can stand for, from which follow the fewest tokens of a text.
+
+        None where the tokenizer may drop characters.
+        """
+        content = json.loads(self._backend.to_str())
+        normalizer = content["normalizer"] or {}
+        may_shrink = normalizer.get("normalizers", normalizer)
+        swallows = any(token["lstrip"] or token["rstrip"] for token in content["added_tokens"])
+        if may_shrink or swallows:
+            return None
+        # In byte-level BPE a token is spelled with a character per byte, and a text has no more characters than bytes.
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; nothing is added, and special strings in it become their tokens."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, of each text. Other threads run meanwhile: the library's batch call releases the interpreter."""
+        return _ids(self._backend, texts)
+
+    def encode_parts(self, parts: Sequence[PromptPart]) -> list[int]:
+        """Token ids of a prompt: markers become their tokens, and texts never do. Releases the interpreter too."""
+        texts = iter(_ids(self._literal, [part.text for part in parts if not part.is_marker]))
+        ids: list[int] = []
+        for part in parts:
+            ids += self._marker_ids(part.text) if part.is_marker else next(texts)
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens without special ones; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to the text, before it is read as UTF-8; empty for special and unknown ids."""
+    def token_bytes(self, token_id: int, special: bool = False) -> bytes:
+        """What one token adds to the text, before it is read as UTF-8; empty for unknown ids.
+
+        Special tokens are empty too, or with `special` their names.
+        """
         added = self._added.get(token_id)
         if added is not None:
-            return added
+            return b"" if added.special and not special else added.content.encode()
         token = self._backend.id_to_token(token_id)
         return b"" if token is None else bytes(_BYTES[character] for character in token)
 
     def apply_chat(self, messages: Sequence[Message], **options: Any) -> str:
-        """The prompt of a conversation: see `dspark_ray.chat.render`."""
+        """The prompt of a conversation as one string: see `dspark_ray.chat.render`."""
         return render(messages, **options)
 
+    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """Token ids of the prompt of a conversation: see `dspark_ray.chat.render_parts`."""
+        return self.encode_parts(render_parts(messages, **options))
+
     @cached_property
-    def _added(self) -> dict[int, bytes]:
-        tokens = self._backend.get_added_tokens_decoder()
-        return {number: b"" if token.special else token.content.encode() for number, token in tokens.items()}
+    def _added(self) -> dict[int, tokenizers.AddedToken]:
+        return dict(self._backend.get_added_tokens_decoder())
+
+    @cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, which knows no marker: it reads markers as the text they are spelled with."""
+        content = json.loads(self._backend.to_str())
+        content["added_tokens"] = []
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+    def _marker_ids(self, marker: str) -> list[int]:
+        token_id = self._backend.token_to_id(marker)
+        return [token_id] if token_id is not None else self.encode(marker)
+
+
+def _ids(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _bytes_by_character() -> dict[str, int]:

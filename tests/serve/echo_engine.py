@@ -39,6 +39,8 @@ class EchoEngine:
     """The id of the request that raises when it is added."""
     most_suspects: int = 0
     """That ran at the same time, by their ids."""
+    hides_drawn: bool = False
+    """Whether the drawn token is none of the likeliest."""
     num_steps: int = 0
     _running: dict[str, tuple[Request, int]] = field(default_factory=dict)
 
@@ -47,7 +49,7 @@ class EchoEngine:
 
     def reset(self) -> None:
         """As new, for the next test."""
-        self.max_requests, self.breaks, self.chokes_on = 64, False, ""
+        self.max_requests, self.breaks, self.chokes_on, self.hides_drawn = 64, False, "", False
         self.seen.clear()
         self.aborted.clear()
         self.policies.clear()
@@ -141,5 +143,7 @@ class EchoEngine:
                 return
 
     def _logprobs(self, request: Request, token: int) -> TokenLogprobs:
+        if self.hides_drawn:
+            return TokenLogprobs(token, -2.5, (((token + 1) % self.vocab_size, -0.25),))
         alternatives = ((token, -0.5), ((token + 1) % self.vocab_size, -1.5))
         return TokenLogprobs(token, -0.5, alternatives[: request.sampling.logprobs])

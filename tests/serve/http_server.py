@@ -8,16 +8,18 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import httpx
 import uvicorn
 import zmq
 from byte_tokenizer import BOS
 from echo_engine import EchoEngine
 
-from deployments.admin import ControllerClient
 from deployments.channel import MAX_FRAMES, EngineChannel
 from deployments.generation import EngineBusy, EngineLost
-from deployments.ingress import Service, build_http
+from deployments.http.routes import build_http
+from deployments.http.service import ControllerClient, Service
 from deployments.messages import EngineEvent, Ready, StepLog, encode
 from deployments.resubmission import ResubmissionPolicy
 from deployments.workers import StepLoop
@@ -25,6 +27,9 @@ from dspark_ray.tokenizer import Tokenizer
 from dspark_ray.types import Request, SequenceOutput, VerificationPolicy
 
 MAX_MODEL_LEN = 256
+
+HTTP = httpx.Client(verify=False, timeout=20)
+"""Calls the servers of tests: one client, because each new one reads the machine's certificates."""
 
 
 @contextlib.contextmanager
@@ -73,7 +78,14 @@ class ChannelClient:
         self.healthy = True
         self.trials: list[bool] = []
         """Whether each attempt so far was on trial."""
+        self.health_gate = threading.Event()
+        """Cleared while the state of the engine cannot be found out."""
+        self.health_gate.set()
         self.is_busy = False
+        self.failure: Exception | None = None
+        """Raised instead of an answer."""
+        self.late_failure: Exception | None = None
+        """Raised behind the first output."""
         self.num_losses = 0
         """How many streams still break off."""
         self.tokens_before_loss = 1
@@ -84,17 +96,23 @@ class ChannelClient:
     ) -> AsyncGenerator[EngineEvent]:
         if self.is_busy:
             raise EngineBusy("too many queued requests")
+        if self.failure is not None:
+            raise self.failure
         self.trials.append(on_trial)
         num_tokens = 0
         async with contextlib.aclosing(self._channel.generate(request, on_trial)) as events:
             async for event in events:
                 yield event
                 num_tokens += len(event.token_ids) if isinstance(event, SequenceOutput) else 0
+                if self.late_failure is not None and num_tokens:
+                    raise self.late_failure
                 if self.num_losses > 0 and num_tokens >= self.tokens_before_loss:
                     self.num_losses -= 1
                     raise EngineLost("lost on purpose")
 
     async def is_healthy(self) -> bool:
+        while not self.health_gate.is_set():
+            await asyncio.sleep(0.05)
         return self.healthy
 
     async def steps(self, last: int) -> StepLog:
@@ -119,13 +137,14 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(
-    tokenizer: Tokenizer, engine: EchoEngine, controller: ControllerClient | None = None
+    tokenizer: Tokenizer, engine: EchoEngine, controller: ControllerClient | None = None, **options: Any
 ) -> Iterator[Server]:
-    """Serve HTTP on a free port until the block ends."""
+    """Serve HTTP on a free port until the block ends; `options` are more fields of the Service."""
     started: list[Server] = []
     is_up, stop = threading.Event(), threading.Event()
     thread = threading.Thread(
-        target=lambda: asyncio.run(_serve(tokenizer, engine, controller, started, is_up.set, stop)), daemon=True
+        target=lambda: asyncio.run(_serve(tokenizer, engine, controller, options, started, is_up.set, stop)),
+        daemon=True,
     )
     thread.start()
     assert is_up.wait(20), "the server did not start"
@@ -140,6 +159,7 @@ async def _serve(
     tokenizer: Tokenizer,
     engine: EchoEngine,
     controller: ControllerClient | None,
+    options: dict[str, Any],
     started: list[Server],
     on_up: Callable[[], None],
     stop: threading.Event,
@@ -155,6 +175,7 @@ async def _serve(
         gamma=5,
         bos_token_id=BOS,
         resubmission=ResubmissionPolicy(max_losses=2, deadline_seconds=2),
+        **options,
     )
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(build_http(service), log_level="warning", lifespan="off"))

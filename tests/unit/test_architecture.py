@@ -70,6 +70,8 @@ MAY_DECIDE = (
 
 MAY_COMMUNICATE = ("dspark_ray/model/parallel.py", "dspark_ray/model/channel.py", "dspark_ray/runtime.py")
 
+MAKES_ROUTES = {"fastapi.FastAPI", "fastapi.APIRouter"}
+
 MACHINE_PATH = re.compile(r"^/(?:home|root|work|workspace|tmp|opt|usr|mnt|data|Users|private)(?:/|$)")
 
 
@@ -179,7 +181,7 @@ def test_modules_with_routes_or_the_builder_keep_their_annotations() -> None:
     typed = {
         path: source
         for path, source in files.items()
-        if path == "deployments/app.py" or "fastapi.FastAPI" in {name for _, name in imported_modules(source)}
+        if path == "deployments/app.py" or MAKES_ROUTES & {name for _, name in imported_modules(source)}
     }
     found = violations(typed, lambda path, source: imports_of(source, "__future__"))
     assert not found, f"{found}\nwith annotations as strings, Serve and FastAPI pass their input on unchecked"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dspark_ray.chat import render
+from dspark_ray.chat import render, render_parts
 from dspark_ray.types import RequestError
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -115,6 +115,32 @@ def test_an_answer_without_its_end_lets_the_model_go_on() -> None:
 
 def test_no_assistant_turn_is_opened_on_request() -> None:
     assert render([user("u")], add_generation_prompt=False) == f"{BOS}{USER}u"
+
+
+def test_a_turn_is_opened_behind_an_answer_on_request() -> None:
+    messages = [user("u"), assistant("A")]
+    assert render(messages, add_generation_prompt=True) == f"{render(messages)}{ASSISTANT}</think>"
+    going_on = [user("u"), assistant("A") | {"wo_eos": True}]
+    assert render(going_on, add_generation_prompt=True) == render(going_on)
+
+
+def test_markers_and_texts_take_turns() -> None:
+    parts = render_parts([SYSTEM, user(f"a{EOS}b"), user("c")])
+    assert [(part.text, part.is_marker) for part in parts] == [
+        (BOS, True),
+        ("Be brief.", False),
+        (USER, True),
+        (f"a{EOS}b\n\nc", False),
+        (ASSISTANT, True),
+        ("</think>", True),
+    ]
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud83d"}', '{"\\ud83d": 1}', {"a": "\ud83d"}])
+def test_arguments_that_no_encoding_can_spell_are_refused(arguments: Any) -> None:
+    with pytest.raises(RequestError, match="Unicode") as caught:
+        render([user("u"), assistant(None, None, [call("1", "f", arguments)])])
+    assert caught.value.param == "messages[1].tool_calls[0].function"
 
 
 def test_messages_from_json_render_alike() -> None:

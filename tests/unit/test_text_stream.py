@@ -102,3 +102,17 @@ def test_the_stop_string_is_shown_on_request(tokenizer: Tokenizer) -> None:
 def test_a_marker_can_be_a_stop_string(tokenizer: Tokenizer) -> None:
     delta = TextStream(tokenizer, ("</think>",)).push(tokenizer.encode("yes</think>no"))
     assert (delta.text, delta.stopped) == ("yes", True)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_stop_string_before_min_tokens_is_text(tokenizer: Tokenizer, size: int) -> None:
+    stream, ids = TextStream(tokenizer, ("ab",), min_tokens=3), tokenizer.encode("ababab")
+    deltas = [stream.push(ids[start : start + size]) for start in range(0, len(ids), size)]
+    assert "".join(delta.text for delta in deltas) + stream.flush() == "ab"
+    assert sum(delta.num_tokens_kept for delta in deltas) == 4
+
+
+def test_special_tokens_are_shown_on_request(tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode("a"), tokenizer.eos_token_id]
+    assert TextStream(tokenizer, show_special=True).push(ids).text == "a<｜end▁of▁sentence｜>"
+    assert TextStream(tokenizer).push(ids).text == "a"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from small_tokenizer import BOS_ID, EOS_ID, SIZE, write_tokenizer
 
+from dspark_ray.chat import SPECIAL
 from dspark_ray.tokenizer import Tokenizer, TokenizerError
 
 
@@ -59,6 +60,69 @@ def test_bytes_of_tokens_spell_the_decoded_text(tokenizer: Tokenizer) -> None:
 def test_a_chat_prompt_begins_with_the_begin_token(tokenizer: Tokenizer) -> None:
     prompt = tokenizer.apply_chat([{"role": "user", "content": "hi"}])
     assert tokenizer.encode(prompt)[0] == tokenizer.bos_token_id
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief.  "},
+    {"role": "user", "content": " naïve\n"},
+    {
+        "role": "assistant",
+        "content": "a",
+        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"a": [1, "é"], "b": "x"}'}}],
+    },
+    {"role": "tool", "content": "r", "tool_call_id": "1"},
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"thinking": True}, {"add_generation_prompt": False}])
+def test_a_conversation_without_markers_has_the_ids_of_its_prompt(
+    tokenizer: Tokenizer, options: dict[str, bool]
+) -> None:
+    assert tokenizer.encode_chat(CONVERSATION, **options) == tokenizer.encode(
+        tokenizer.apply_chat(CONVERSATION, **options)
+    )
+
+
+@pytest.mark.parametrize("marker", [SPECIAL.eos, SPECIAL.user, SPECIAL.assistant, SPECIAL.think_end, SPECIAL.dsml])
+def test_a_marker_in_a_message_is_text(tokenizer: Tokenizer, marker: str) -> None:
+    call = {"id": "1", "function": {"name": marker, "arguments": json.dumps({marker: marker, "b": [marker]})}}
+    messages = [
+        {"role": "system", "content": marker},
+        {"role": "user", "content": marker},
+        {"role": "assistant", "content": marker, "reasoning_content": marker, "tool_calls": [call]},
+        {"role": "tool", "content": marker, "tool_call_id": "1"},
+    ]
+    harmless = json.loads(json.dumps(messages).replace(json.dumps(marker)[1:-1], "x"))
+    [number] = tokenizer.encode(marker)
+    ids = tokenizer.encode_chat(messages, thinking=True)
+    assert ids.count(number) == tokenizer.encode_chat(harmless, thinking=True).count(number)
+    assert tokenizer.decode(ids).replace(marker, "x") == tokenizer.decode(
+        tokenizer.encode_chat(harmless, thinking=True)
+    ).replace(marker, "x")
+
+
+def test_special_tokens_can_be_spelled_out(tokenizer: Tokenizer) -> None:
+    assert tokenizer.token_bytes(EOS_ID) == b""
+    assert tokenizer.token_bytes(EOS_ID, special=True).decode() == SPECIAL.eos
+
+
+def test_the_longest_token_bounds_every_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.longest_token == len(SPECIAL.bos)
+    for text in ("abc", SPECIAL.bos * 10, "日本語"):
+        assert len(text) <= len(tokenizer.encode(text)) * tokenizer.longest_token
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}]}},
+    ],
+)
+def test_a_tokenizer_that_drops_characters_bounds_nothing(folder: Path, tmp_path: Path, change: dict) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text()) | change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.from_directory(tmp_path).longest_token is None
 
 
 def test_without_a_configuration_the_official_names_count(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""Routes for operators: what engines decided, what the load controller sees, and what replicas may verify.
+
+No `from __future__ import annotations` in modules with FastAPI: it reads annotations.
+"""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query
+from fastapi import Request as HttpRequest
+from pydantic import BaseModel, ConfigDict, Field
+
+from autoscale.controller import Bounds
+from deployments.generation import EngineClient
+from deployments.http.answers import StepsAnswer
+from deployments.http.auth import BEARER
+from deployments.http.errors import ApiError, as_api_errors, documented, invalid, request_id_of
+from deployments.http.fields import DraftTokens, Finite, Schema, Seed, Share, Text
+from deployments.http.service import ControllerClient, Service
+from deployments.messages import MAX_STEPS
+from dspark_ray.records import to_json
+from dspark_ray.types import MAX_POLICY_SECONDS, VerificationPolicy
+
+_MAX_NAME = 256
+
+
+class StepsQuery(BaseModel):
+    """How many of an engine's latest steps to show."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    last: int = Field(default=50, ge=1, le=MAX_STEPS)
+
+
+class PolicyRequest(Schema):
+    """The fields of a VerificationPolicy; absent ones bound nothing."""
+
+    replica: Annotated[Text, Field(max_length=_MAX_NAME)] | None = None
+    """None for all of them; only a load controller can reach a particular one."""
+    confidence_threshold: Share | None = None
+    max_draft_tokens: DraftTokens | None = None
+    bypass: bool | None = None
+    version: Seed | None = None
+    valid_seconds: Annotated[Finite, Field(gt=0, le=MAX_POLICY_SECONDS)] | None = None
+
+    def policy(self) -> VerificationPolicy:
+        """Raises RequestError."""
+        return VerificationPolicy(**self.model_dump(exclude_none=True, exclude={"replica"}))
+
+
+class ReplicaQuery(BaseModel):
+    """Which Engine replica is meant."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    replica: Annotated[str, Field(max_length=_MAX_NAME)] | None = None
+    """None for all of them."""
+
+
+def admin_routes(service: Service) -> APIRouter:
+    client, controller = service.client, service.controller
+    router = APIRouter(
+        prefix="/admin",
+        tags=["administration"],
+        dependencies=[Depends(BEARER)],
+        responses=documented(400, 403, 404, 500, 503),
+    )
+
+    def errors(request: HttpRequest) -> Any:
+        return as_api_errors(request_id_of(request.scope), service.retry_after_s)
+
+    @router.get("/steps", summary="What one engine decided in its latest steps")
+    async def steps(query: Annotated[StepsQuery, Query()], request: HttpRequest) -> StepsAnswer:
+        with errors(request):
+            log = await client.steps(query.last)
+        return StepsAnswer(replica=log.replica, steps=[to_json(record) for record in log.records])
+
+    @router.get("/load", summary="What the load controller knows of nodes and replicas")
+    async def load(request: HttpRequest) -> dict[str, Any]:
+        with errors(request):
+            return await _required(controller).view()
+
+    @router.post("/policy", responses=documented(413), summary="Bound what engines verify")
+    async def set_policy(body: PolicyRequest, request: HttpRequest) -> dict[str, Any]:
+        with errors(request):
+            if controller is None:
+                return await _set_for_one(client, body)
+            return await _set_for_all(controller, body)
+
+    @router.delete("/policy", summary="End the bounds that were set by hand")
+    async def end_policy(query: Annotated[ReplicaQuery, Query()], request: HttpRequest) -> dict[str, Any]:
+        with errors(request):
+            await _required(controller).end_override(query.replica)
+        return {"replica": query.replica}
+
+    return router
+
+
+def _required(controller: ControllerClient | None) -> ControllerClient:
+    if controller is None:
+        raise ApiError(404, "this application runs without a load controller: load_controller is null in its YAML file")
+    return controller
+
+
+async def _set_for_one(client: EngineClient, body: PolicyRequest) -> dict[str, Any]:
+    """At once, and at the replica that Serve chooses."""
+    if body.replica is not None:
+        raise invalid("replica", f"replica={body.replica!r:.200}: without a load controller Serve chooses the replica")
+    policy = body.policy()
+    return {"replica": await client.set_policy(policy), "policy": asdict(policy)}
+
+
+async def _set_for_all(controller: ControllerClient, body: PolicyRequest) -> dict[str, Any]:
+    """With each replica's next heartbeat."""
+    if body.version is not None:
+        raise invalid("version", f"version={body.version}: the load controller numbers its policies itself")
+    policy = body.policy()
+    bounds = Bounds(policy.confidence_threshold, policy.max_draft_tokens, policy.bypass)
+    replicas = await controller.override(bounds, policy.valid_seconds, body.replica)
+    if not replicas and body.replica is not None:
+        raise ApiError(404, f"replica={body.replica!r:.200}: no such replica", param="replica")
+    return {"replicas": replicas, "policy": {**asdict(bounds), "valid_seconds": policy.valid_seconds}}

@@ -1,0 +1,181 @@
+"""What a chat request and its messages may say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from deployments.http.fields import Int, Schema, Text
+from deployments.http.requests import GenerationRequest
+from dspark_ray.types import MAX_LOGPROBS, MAX_MAX_TOKENS, RequestError
+
+MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000
+MAX_TOOL_CALLS = 1000
+
+
+class TextPart(Schema):
+    _IGNORED = frozenset({"cache_control", "prompt_cache_breakpoint", "annotations"})
+
+    type: Literal["text"]
+    text: Text
+
+
+def _text_part(value: Any) -> Any:
+    """Say of another kind of part what is wrong with it."""
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if isinstance(kind, str) and kind != "text":
+        raise PydanticCustomError("unsupported_part", f"a part of type {kind!r:.50}: this model reads text only")
+    return value
+
+
+def _content_form(value: Any) -> str:
+    return "parts" if isinstance(value, list) else "text"
+
+
+Content = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[
+        list[Annotated[TextPart, BeforeValidator(_text_part)]],
+        Field(max_length=MAX_PARTS, fail_fast=True),
+        Tag("parts"),
+    ],
+    Discriminator(_content_form),
+]
+
+
+class FunctionCall(Schema):
+    name: Text
+    arguments: Text | dict[str, Any] = "{}"
+    """JSON, as a string or as an object."""
+
+
+class ToolCall(Schema):
+    _IGNORED = frozenset({"index", "cache_control"})
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Schema):
+    """One message; `dspark_ray.chat` checks what each role needs of it."""
+
+    _IGNORED = frozenset(
+        {"annotations", "cache_control", "id", "images", "name", "provider_specific_fields", "thinking_blocks"}
+    )
+    _ONLY: ClassVar = {"audio": ({},), "function_call": ({},), "refusal": ("",)}
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    """Another name of reasoning_content."""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
+    tool_call_id: Text | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `dspark_ray.chat`. OpenAI's `developer` is what older models call `system`."""
+        message = self.model_dump(exclude_none=True)
+        return message | {"role": "system"} if self.role == "developer" else message
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class ChatTemplateArgs(Schema):
+    """vLLM's `chat_template_kwargs`, those that DeepSeek-V4's encoder knows."""
+
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+    """Another name of thinking."""
+
+
+class Conversation(Schema):
+    """Messages, and what the prompt is to end with."""
+
+    messages: Messages | None = None
+    add_generation_prompt: bool | None = None
+    """Whether an assistant turn is opened; null does so, except with continue_final_message."""
+    continue_final_message: bool = False
+    """Whether the last message, the assistant's, is left open for the model to go on with."""
+
+    @model_validator(mode="after")
+    def _ends_in_one_way(self) -> Self:
+        if not self.continue_final_message:
+            return self
+        if self.add_generation_prompt:
+            raise RequestError(
+                "add_generation_prompt", "add_generation_prompt=True: expected false with continue_final_message"
+            )
+        if not self.messages or self.messages[-1].role != "assistant":
+            raise RequestError(
+                "continue_final_message",
+                "continue_final_message=True: expected only where the last message is the assistant's",
+            )
+        return self
+
+    def message_dicts(self) -> list[dict[str, Any]]:
+        """For `dspark_ray.chat`."""
+        messages = [message.as_dict() for message in self.messages or ()]
+        if self.continue_final_message:
+            messages[-1]["wo_eos"] = True
+        return messages
+
+    def chat_options(self) -> dict[str, Any]:
+        """Arguments of `dspark_ray.chat.render_parts`."""
+        opens = self.add_generation_prompt
+        return {"add_generation_prompt": not self.continue_final_message if opens is None else opens}
+
+
+class ChatRequest(GenerationRequest, Conversation):
+    _IGNORED = GenerationRequest._IGNORED | {"include_reasoning"}
+    _ONLY: ClassVar = {**GenerationRequest._ONLY, "add_special_tokens": (False,)}
+
+    messages: Messages
+    max_completion_tokens: Annotated[Int, Field(ge=1, le=MAX_MAX_TOKENS)] | None = None
+    """OpenAI's newer name of max_tokens; it counts where both are given."""
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    reasoning_effort: Text | None = None
+    chat_template_kwargs: ChatTemplateArgs | None = None
+
+    def chat_options(self) -> dict[str, Any]:
+        template = self.chat_template_kwargs or ChatTemplateArgs()
+        thinking = template.enable_thinking if template.thinking is None else template.thinking
+        return {**super().chat_options(), "thinking": thinking, "reasoning_effort": self.reasoning_effort}
+
+    @property
+    def prompt_field(self) -> str:
+        return "messages"
+
+    @property
+    def length_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs", f"top_logprobs={self.top_logprobs}: expected only with logprobs=true")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def asked_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class TokenizeRequest(Conversation):
+    """Text or messages. Text is read as by /v1/completions, messages as by /v1/chat/completions."""
+
+    _ONLY: ClassVar = {"return_token_strs": (False,)}
+
+    model: Text | None = None
+    prompt: Text | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _has_one_of_them(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("prompt", "prompt: expected prompt or messages, and not both")
+        return self

@@ -1,0 +1,95 @@
+"""Types of request fields, and what happens to fields that this server does not implement."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from dspark_ray.types import (
+    MAX_DRAFT_TOKENS,
+    MAX_INT64,
+    MAX_TOKEN_ID,
+    MIN_INT64,
+    RequestError,
+)
+
+logger = logging.getLogger("ray.serve")
+
+MAX_FIELDS = 100
+"""Fields of one object: each unknown one would become an error of its own."""
+
+
+def _integral(value: Any) -> Any:
+    """Some clients write 16.0 where an integer is meant."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no text encoding can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("expected valid Unicode, got half of a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Int = Annotated[int, BeforeValidator(_integral)]
+Seed = Annotated[Int, Field(ge=MIN_INT64, le=MAX_INT64)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[Finite, Field(ge=0, le=1)]
+DraftTokens = Annotated[Int, Field(ge=0, le=MAX_DRAFT_TOKENS)]
+
+
+@cache
+def note_ignored(kind: str) -> None:
+    """One line in the log per kind: these come with every request."""
+    logger.info("requests have %s, which is accepted and changes nothing", kind)
+
+
+class Schema(BaseModel):
+    """An object of a request. Null means absent, as in OpenAI's API; a field that nobody knows is refused.
+
+    `_IGNORED` fields cannot change the text. `_ONLY` fields would change the answer in ways that are not implemented:
+    only the values that ask for nothing pass.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=lambda schema, cls: cls._describe(schema))
+
+    _IGNORED: ClassVar[frozenset[str]] = frozenset()
+    _ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, data: Any) -> Any:
+        """Raises RequestError naming the first field that asks for something that is not implemented."""
+        if not isinstance(data, Mapping):
+            return data
+        if len(data) > MAX_FIELDS:
+            raise RequestError("", f"{len(data)} fields: expected at most {MAX_FIELDS}")
+        for name in cls._ONLY.keys() & data.keys():
+            if data[name] is not None and data[name] not in cls._ONLY[name]:
+                raise RequestError(name, f"{name}: this server does not support it; {_expected(cls._ONLY[name])}")
+        for name in cls._IGNORED & data.keys():
+            note_ignored(f"the field {name}")
+        left_out = cls._IGNORED | cls._ONLY.keys()
+        return {key: value for key, value in data.items() if value is not None and key not in left_out}
+
+    @classmethod
+    def _describe(cls, schema: dict[str, Any]) -> None:
+        """Add the fields that are left out to the JSON schema."""
+        properties = schema.setdefault("properties", {})
+        for name in sorted(cls._IGNORED):
+            properties[name] = {"description": "Accepted; changes nothing."}
+        for name, values in sorted(cls._ONLY.items()):
+            allowed = [None, *(value for value in values if value is not None)]
+            properties[name] = {"enum": allowed, "description": "Not supported: only values that ask for nothing."}
+
+
+def _expected(values: tuple[Any, ...]) -> str:
+    return " or ".join(["expected null", *(f"{value!r}" for value in values)])

@@ -1,0 +1,273 @@
+"""What a request may say: OpenAI's fields, vLLM's and ours."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Discriminator, Field, Tag
+
+from deployments.http.fields import DraftTokens, Finite, Int, Schema, Seed, Share, Text, TokenId, note_ignored
+from dspark_ray.types import (
+    MAX_BIAS,
+    MAX_CHOICES,
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_MAX_TOKENS,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_STOP_STRING_LENGTH,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MIN_REPETITION_PENALTY,
+    SamplingParams,
+    SpeculativeParams,
+)
+
+MAX_PROMPT_TOKENS = 2**20
+"""Of a prompt of token ids; the model's length ends it earlier."""
+
+_IGNORED = frozenset(
+    {
+        "cache_salt",
+        "metadata",
+        "moderation",
+        "parallel_tool_calls",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "spaces_between_special_tokens",
+        "store",
+        "user",
+    }
+)
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": ([],),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "return_tokens_as_token_ids": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_STRING_LENGTH)]
+Penalty = Annotated[Finite, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
+
+
+class StreamOptions(Schema):
+    _IGNORED = frozenset({"include_obfuscation"})
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's: every chunk carries the usage so far."""
+
+
+class Speculative(Schema):
+    """Per-request options of speculation. They change the speed, and in coupled verification never the text."""
+
+    enabled: bool | None = None
+    max_draft_tokens: DraftTokens | None = None
+    confidence_threshold: Share | None = None
+
+    def params(self) -> SpeculativeParams:
+        return SpeculativeParams(**self.model_dump(exclude_none=True))
+
+
+def _stop_form(value: Any) -> str:
+    return "strings" if isinstance(value, list) else "string"
+
+
+class GenerationRequest(Schema):
+    """The fields that both endpoints share."""
+
+    _IGNORED = _IGNORED
+    _ONLY = _ONLY
+
+    model: Text | None = None
+    """None takes the one model that is served."""
+    n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Seed | None = None
+    """Choice i of a prompt takes seed + i. Without one the answer tells the seed that was drawn, in `metrics.seed`."""
+    stop: (
+        Annotated[
+            Annotated[StopString, Tag("string")]
+            | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), Tag("strings")],
+            Discriminator(_stop_form),
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[Int, Field(ge=1, le=MAX_MAX_TOKENS)] | None = None
+    temperature: Annotated[Finite, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
+    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Annotated[Finite, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
+            Field(max_length=MAX_LOGIT_BIASES),
+        ]
+        | None
+    ) = None
+    # vLLM's.
+    top_k: Annotated[Int, Field(ge=-1, le=MAX_TOP_K)] | None = None
+    """0 and -1 keep all tokens."""
+    min_p: Share | None = None
+    repetition_penalty: Annotated[Finite, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
+    min_tokens: Annotated[Int, Field(ge=0, le=MAX_MAX_TOKENS)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    return_token_ids: bool = False
+    # Ours.
+    speculative: Speculative | None = None
+
+    _PLAIN: ClassVar[set[str]] = {
+        "temperature",
+        "top_p",
+        "frequency_penalty",
+        "presence_penalty",
+        "min_p",
+        "repetition_penalty",
+        "min_tokens",
+        "ignore_eos",
+    }
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def usage_at_end(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def length_field(self) -> str:
+        """The field that named the longest answer."""
+        return "max_tokens"
+
+    @property
+    def prompt_field(self) -> str:
+        raise NotImplementedError
+
+    def num_logprobs(self) -> int | None:
+        """Alternatives per token, None for no logprobs at all. Raises RequestError."""
+        raise NotImplementedError
+
+    def asked_tokens(self) -> int | None:
+        """The longest answer that was asked for."""
+        return self.max_tokens
+
+    def stop_strings(self) -> list[str]:
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """With a random seed where the request names none. Raises RequestError."""
+        if self.stream_options is not None and not self.stream:
+            note_ignored("stream_options without stream=true")
+        fields = self.model_dump(include=self._PLAIN, exclude_none=True)
+        if self.top_k is not None:
+            fields["top_k"] = max(self.top_k, 0)
+        return SamplingParams(
+            **fields,
+            max_tokens=max_tokens,
+            seed=self.seed if self.seed is not None else secrets.randbits(53),
+            stop=tuple(self.stop_strings()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias={int(key): value for key, value in (self.logit_bias or {}).items()},
+            logprobs=self.num_logprobs(),
+        )
+
+    def speculation(self) -> SpeculativeParams:
+        return (self.speculative or Speculative()).params()
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of one of n choices: the next numbers, wrapped to 64 bits."""
+    return (seed + choice + 2**63) % 2**64 - 2**63
+
+
+def _prompt_form(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else 0
+    if isinstance(first, str):
+        return "texts"
+    return "lists" if isinstance(first, list) else "token_ids"
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Annotated[
+        Annotated[Text, Field(min_length=1), Tag("text")]
+        | Annotated[TokenIds, Tag("token_ids")]
+        | Annotated[
+            list[Annotated[Text, Field(min_length=1)]], Field(max_length=MAX_CHOICES, fail_fast=True), Tag("texts")
+        ]
+        | Annotated[list[TokenIds], Field(max_length=MAX_CHOICES, fail_fast=True), Tag("lists")],
+        Discriminator(
+            _prompt_form,
+            custom_error_type="prompt_form",
+            custom_error_message="expected text, a list of texts, a list of token ids, or a list of such lists",
+        ),
+    ]
+    """Markers in it count: it is the model's raw input."""
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_special_tokens: bool = True
+    """Whether text begins with the model's begin-of-sequence token, where it does not already."""
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    @property
+    def prompt_field(self) -> str:
+        return "prompt"
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
