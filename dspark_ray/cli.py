@@ -1,205 +1,229 @@
-"""`dspark-ray`: generate text without Ray, look into a checkpoint or a running server, or calibrate confidences."""
+"""`dspark-ray`: generate text without Ray, look into a checkpoint or a running server, or calibrate confidences.
+
+Commands import torch when they run: those that talk to a server need none of it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
+import os
+import signal
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, TextIO, get_args
 
-import torch
-
-from dspark_ray.checkpoint.inspect import describe
-from dspark_ray.checkpoint.reader import CheckpointError
-from dspark_ray.config import ConfigError, EngineConfig, ScheduleKind
-from dspark_ray.engine import Engine
-from dspark_ray.evaluation import calibrate
+from dspark_ray.checkpoint.errors import CheckpointError
+from dspark_ray.config import ConfigError, ScheduleKind
 from dspark_ray.records import explain, from_json
-from dspark_ray.runtime import build_engine
-from dspark_ray.text import TextStream
-from dspark_ray.tokenizer import Tokenizer
-from dspark_ray.types import (
-    Request,
-    RequestError,
-    SamplingParams,
-    SpeculationStats,
-    SpeculativeParams,
-    StepRecord,
-)
+from dspark_ray.types import RequestError
 
 _ANSWER_SECONDS = 30
 _LIVE_ANSWER_SECONDS = 5
 """So that a server that hangs is seen to."""
+_MOST_THREADS = 1024
+_LONGEST_INTERVAL = 86400.0
 
 
 class ServerError(RuntimeError):
     """A server that does not answer, or answers with an error."""
 
 
-@dataclass(frozen=True)
-class Generated:
-    """What `generate_text` saw."""
-
-    num_tokens: int
-    seconds: float
-    stats: SpeculationStats
-    records: list[StepRecord]
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; bad input ends with exit code 2 and one line that says what would be right."""
-    arguments = _parser().parse_args(argv)
+    """Entry point; returns the exit code.
+
+    Bad input ends with 2 and one line that says what would be right, Ctrl-C with 130, and a reader of a pipe that has
+    gone, as `head` does, with 141: both in silence, as shells expect of a program that a signal ended.
+    """
+    _write_any_text()
     try:
-        return int(arguments.run(arguments))
-    except (ConfigError, CheckpointError, RequestError, ServerError) as error:
+        arguments = _parser().parse_args(argv)
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _drop_output()
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (ConfigError, CheckpointError, RequestError, ServerError, OSError) as error:
         print(f"dspark-ray: {error}", file=sys.stderr)
         return 2
 
 
+def _write_any_text() -> None:
+    """A terminal that cannot show a character shows another, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _drop_output() -> None:
+    """Python flushes once more at exit: what is left goes where that raises nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            _redirect(stream)
+
+
+def _redirect(stream: TextIO) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong; `--help` says the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if low <= int(text) <= high:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {low} to {high}")
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= _LONGEST_INTERVAL:
+            return float(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: expected a positive number of seconds, at most {_LONGEST_INTERVAL:.0f}"
+    )
+
+
+def _number(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a finite number")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dspark-ray", description=__doc__)
+    parser = _Parser(prog="dspark-ray", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    generate = commands.add_parser("generate", help="stream a completion to the terminal, without Ray")
-    generate.set_defaults(run=_generate)
-    generate.add_argument("prompt", help="text to continue, or a user message with --chat")
-    generate.add_argument("--model", default="deployments/tiny", help="checkpoint folder (default: %(default)s)")
-    generate.add_argument("--chat", action="store_true", help="treat the prompt as a user message")
-    generate.add_argument("--max-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.0)
-    generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--stop", action="append", default=[], help="end the text here; may be repeated")
-    generate.add_argument(
-        "--gamma", type=int, default=None, help="drafted tokens per round (default: the checkpoint's)"
-    )
-    generate.add_argument("--verification", choices=("coupled", "rejection"), default="coupled")
-    generate.add_argument("--schedule", choices=get_args(ScheduleKind), help="how many drafts are verified")
-    generate.add_argument(
-        "--confidence-threshold", type=float, default=0.0, help="verify no drafts whose survival is below this"
-    )
-    generate.add_argument(
-        "--no-cost-cache", action="store_true", help="profile what steps cost again, and keep it nowhere"
-    )
-    generate.add_argument("--explain", action="store_true", help="show what each step decided, behind the text")
-    generate.add_argument("--no-speculation", action="store_true", help="decode one token per forward, for comparison")
-    generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    generate.add_argument("--device", default="cpu")
-    generate.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    inspect = commands.add_parser("inspect", help="say what is in a checkpoint, from its headers alone")
-    inspect.set_defaults(run=_inspect)
-    inspect.add_argument("model", help="checkpoint folder")
-    inspect.add_argument("--json", action="store_true")
-    calibration = commands.add_parser("calibrate", help="fit the temperatures of the confidences, and report on them")
-    calibration.set_defaults(run=calibrate.run)
-    calibrate.add_arguments(calibration)
-    explained = commands.add_parser("explain", help="show what a running server decided in its latest steps")
-    explained.set_defaults(run=_explain)
-    explained.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
-    explained.add_argument("--last", type=int, default=50, help="steps to show (default: %(default)s)")
-    explained.add_argument("--json", action="store_true", help="what the server says, as it says it")
-    top = commands.add_parser("top", help="watch the devices and replicas of a running server")
-    top.set_defaults(run=_top)
-    top.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
-    top.add_argument("--interval", type=float, default=2.0, help="seconds between pictures (default: %(default)s)")
-    top.add_argument("--once", action="store_true", help="one picture, as also into a pipe or a file")
-    top.add_argument("--json", action="store_true", help="once, what the server says, as it says it")
+    _add_generate(commands.add_parser("generate", help="stream a completion to the terminal, without Ray"))
+    _add_inspect(commands.add_parser("inspect", help="say what is in a checkpoint, and what is wrong with it"))
+    calibrate = "fit the temperatures of the confidences, and report on them"
+    _add_calibrate(commands.add_parser("calibrate", help=calibrate))
+    _add_explain(commands.add_parser("explain", help="show what a running server decided in its latest steps"))
+    _add_top(commands.add_parser("top", help="watch the devices and replicas of a running server"))
     return parser
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
-    description = describe(Path(arguments.model))
-    print(json.dumps(description.to_dict(), indent=2) if arguments.json else description.format())
-    return 0
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_generate)
+    parser.add_argument("prompt", help="text to continue, or a user message with --chat")
+    parser.add_argument("--chat", action="store_true", help="treat the prompt as a user message")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=_number, default=0.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=_number, default=1.0)
+    parser.add_argument("--stop", action="append", default=[], help="end the text here; may be repeated")
+    parser.add_argument("--gamma", type=int, default=None, help="drafted tokens per round (default: the checkpoint's)")
+    parser.add_argument("--schedule", choices=get_args(ScheduleKind), help="how many drafts are verified")
+    parser.add_argument(
+        "--confidence-threshold", type=_number, default=0.0, help="verify no drafts whose survival is below this"
+    )
+    parser.add_argument(
+        "--no-cost-cache", action="store_true", help="profile what steps cost again, and keep it nowhere"
+    )
+    parser.add_argument("--explain", action="store_true", help="show what each step decided, behind the text")
+    parser.add_argument("--no-speculation", action="store_true", help="decode one token per forward, for comparison")
+    _add_engine_arguments(parser)
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="deployments/tiny", help="checkpoint folder (default: %(default)s)")
+    parser.add_argument("--verification", choices=("coupled", "rejection"), default="coupled")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=_whole(1, _MOST_THREADS), default=1, help="CPU threads (default: %(default)s)"
+    )
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_inspect)
+    parser.add_argument("model", help="checkpoint folder")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--headers-only", action="store_true", help="do not read the weights to look for NaN and infinity"
+    )
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_calibrate)
+    parser.add_argument(
+        "--prompts", type=Path, help='your own traffic: JSON lines, {"prompt": ...} or {"messages": ...}'
+    )
+    parser.add_argument("--count", type=int, default=64, help="held-out prompts of each kind (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=96, help="of each text (default: %(default)s)")
+    parser.add_argument("--temperature", type=_number, action="append", help="may be repeated (default: 0 and 1)")
+    parser.add_argument(
+        "--held-out-share", type=_number, default=0.5, help="of the prompts, for the report (default: 0.5)"
+    )
+    parser.add_argument("--output", type=Path, help="where the temperatures go (default: sts.json of the checkpoint)")
+    parser.add_argument("--picture", type=Path, help="where a reliability picture goes, as PNG")
+    _add_engine_arguments(parser)
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_explain)
+    parser.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
+    parser.add_argument("--last", type=int, default=50, help="steps to show (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="what the server says, as it says it")
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_top)
+    parser.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
+    parser.add_argument(
+        "--interval", type=_seconds, default=2.0, help="seconds between pictures (default: %(default)s)"
+    )
+    parser.add_argument("--once", action="store_true", help="one picture, as also into a pipe or a file")
+    parser.add_argument("--json", action="store_true", help="once, what the server says, as it says it")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    torch.set_num_threads(arguments.threads)
-    config = EngineConfig(
-        max_num_seqs=1,
-        gamma=arguments.gamma,
-        verification=arguments.verification,
-        speculation=not arguments.no_speculation,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        schedule=arguments.schedule,
-        confidence_threshold=arguments.confidence_threshold,
-        cost_directory=None if arguments.no_cost_cache else str(Path.home() / ".cache" / "dspark-ray"),
-    )
-    tokenizer = Tokenizer.from_directory(Path(arguments.model))
-    request = Request(
-        request_id="cli",
-        prompt_token_ids=tuple(_prompt_ids(tokenizer, arguments)),
-        sampling=SamplingParams(
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-            max_tokens=arguments.max_tokens,
-            stop=tuple(arguments.stop),
-        ),
-        speculative=SpeculativeParams(enabled=not arguments.no_speculation),
-    )
-    engine = build_engine(arguments.model, config, _show_profiling)
-    generated = generate_text(engine, tokenizer, request, lambda text: print(text, end="", flush=True))
-    engine.close()
-    print()
-    print(_summary(generated), file=sys.stderr)
-    if arguments.explain:
-        print(explain(generated.records), file=sys.stderr)
-    return 0
+    from dspark_ray import generate
+
+    return generate.run(arguments)
 
 
-def _show_profiling(num_done: int, num_sizes: int) -> None:
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from dspark_ray.evaluation import calibrate
+
+    return calibrate.run(arguments)
+
+
+def _show_reading(num_done: int, num_bytes: int) -> None:
     """A line that rewrites itself until it is complete."""
-    end = "\n" if num_done == num_sizes else ""
-    print(f"\rprofiling what steps cost: {num_done}/{num_sizes}", end=end, file=sys.stderr, flush=True)
+    end = "\n" if num_done == num_bytes else ""
+    print(f"\rread {num_done / 2**30:.1f} of {num_bytes / 2**30:.1f} GiB", end=end, file=sys.stderr, flush=True)
 
 
-def _prompt_ids(tokenizer: Tokenizer, arguments: argparse.Namespace) -> list[int]:
-    if arguments.chat:
-        return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": arguments.prompt}]))
-    return [tokenizer.bos_token_id, *tokenizer.encode(arguments.prompt)]
+def _inspect(arguments: argparse.Namespace) -> int:
+    from dspark_ray.checkpoint.inspect import describe
 
-
-def generate_text(engine: Engine, tokenizer: Tokenizer, request: Request, emit: Callable[[str], object]) -> Generated:
-    """Run one request to its end, passing text to `emit` as it comes; ends at a stop string too."""
-    text = TextStream(tokenizer, request.sampling.stop)
-    engine.add_request(request)
-    num_tokens, stats, stopped, started = 0, SpeculationStats(), False, time.perf_counter()
-    records: list[StepRecord] = []
-    while engine.has_unfinished():
-        step = engine.step()
-        if step.record is not None:
-            records.append(step.record)
-        for output in step.sequences:
-            delta = text.push(output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids)
-            emit(delta.text)
-            stats = output.stats or stats
-            if stopped:
-                continue
-            stopped = delta.stopped
-            num_tokens += delta.num_tokens_kept if stopped else len(output.token_ids)
-            if stopped:
-                engine.abort(request.request_id)
-    emit(text.flush())
-    return Generated(num_tokens, time.perf_counter() - started, stats, records)
-
-
-def _summary(generated: Generated) -> str:
-    stats, seconds = generated.stats, max(generated.seconds, 1e-9)
-    return (
-        f"{generated.num_tokens} tokens in {seconds:.2f} s = {generated.num_tokens / seconds:.1f} tokens/s; "
-        f"accepted length {stats.mean_accepted_length:.2f} "
-        f"(drafted {stats.num_drafted}, admitted {stats.num_admitted}, accepted {stats.num_accepted})"
-    )
+    progress = _show_reading if sys.stderr.isatty() else None
+    description = describe(Path(arguments.model), not arguments.headers_only, progress)
+    print(json.dumps(description.to_dict(), indent=2) if arguments.json else description.format())
+    return 2 if description.problems else 0
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -220,8 +244,6 @@ def _top(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(_get_json(url), indent=2))
         return 0
-    if not arguments.interval > 0:
-        raise ConfigError(f"--interval={arguments.interval}: expected a positive number of seconds")
     try:
         from dspark_ray import top
     except ModuleNotFoundError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dspark_kernels.formats import KEY_GROUP
+from dspark_ray.config_values import wrong_values
 
 AttentionKind = Literal["sliding", "csa", "hca"]
 MarkovHeadType = Literal["vanilla", "gated", "rnn"]
@@ -97,7 +97,8 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 1048576
     bos_token_id: int = 0
-    eos_token_id: int = 1
+    eos_token_ids: tuple[int, ...] = (1,)
+    """Each of them ends a text."""
     kv_fake_quant: bool = False
     """Round stored keys to FP8 outside their rotary part, as the official program does."""
     dspark: DSparkConfig | None = None
@@ -108,17 +109,29 @@ class ModelConfig:
         self._require(len(self.compress_ratios) == self.num_hidden_layers, "compress_ratios", "one entry per layer")
         bad = [ratio for ratio in self.compress_ratios if ratio in (1, 2) or ratio < 0]
         self._require(not bad, "compress_ratios", "0, 4 or a larger ratio per layer")
-        self._require(self.num_attention_heads % self.o_groups == 0, "o_groups", "a divisor of num_attention_heads")
-        self._require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number")
+        divides = self.o_groups > 0 and self.num_attention_heads % self.o_groups == 0
+        self._require(divides, "o_groups", f"a divisor of num_attention_heads={self.num_attention_heads}")
+        rope = self.qk_rope_head_dim
+        fits = rope % 2 == 0 and rope <= self.head_dim
+        self._require(fits, "qk_rope_head_dim", f"an even number, at most head_dim={self.head_dim}")
         self._require(self.num_experts_per_tok <= self.n_routed_experts, "num_experts_per_tok", "<= n_routed_experts")
+        self._require(self.bos_token_id < self.vocab_size, "bos_token_id", "an id below vocab_size")
+        self._require(max(self.eos_token_ids) < self.vocab_size, "eos_token_id", "ids below vocab_size")
         if self.dspark is not None:
             last = max(self.dspark.target_layer_ids)
             self._require(last < self.num_hidden_layers, "dspark_target_layer_ids", "ids below num_hidden_layers")
+            is_known = self.dspark.noise_token_id < self.vocab_size
+            self._require(is_known, "dspark_noise_token_id", "an id below vocab_size")
 
     def _require(self, condition: bool, key: str, expected: str) -> None:
         if not condition:
-            value = getattr(self, key, self.raw.get(key))
-            raise ConfigError(f"config.json: {key}={value!r}: expected {expected}")
+            value = self.raw[key] if key in self.raw else getattr(self, key)
+            raise ConfigError(f"config.json: {key}={_shown(value)}: expected {expected}")
+
+    @property
+    def eos_token_id(self) -> int:
+        """The first of those that end a text."""
+        return self.eos_token_ids[0]
 
     def attention_kind(self, layer: int) -> AttentionKind:
         """Kind of target layer `layer`; draft stages (`layer >= num_hidden_layers`) are sliding."""
@@ -143,21 +156,37 @@ class ModelConfig:
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
+            raw = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{path}: no such file; expected a checkpoint folder with a config.json") from None
-        except json.JSONDecodeError as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not JSON: {error}") from None
-        return ModelConfig.from_dict(raw)
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: expected an object with the keys of DeepSeek-V4, found {_shown(raw)}")
+        try:
+            return ModelConfig.from_dict(raw)
+        except ConfigError as error:
+            raise ConfigError(f"{path.parent}/{error}") from None
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> ModelConfig:
-        """Translate the official dialect (`compress_ratios`) or the one transformers saves (`layer_types`)."""
+        """Translate the official dialect (`compress_ratios`) or the one transformers saves (`layer_types`).
+
+        Raises ConfigError, which names the key.
+        """
         _refuse_other_networks(raw)
+        for key, value, expected in wrong_values(raw):
+            raise ConfigError(f"config.json: {key}={_shown(value)}: expected {expected}")
         try:
             return _translate(raw)
         except KeyError as error:
             raise ConfigError(f"config.json: key {error.args[0]!r} is missing") from None
+
+
+def _shown(value: object) -> str:
+    """As in JSON, and not without end."""
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _refuse_other_networks(raw: dict[str, Any]) -> None:
@@ -206,10 +235,14 @@ def _translate(raw: dict[str, Any]) -> ModelConfig:
         **_rope(raw),
         max_position_embeddings=raw.get("max_position_embeddings", 1048576),
         bos_token_id=raw.get("bos_token_id", 0),
-        eos_token_id=raw.get("eos_token_id", 1),
+        eos_token_ids=_eos_token_ids(raw.get("eos_token_id", 1)),
         dspark=_dspark(raw, num_stages=len(ratios) - num_layers),
         raw=dict(raw),
     )
+
+
+def _eos_token_ids(raw: int | list[int]) -> tuple[int, ...]:
+    return tuple(raw) if isinstance(raw, list) else (raw,)
 
 
 def _compress_ratios(raw: dict[str, Any]) -> list[int]:
@@ -370,12 +403,8 @@ class EngineConfig:
         for ratio in set(model.compress_ratios) - {0}:
             if self.page_size % ratio:
                 raise ConfigError(f"page_size={self.page_size}: expected a multiple of compression ratio {ratio}")
-        plain = model.head_dim - model.qk_rope_head_dim
-        if self.kv_cache_dtype == "fp8" and plain % KEY_GROUP:
-            raise ConfigError(
-                f"kv_cache_dtype='fp8': keys have {plain} channels outside their rotary part: expected a multiple of"
-                f" {KEY_GROUP}"
-            )
+        if self.kv_cache_dtype == "fp8":
+            _check_packed_keys(model)
         pages_per_sequence = -(-self.max_model_len // self.page_size)
         num_pages = self.num_pages if self.num_pages is not None else pages_per_sequence * self.max_num_seqs
         if num_pages < pages_per_sequence:
@@ -388,3 +417,16 @@ class EngineConfig:
                 f" = {self.max_num_seqs * (1 + gamma)}"
             )
         return replace(self, gamma=gamma, num_pages=num_pages)
+
+
+def _check_packed_keys(model: ModelConfig) -> None:
+    """Raise ConfigError where keys cannot be kept in FP8."""
+    # Not at the top: it imports torch, which programs that only read a configuration do without.
+    from dspark_kernels.formats import KEY_GROUP
+
+    plain = model.head_dim - model.qk_rope_head_dim
+    if plain % KEY_GROUP:
+        raise ConfigError(
+            f"kv_cache_dtype='fp8': keys have {plain} channels outside their rotary part: expected a multiple of"
+            f" {KEY_GROUP}"
+        )

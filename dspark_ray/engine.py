@@ -391,7 +391,7 @@ class Engine:
 
     def _stop_ids(self, sequence: Sequence) -> frozenset[int]:
         params = sequence.request.sampling
-        eos = () if params.ignore_eos else (self.model_config.eos_token_id,)
+        eos = () if params.ignore_eos else self.model_config.eos_token_ids
         return frozenset((*eos, *params.stop_token_ids))
 
     # The drafter's side.

@@ -20,6 +20,7 @@ from torch import Tensor
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.checkpoint.reader import Checkpoint, load_drafter, load_projector, load_target
 from dspark_ray.config import ConfigError, EngineConfig, ModelConfig
+from dspark_ray.device import check_device
 from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
 from dspark_ray.drafters.link import DraftServer, RemoteDrafter
 from dspark_ray.drafters.protocol import Drafter
@@ -76,6 +77,7 @@ class GangSpec:
         """Read the checkpoint's config and check everything against it. Raises ConfigError."""
         model = ModelConfig.from_file(Path(self.checkpoint))
         engine = self.engine
+        check_device(engine.device)
         if model.dspark is None and engine.speculation:
             if self.drafter == "actor":
                 raise ConfigError(

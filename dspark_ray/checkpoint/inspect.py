@@ -1,22 +1,26 @@
-"""What is in a checkpoint, from its configuration and its files' headers alone."""
+"""What is in a checkpoint, from its configuration and its files' headers, and whether its weights are numbers."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dspark_ray.checkpoint.headers import StoredTensor
 from dspark_ray.checkpoint.layout import local_name, pieces_of
-from dspark_ray.checkpoint.reader import MAX_PROBLEMS, Checkpoint, StoredTensor
+from dspark_ray.checkpoint.reader import MAX_PROBLEMS, Checkpoint
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.parallel import ParallelGroup
+
+Progress = Callable[[int, int], None]
+"""(bytes read, bytes to read)"""
 
 _KIND_TITLES = {"sliding": "sliding", "csa": "CSA", "hca": "HCA"}
 _TARGET_PARTS = {"attn": "attention", "ffn": "router"}
@@ -58,6 +62,8 @@ class Description:
     """Stored, but neither the target's nor the drafter's."""
     problems: tuple[str, ...] = field(default=())
     """What stands in the way of loading it; empty for a good checkpoint."""
+    values_read: bool = False
+    """Whether weights were searched for NaN and infinity, rather than headers alone."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -98,7 +104,7 @@ class Description:
 
     def _problem_rows(self) -> Iterator[tuple[str, str]]:
         if not self.problems:
-            yield "problems", "none found"
+            yield "problems", "none found" if self.values_read else "none found in the headers; no weights were read"
             return
         yield "problems", f"{len(self.problems)} found"
         yield from (("", problem) for problem in self.problems[:MAX_PROBLEMS])
@@ -106,11 +112,17 @@ class Description:
             yield "", f"and {len(self.problems) - MAX_PROBLEMS} more"
 
 
-def describe(path: Path | str) -> Description:
-    """Read headers, no weights. Raises ConfigError and CheckpointError where even those cannot be read."""
+def describe(path: Path | str, read_values: bool = False, progress: Progress | None = None) -> Description:
+    """Read headers and, where they are right and `read_values` says so, every weight that is used.
+
+    Raises ConfigError and CheckpointError where headers cannot be read.
+    """
     checkpoint = Checkpoint.open(path)
     config, tensors = checkpoint.config, checkpoint.tensors
     wanted, problems = _compare(checkpoint)
+    read_values = read_values and not problems
+    if read_values:
+        problems = _value_problems(checkpoint, wanted, progress)
     return Description(
         path=str(path),
         architecture=_architecture(config),
@@ -125,7 +137,22 @@ def describe(path: Path | str) -> Description:
         drafter=_drafter(checkpoint),
         unused_tensors=sum(_owner(name) not in wanted for name in tensors),
         problems=tuple(problems),
+        values_read=read_values,
     )
+
+
+def _value_problems(checkpoint: Checkpoint, wanted: set[str], progress: Progress | None) -> list[str]:
+    """One sentence per tensor with a value that is not a finite number."""
+    used = {name: tensor for name, tensor in checkpoint.tensors.items() if _owner(name) in wanted}
+    done, total, problems = 0, sum(tensor.num_bytes for tensor in used.values()), []
+    for name, tensor in used.items():
+        problem = checkpoint.value_problem(name)
+        if problem is not None:
+            problems.append(problem)
+        done += tensor.num_bytes
+        if progress is not None:
+            progress(done, total)
+    return problems
 
 
 def _compare(checkpoint: Checkpoint) -> tuple[set[str], list[str]]:

@@ -1,16 +1,12 @@
 """Reads checkpoints: headers first, then only the slices that one rank needs.
 
 Everything that can be wrong with a checkpoint's files, names, shapes and dtypes is found from the headers, before
-any weight is read.
+any weight is read; a weight that is NaN or infinite is found when it is read.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,35 +16,22 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dspark_kernels.formats import dequantise_fp4, dequantise_fp8
+from dspark_ray.checkpoint.errors import CheckpointError
+from dspark_ray.checkpoint.headers import StoredTensor, stored_tensors
 from dspark_ray.checkpoint.layout import Piece, Range, official_name, pieces_of, scale_name, whole
 from dspark_ray.checkpoint.stored import BLOCKS, is_quantised, keep_stored, scale_attribute, scale_target
+from dspark_ray.checkpoint.values import first_bad_value
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.parallel import ParallelGroup
 
-INDEX_FILE = "model.safetensors.index.json"
 MAX_PROBLEMS = 10
 
 _PLAIN_DTYPES = ("F32", "BF16", "F16")
 _TABLE_DTYPES = ("I64", "I32")
 _SCALE_DTYPES = ("F8_E8M0", "F32")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message names file, tensor, what was expected and what was found."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor as a file's header describes it."""
-
-    stored_name: str
-    file: Path
-    dtype: str
-    """As safetensors spells it: BF16, F8_E4M3, I8 and so on."""
-    shape: tuple[int, ...]
-    num_bytes: int
+_BYTES_AT_ONCE = 64 << 20
 
 
 class Checkpoint:
@@ -66,7 +49,7 @@ class Checkpoint:
         """
         path = Path(path)
         tensors: dict[str, StoredTensor] = {}
-        for tensor in _listed(path):
+        for tensor in stored_tensors(path):
             name = official_name(tensor.stored_name)
             if name in tensors:
                 both = f"{tensors[name].stored_name!r} and {tensor.stored_name!r}"
@@ -95,14 +78,20 @@ class Checkpoint:
         raise CheckpointError(f"{self.path}: this checkpoint does not fit its configuration:\n  {shown}{more}")
 
     def read(self, piece: Piece) -> Tensor:
-        """The piece's region; float32 where the file holds it quantised, else in the file's dtype."""
+        """The piece's region; float32 where the file holds it quantised, else in the file's dtype.
+
+        Raises CheckpointError for NaN and infinity.
+        """
         tensor = self.tensors[piece.name]
         if tensor.dtype not in BLOCKS:
-            return self._slice(tensor, piece.region)
+            return self._finite(tensor, piece.region)
         return self._read_quantised(tensor, self.tensors[scale_name(piece.name)], piece.region)
 
     def read_stored(self, piece: Piece) -> tuple[Tensor, Tensor]:
-        """(weights, scales) of a quantised piece as the file holds them; its region is of whole blocks."""
+        """(weights, scales) of a quantised piece as the file holds them; its region is of whole blocks.
+
+        Raises CheckpointError for NaN and infinity.
+        """
         tensor, scale = self.tensors[piece.name], self.tensors[scale_name(piece.name)]
         rows, (first, stop) = piece.region
         row_block, column_block = BLOCKS[tensor.dtype]
@@ -111,7 +100,7 @@ class Checkpoint:
             (rows[0] // row_block, -(-rows[1] // row_block)),
             (first // column_block, -(-stop // column_block)),
         )
-        return self._slice(tensor, (rows, (first // packed, stop // packed))), self._slice(scale, scale_region)
+        return self._finite(tensor, (rows, (first // packed, stop // packed))), self._finite(scale, scale_region)
 
     def dtype_of(self, name: str) -> str | None:
         """Of a tensor as safetensors spells it; None for one that is not there, or whose scales are not E8M0."""
@@ -153,13 +142,36 @@ class Checkpoint:
             (first * size, min(stop * size, total))
             for (first, stop), size, total in zip(blocks, block, _dense_shape(weight), strict=True)
         )
-        scales = self._slice(scale, blocks)
+        scales = self._finite(scale, blocks)
         if weight.dtype == "F8_E4M3":
-            values = dequantise_fp8(self._slice(weight, (rows, columns)), scales)
+            values = dequantise_fp8(self._finite(weight, (rows, columns)), scales)
         else:
-            values = dequantise_fp4(self._slice(weight, (rows, (columns[0] // 2, columns[1] // 2))), scales)
+            values = dequantise_fp4(self._finite(weight, (rows, (columns[0] // 2, columns[1] // 2))), scales)
         (first_row, last_row), (first_column, last_column) = region
         return values[first_row - rows[0] : last_row - rows[0], first_column - columns[0] : last_column - columns[0]]
+
+    def value_problem(self, name: str) -> str | None:
+        """Read a tensor whole, a part at a time: which value is not a finite number, in a sentence."""
+        tensor = self.tensors[name]
+        per_row = max(1, tensor.num_bytes // max(1, tensor.shape[0])) if tensor.shape else 1
+        rows_at_once = max(1, _BYTES_AT_ONCE // per_row)
+        try:
+            for start in range(0, tensor.shape[0] if tensor.shape else 0, rows_at_once):
+                stop = min(start + rows_at_once, tensor.shape[0])
+                self._finite(tensor, ((start, stop), *whole(tensor.shape[1:])))
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    def _finite(self, tensor: StoredTensor, region: tuple[Range, ...]) -> Tensor:
+        """Raises CheckpointError for a value that is not a finite number."""
+        values = self._slice(tensor, region)
+        bad = first_bad_value(values)
+        if bad is not None:
+            place = [start + index for (start, _), index in zip(region, bad, strict=True)]
+            found = f"{float(values[bad].float())} at {place}"
+            raise CheckpointError(_mismatch(tensor, official_name(tensor.stored_name), "finite numbers", found))
+        return values
 
     def _slice(self, tensor: StoredTensor, region: tuple[Range, ...]) -> Tensor:
         if tensor.file not in self._files:
@@ -281,53 +293,3 @@ def _mismatch(tensor: StoredTensor, name: str, expected: str, found: object) -> 
         else (f" (stored as {tensor.stored_name})")
     )
     return f"{tensor.file.name}: {name}{stored}: expected {expected}, found {found}"
-
-
-def _listed(path: Path) -> Iterator[StoredTensor]:
-    index = path / INDEX_FILE
-    if index.is_file():
-        yield from _listed_by_index(index)
-        return
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    if not files:
-        raise CheckpointError(f"{path}: expected a folder with {INDEX_FILE} or *.safetensors, found neither")
-    for file in files:
-        yield from _header(file).values()
-
-
-def _listed_by_index(index: Path) -> Iterator[StoredTensor]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: expected JSON with a weight_map, found {error!r}") from None
-    headers = {file: _header(index.parent / file) for file in files}
-    for name, file in weight_map.items():
-        if name not in headers[file]:
-            raise CheckpointError(f"{index}: {name}: expected in {file}, found no such tensor there")
-        yield headers[file][name]
-
-
-def _header(file: Path) -> dict[str, StoredTensor]:
-    """All tensors of one file, which must be as long as its header says."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            found = os.fstat(stream.fileno()).st_size
-            if length > found:
-                raise CheckpointError(f"{file}: expected a header of {length} bytes, found a file of {found}")
-            entries = json.loads(stream.read(length))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: the checkpoint's index names this file, found no such file") from None
-    except (struct.error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: expected a safetensors header, found {error}") from None
-    entries.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if found != expected:
-        raise CheckpointError(f"{file}: expected {expected} bytes, found {found}: is the download complete?")
-    return {name: _described(name, file, entry) for name, entry in entries.items()}
-
-
-def _described(name: str, file: Path, entry: dict[str, Any]) -> StoredTensor:
-    start, stop = entry["data_offsets"]
-    return StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), stop - start)

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dspark_kernels.formats import FP8_BLOCK, quantise_fp4, quantise_fp8
+from dspark_ray.checkpoint.headers import INDEX_FILE
 from dspark_ray.checkpoint.layout import FP8_WEIGHTS, local_name, scale_name
-from dspark_ray.checkpoint.reader import INDEX_FILE
 from dspark_ray.checkpoint.stored import is_quantised
 from dspark_ray.drafters.dspark import DSparkModule
 from dspark_ray.model.deepseek_v4 import DeepSeekV4

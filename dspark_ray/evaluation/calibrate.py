@@ -253,29 +253,6 @@ def _panels(reports: Sequence[PositionReport]) -> list[ReliabilityPanel]:
 # The command.
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `dspark-ray calibrate` takes."""
-    parser.add_argument("--model", default="deployments/tiny", help="checkpoint folder (default: %(default)s)")
-    parser.add_argument(
-        "--prompts", type=Path, help='your own traffic: JSON lines, {"prompt": ...} or {"messages": ...}'
-    )
-    parser.add_argument("--count", type=int, default=64, help="held-out prompts of each kind (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=96, help="of each text (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, action="append", help="may be repeated (default: 0 and 1)")
-    parser.add_argument("--verification", choices=("coupled", "rejection"), default="coupled")
-    parser.add_argument(
-        "--held-out-share", type=float, default=0.5, help="of the prompts, for the report (default: 0.5)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, help=f"where the temperatures go (default: {STS_FILE} of the checkpoint)"
-    )
-    parser.add_argument("--picture", type=Path, help="where a reliability picture goes, as PNG")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Fit, report, write. The errors in the file are those of the report: of prompts that were not fitted on."""
     torch.set_num_threads(arguments.threads)

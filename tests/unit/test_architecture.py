@@ -55,6 +55,7 @@ DECIDING = (
     "dspark_ray.profiler",
     "dspark_ray.runtime",
     "dspark_ray.cli",
+    "dspark_ray.generate",
 )
 MAY_DECIDE = (
     "dspark_ray/engine.py",
@@ -62,6 +63,7 @@ MAY_DECIDE = (
     "dspark_ray/profiler.py",
     "dspark_ray/runtime.py",
     "dspark_ray/cli.py",
+    "dspark_ray/generate.py",
     "dspark_ray/evaluation/accepted_length.py",
     "dspark_ray/evaluation/calibrate.py",
     "dspark_ray/training/confidence.py",
