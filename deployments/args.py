@@ -6,41 +6,55 @@ No `from __future__ import annotations` here: with it Serve would not validate t
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from autoscale.controller import ControllerConfig
 from autoscale.presets import controller_config
 from deployments.keys import KeySource, read_keys
 from dspark_ray.config import CacheDType, ConfigError, DType, EngineConfig, ModelConfig, ScheduleKind, VerificationMode
+from dspark_ray.types import MAX_DRAFT_TOKENS
 
 _ENGINE = EngineConfig()
-Resources = dict[str, Annotated[float, Field(gt=0)]]
+_LONGEST_SECONDS = 7 * 86400.0
+"""Whatever waits longer is no timeout, and clocks of torch.distributed overflow."""
+
+
+def _in_seconds(lowest_words: str, is_low_enough: Callable[[float], bool]) -> AfterValidator:
+    def check(value: float) -> float:
+        if is_low_enough(value) and value <= _LONGEST_SECONDS:
+            return value
+        raise ValueError(f"expected {lowest_words} and at most {_LONGEST_SECONDS:.0f} seconds")
+
+    return AfterValidator(check)
+
+
+# Infinity and NaN are let through to the check, which knows the range.
+Seconds = Annotated[float, Field(allow_inf_nan=True), _in_seconds("more than 0", lambda value: value > 0)]
+SecondsOrZero = Annotated[float, Field(allow_inf_nan=True), _in_seconds("0 or more", lambda value: value >= 0)]
+Count = Annotated[int, Field(gt=0, le=2**20)]
+Length = Annotated[int, Field(gt=0, le=2**31 - 1)]
+"""In tokens, pages or bytes."""
+NumDrafts = Annotated[int, Field(gt=0, le=MAX_DRAFT_TOKENS)]
+Resources = dict[str, Annotated[float, Field(gt=0, le=1e9)]]
 
 
 class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class EngineArgs(_Block):
     """One engine's sizes; see dspark_ray.config.EngineConfig."""
 
-    max_num_seqs: PositiveInt = _ENGINE.max_num_seqs
-    max_num_batched_tokens: PositiveInt = _ENGINE.max_num_batched_tokens
-    max_model_len: PositiveInt = _ENGINE.max_model_len
-    num_pages: PositiveInt | None = _ENGINE.num_pages
-    page_size: PositiveInt = _ENGINE.page_size
-    max_waiting: PositiveInt = _ENGINE.max_waiting
+    max_num_seqs: Count = _ENGINE.max_num_seqs
+    max_num_batched_tokens: Count = _ENGINE.max_num_batched_tokens
+    max_model_len: Length = _ENGINE.max_model_len
+    num_pages: Length | None = _ENGINE.num_pages
+    page_size: Count = _ENGINE.page_size
+    max_waiting: Count = _ENGINE.max_waiting
     dtype: DType = _ENGINE.dtype
     keep_quantised: bool | None = _ENGINE.keep_quantised
     kv_cache_dtype: CacheDType = _ENGINE.kv_cache_dtype
@@ -51,7 +65,7 @@ class SpeculativeArgs(_Block):
     """vLLM's block of the same name. The draft module ships inside the target's checkpoint."""
 
     method: Literal["dspark"] = "dspark"
-    num_speculative_tokens: PositiveInt | None = None
+    num_speculative_tokens: NumDrafts | None = None
     """None takes the checkpoint's dspark_block_size."""
     enable_adaptive_verification: bool | None = None
     """false verifies every draft whole, as dspark.schedule.kind `fixed` does; true and None leave it to `schedule`."""
@@ -67,7 +81,7 @@ class ScheduleArgs(_Block):
 
     kind: ScheduleKind | None = _ENGINE.schedule
     """None takes `full` with coupled and `lagged` with rejection verification."""
-    lag: PositiveInt = _ENGINE.schedule_lag
+    lag: NumDrafts = _ENGINE.schedule_lag
     """Rounds by which the confidences that set the budget of `lagged` are old."""
     bypass: bool = _ENGINE.bypass
     """Leave requests, or all of them, without a draft while drafting for them costs more than it brings."""
@@ -104,7 +118,7 @@ class DSparkArgs(_Block):
 
     drafter: DrafterArgs = DrafterArgs()
     verification: VerificationMode = _ENGINE.verification
-    rejection_top_k: PositiveInt = _ENGINE.rejection_top_k
+    rejection_top_k: Count = _ENGINE.rejection_top_k
     schedule: ScheduleArgs = ScheduleArgs()
     confidence: ConfidenceArgs = ConfidenceArgs()
     cost_table: CostTableArgs = CostTableArgs()
@@ -133,7 +147,7 @@ class PlacementArgs(_Block):
     verifier: WorkerPlacement | list[WorkerPlacement] = WorkerPlacement()
     """One for all ranks, or a list of one per rank."""
     drafter: DrafterPlacement = DrafterPlacement()
-    num_threads: PositiveInt | None = None
+    num_threads: Count | None = None
     """torch's threads per actor; None is 1 on a CPU and torch's default elsewhere."""
     environment: dict[str, str] = {}
     """Variables of every actor of the gang, e.g. NCCL_SOCKET_IFNAME."""
@@ -142,23 +156,23 @@ class PlacementArgs(_Block):
 class LimitArgs(_Block):
     """How much is let in, and what is said to the rest."""
 
-    max_ongoing_requests: PositiveInt | None = None
+    max_ongoing_requests: Count | None = None
     """Per Engine replica; None lets in what the engine can run and queue."""
-    max_queued_requests: PositiveInt | None = None
+    max_queued_requests: Count | None = None
     """Per Ingress replica, waiting for an Engine replica to have room. None is max_ongoing_requests: all requests that
     one Engine replica admits pass through this queue when they arrive at once."""
-    max_ingress_requests: PositiveInt = 4096
+    max_ingress_requests: Count = 4096
     """Connections per Ingress replica."""
-    max_body_bytes: PositiveInt = 16 * 2**20
+    max_body_bytes: Length = 16 * 2**20
     """Of one HTTP request."""
-    max_waiting_prompts: PositiveInt = 64
+    max_waiting_prompts: Count = 64
     """Requests per Ingress replica that wait for a thread of the tokenizer."""
-    retry_after_s: PositiveInt = 1
+    retry_after_s: Count = 1
     """Said with 429 and 503."""
-    max_resubmissions: int = Field(default=3, ge=0)
+    max_resubmissions: int = Field(default=3, ge=0, le=1000)
     """How often a request moves on when the gang that serves it dies. One that was in flight runs alone among such
     requests at first, and is given up when that gang dies too."""
-    resubmission_deadline_s: PositiveFloat = 30.0
+    resubmission_deadline_s: Seconds = 30.0
     """How long a request tries to reach an engine that takes it over; longer than the loss of a node goes unnoticed.
     Where all have died it waits for a new one, as long as that takes to load."""
 
@@ -168,21 +182,21 @@ class HttpArgs(_Block):
 
     cors_origins: list[str] = []
     """Origins of web pages that may call from a browser, such as https://example.org, or "*" for all of them."""
-    keep_alive_s: NonNegativeFloat = 15.0
+    keep_alive_s: SecondsOrZero = 15.0
     """A stream that is silent for so long carries a comment, so that proxies keep it open; 0 sends none."""
-    tokenizer_threads: PositiveInt = 2
+    tokenizer_threads: Count = 2
 
 
 class HealthArgs(_Block):
-    check_period_s: PositiveFloat = 2.0
-    check_timeout_s: PositiveFloat = 10.0
-    step_timeout_s: PositiveFloat = 120.0
+    check_period_s: Seconds = 2.0
+    check_timeout_s: Seconds = 10.0
+    step_timeout_s: Seconds = 120.0
     """Rank 0 counts as hung when it is silent for so long, and so does the replica. Longer than any step."""
-    peer_timeout_s: PositiveFloat = 60.0
+    peer_timeout_s: Seconds = 60.0
     """A member of the gang that is silent for so long counts as dead to the others."""
-    startup_timeout_s: PositiveFloat = 1800.0
+    startup_timeout_s: Seconds = 1800.0
     """From the start of the actors to weights loaded."""
-    graceful_shutdown_timeout_s: NonNegativeFloat = 600.0
+    graceful_shutdown_timeout_s: SecondsOrZero = 600.0
     """At least the longest answer: a redeploy waits so long for streams to end. Replicas that cannot go on end
     themselves and do not wait."""
 
@@ -213,7 +227,7 @@ class AppArgs(_Block):
     """A checkpoint folder; a relative path starts at the `deployments` package, so `tiny` is the packaged one."""
     served_model_name: str | None = None
     """The name clients use; None is the last part of `model`."""
-    tensor_parallel_size: PositiveInt = 1
+    tensor_parallel_size: Count = 1
     engine: EngineArgs = EngineArgs()
     speculative_config: SpeculativeArgs | None = SpeculativeArgs()
     """null serves without speculation."""

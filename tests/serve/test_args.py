@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 import deployments
 from autoscale.presets import load_preset
@@ -99,6 +102,49 @@ def test_a_bad_key_or_value_is_named(fields, expected):
     with pytest.raises(ValidationError) as caught:
         args(**fields)
     assert expected in str(caught.value)
+
+
+def numbers_of(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every key under `args` that takes a number."""
+    for name, field in model.model_fields.items():
+        hints = typing.get_args(field.annotation) or (field.annotation,)
+        if any(hint in (int, float) or typing.get_origin(hint) is Annotated for hint in hints):
+            yield (*path, name)
+        for hint in hints:
+            if isinstance(hint, type) and issubclass(hint, BaseModel):
+                yield from numbers_of(hint, (*path, name))
+
+
+NUMBERS = sorted(set(numbers_of(AppArgs)))
+
+
+def test_the_numbers_are_found():
+    assert {("health", "peer_timeout_s"), ("engine", "num_pages"), ("tensor_parallel_size",)} <= set(NUMBERS)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 10**30], ids=str)
+@pytest.mark.parametrize("path", NUMBERS, ids=".".join)
+def test_every_number_has_a_range(path, value):
+    fields = value
+    for key in reversed(path):
+        fields = {key: fields}
+    with pytest.raises(ValidationError) as caught:
+        args(**fields)
+    assert ".".join(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (float("inf"), "expected more than 0 and at most 604800 seconds [type=value_error, input_value=inf"),
+        (0, "expected more than 0 and at most 604800 seconds"),
+        (1e9, "expected more than 0 and at most 604800 seconds"),
+    ],
+)
+def test_a_timeout_outside_its_range_is_named_with_the_range(value, expected):
+    with pytest.raises(ValidationError) as caught:
+        args(health={"peer_timeout_s": value})
+    assert f"health.peer_timeout_s\n  Value error, {expected}" in str(caught.value)
 
 
 def test_engine_sizes_keep_the_engines_own_defaults():
