@@ -78,10 +78,10 @@ def _redirect(stream: TextIO) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong; `--help` says the rest."""
+    """Bad arguments are one line, as any other bad input; `--help` says the rest."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        raise ConfigError(message)
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
