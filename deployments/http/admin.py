@@ -15,7 +15,7 @@ from deployments.generation import EngineClient
 from deployments.http.answers import StepsAnswer
 from deployments.http.auth import BEARER
 from deployments.http.errors import ApiError, as_api_errors, documented, invalid, request_id_of
-from deployments.http.fields import DraftTokens, Finite, Schema, Seed, Share, Text
+from deployments.http.fields import ENCODABLE, DraftTokens, Finite, Schema, Seed, Share
 from deployments.http.service import ControllerClient, Service
 from deployments.messages import MAX_STEPS
 from dspark_ray.records import to_json
@@ -35,7 +35,7 @@ class StepsQuery(BaseModel):
 class PolicyRequest(Schema):
     """The fields of a VerificationPolicy; absent ones bound nothing."""
 
-    replica: Annotated[Text, Field(max_length=_MAX_NAME)] | None = None
+    replica: Annotated[str, Field(max_length=_MAX_NAME), ENCODABLE] | None = None
     """None for all of them; only a load controller can reach a particular one."""
     confidence_threshold: Share | None = None
     max_draft_tokens: DraftTokens | None = None

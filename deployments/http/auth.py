@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.http.errors import ApiError, error_response, request_id_of
+from deployments.http.errors import ApiError, error_response, path_of, request_id_of
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,7 +46,7 @@ class KeyGuard:
         await error_response(problem, scope)(scope, receive, send)
 
     def _problem(self, scope: Scope) -> ApiError | None:
-        path, headers = _path(scope), Headers(scope=scope)
+        path, headers = path_of(scope), Headers(scope=scope)
         if path in _OPEN_PATHS:
             return None
         if path == "/admin" or path.startswith("/admin/"):
@@ -60,12 +60,6 @@ class KeyGuard:
             return None
         message = "administration answers on the loopback interface only, because no admin_api_key is configured"
         return ApiError(403, message, kind="permission_error", code="forbidden")
-
-
-def _path(scope: Scope) -> str:
-    """As routes see it: behind the application's prefix."""
-    root, path = scope.get("root_path", ""), str(scope["path"])
-    return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
 
 
 def _key_problem(headers: Headers, keys: Sequence[bytes]) -> ApiError | None:

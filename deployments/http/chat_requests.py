@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.http.fields import Int, Schema, Text
+from deployments.http.fields import INTEGRAL, Schema, Text
 from deployments.http.requests import GenerationRequest
 from dspark_ray.types import MAX_LOGPROBS, MAX_MAX_TOKENS, RequestError
 
@@ -61,6 +61,11 @@ class ToolCall(Schema):
     function: FunctionCall
 
 
+def _having(properties: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an object with these fields."""
+    return {"properties": properties, "required": list(properties)}
+
+
 class Message(Schema):
     """One message; `dspark_ray.chat` checks what each role needs of it."""
 
@@ -76,6 +81,16 @@ class Message(Schema):
     """Another name of reasoning_content."""
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     tool_call_id: Text | None = None
+
+    @classmethod
+    def _describe(cls, schema: dict[str, Any]) -> None:
+        super()._describe(schema)
+        schema["anyOf"] = [
+            _having({"content": {"type": ["string", "array"]}}),
+            _having({"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}}),
+            _having({"role": {"const": "assistant"}, "reasoning_content": {"type": "string", "minLength": 1}}),
+            _having({"role": {"const": "assistant"}, "reasoning": {"type": "string", "minLength": 1}}),
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """For `dspark_ray.chat`. OpenAI's `developer` is what older models call `system`."""
@@ -136,11 +151,11 @@ class ChatRequest(GenerationRequest, Conversation):
     _ONLY: ClassVar = {**GenerationRequest._ONLY, "add_special_tokens": (False,)}
 
     messages: Messages
-    max_completion_tokens: Annotated[Int, Field(ge=1, le=MAX_MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_MAX_TOKENS), INTEGRAL] | None = None
     """OpenAI's newer name of max_tokens; it counts where both are given."""
     logprobs: bool | None = None
-    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    reasoning_effort: Text | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), INTEGRAL] | None = None
+    reasoning_effort: Literal["none", "low"] | None = None
     chat_template_kwargs: ChatTemplateArgs | None = None
 
     def chat_options(self) -> dict[str, Any]:
@@ -173,6 +188,15 @@ class TokenizeRequest(Conversation):
     model: Text | None = None
     prompt: Text | None = None
     add_special_tokens: bool = True
+
+    @classmethod
+    def _describe(cls, schema: dict[str, Any]) -> None:
+        super()._describe(schema)
+        text, messages, nothing = {"type": "string"}, {"type": "array"}, {"type": "null"}
+        schema["oneOf"] = [
+            {"properties": {"prompt": text, "messages": nothing}, "required": ["prompt"]},
+            {"properties": {"messages": messages, "prompt": nothing}, "required": ["messages"]},
+        ]
 
     @model_validator(mode="after")
     def _has_one_of_them(self) -> Self:

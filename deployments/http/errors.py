@@ -13,8 +13,10 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
 from starlette.types import Scope
 
 from deployments.generation import EngineBusy, EngineFailed, EngineLost, RequestRefused
@@ -112,6 +114,12 @@ def request_id_of(scope: Scope) -> str:
     return str(scope.get("state", {}).get("request_id") or secrets.token_hex(16))
 
 
+def path_of(scope: Scope) -> str:
+    """As routes see it: behind the application's prefix."""
+    root, path = scope.get("root_path", ""), str(scope["path"])
+    return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
+
+
 def error_response(error: ApiError, scope: Scope) -> Response:
     return JSONResponse(error.body(request_id_of(scope)), status_code=error.status_code, headers=error.headers)
 
@@ -136,7 +144,9 @@ def as_api_errors(request_id: str, retry_after_s: int) -> Iterator[None]:
         raise internal_error(request_id) from error
 
 
-def add_error_handlers(http: FastAPI) -> None:
+def add_error_handlers(http: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """`routes` are all of the application's, for the methods that a path has."""
+
     @http.exception_handler(ApiError)
     async def answer_api_error(request: HttpRequest, error: ApiError) -> Response:
         return error_response(error, request.scope)
@@ -152,7 +162,15 @@ def add_error_handlers(http: FastAPI) -> None:
     @http.exception_handler(HTTPException)
     async def answer_http_exception(request: HttpRequest, error: HTTPException) -> Response:
         message = f"{request.method} on this path: {error.detail}"
-        return error_response(ApiError(error.status_code, message, headers=error.headers), request.scope)
+        headers = {"Allow": _methods(routes, request)} if error.status_code == 405 else error.headers
+        return error_response(ApiError(error.status_code, message, headers=headers), request.scope)
+
+
+def _methods(routes: Sequence[BaseRoute], request: HttpRequest) -> str:
+    """Of all routes with this path; Starlette names those of the first."""
+    path = path_of(request.scope)
+    here = [route for route in routes if isinstance(route, APIRoute) and route.path_regex.match(path)]
+    return ", ".join(sorted({method for route in here for method in route.methods or ()}))
 
 
 def _first_problem(error: RequestValidationError) -> ApiError:

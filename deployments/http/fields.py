@@ -28,6 +28,12 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _integral_items(values: Any) -> Any:
+    if isinstance(values, list) and float in set(map(type, values)):
+        return list(map(_integral, values))
+    return values
+
+
 def _encodable(text: str) -> str:
     """JSON can spell half of a surrogate pair, which no text encoding can."""
     try:
@@ -37,13 +43,18 @@ def _encodable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
-Int = Annotated[int, BeforeValidator(_integral)]
-Seed = Annotated[Int, Field(ge=MIN_INT64, le=MAX_INT64)]
+# Bounds stand before these in `Annotated`, or the JSON schema would not have them.
+ENCODABLE = AfterValidator(_encodable)
+INTEGRAL = BeforeValidator(_integral)
+INTEGRAL_ITEMS = BeforeValidator(_integral_items)
+"""For lists of integers: a function call per list where all are well, and not per item."""
+
+Text = Annotated[str, ENCODABLE]
+Seed = Annotated[int, Field(ge=MIN_INT64, le=MAX_INT64), INTEGRAL]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[Finite, Field(ge=0, le=1)]
-DraftTokens = Annotated[Int, Field(ge=0, le=MAX_DRAFT_TOKENS)]
+DraftTokens = Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS), INTEGRAL]
 
 
 @cache

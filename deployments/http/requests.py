@@ -7,7 +7,19 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Discriminator, Field, Tag
 
-from deployments.http.fields import DraftTokens, Finite, Int, Schema, Seed, Share, Text, TokenId, note_ignored
+from deployments.http.fields import (
+    ENCODABLE,
+    INTEGRAL,
+    INTEGRAL_ITEMS,
+    DraftTokens,
+    Finite,
+    Schema,
+    Seed,
+    Share,
+    Text,
+    TokenId,
+    note_ignored,
+)
 from dspark_ray.types import (
     MAX_BIAS,
     MAX_CHOICES,
@@ -82,8 +94,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
-StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_STRING_LENGTH)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True), INTEGRAL_ITEMS]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True), INTEGRAL_ITEMS]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_LENGTH), ENCODABLE]
 Penalty = Annotated[Finite, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 
 
@@ -118,7 +131,7 @@ class GenerationRequest(Schema):
 
     model: Text | None = None
     """None takes the one model that is served."""
-    n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
     seed: Seed | None = None
     """Choice i of a prompt takes seed + i. Without one the answer tells the seed that was drawn, in `metrics.seed`."""
     stop: (
@@ -131,7 +144,7 @@ class GenerationRequest(Schema):
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[Int, Field(ge=1, le=MAX_MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_MAX_TOKENS), INTEGRAL] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
     frequency_penalty: Penalty | None = None
@@ -139,18 +152,18 @@ class GenerationRequest(Schema):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Annotated[Finite, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
-            Field(max_length=MAX_LOGIT_BIASES),
+            Field(max_length=MAX_LOGIT_BIASES, json_schema_extra={"additionalProperties": False}),
         ]
         | None
     ) = None
     # vLLM's.
-    top_k: Annotated[Int, Field(ge=-1, le=MAX_TOP_K)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K), INTEGRAL] | None = None
     """0 and -1 keep all tokens."""
     min_p: Share | None = None
     repetition_penalty: Annotated[Finite, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
-    min_tokens: Annotated[Int, Field(ge=0, le=MAX_MAX_TOKENS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_MAX_TOKENS), INTEGRAL] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
+    stop_token_ids: StopTokenIds | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool = False
@@ -241,10 +254,12 @@ def _prompt_form(value: Any) -> str | None:
 
 class CompletionRequest(GenerationRequest):
     prompt: Annotated[
-        Annotated[Text, Field(min_length=1), Tag("text")]
+        Annotated[str, Field(min_length=1), ENCODABLE, Tag("text")]
         | Annotated[TokenIds, Tag("token_ids")]
         | Annotated[
-            list[Annotated[Text, Field(min_length=1)]], Field(max_length=MAX_CHOICES, fail_fast=True), Tag("texts")
+            list[Annotated[str, Field(min_length=1), ENCODABLE]],
+            Field(max_length=MAX_CHOICES, fail_fast=True),
+            Tag("texts"),
         ]
         | Annotated[list[TokenIds], Field(max_length=MAX_CHOICES, fail_fast=True), Tag("lists")],
         Discriminator(
@@ -254,7 +269,7 @@ class CompletionRequest(GenerationRequest):
         ),
     ]
     """Markers in it count: it is the model's raw input."""
-    logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), INTEGRAL] | None = None
     add_special_tokens: bool = True
     """Whether text begins with the model's begin-of-sequence token, where it does not already."""
 

@@ -27,7 +27,6 @@ from deployments.http.service import Service
 def build_http(service: Service) -> FastAPI:
     """The application that every replica of the Ingress runs."""
     http = FastAPI(title="dspark-ray", version=version("dspark-ray"))
-    add_error_handlers(http)
     # The last one added is the first to see a request.
     http.add_middleware(BodyLimit, limit=service.max_body_bytes)
     http.add_middleware(
@@ -45,10 +44,10 @@ def build_http(service: Service) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    http.include_router(_health_routes(service))
-    http.include_router(_model_routes(service))
-    http.include_router(_generation_routes(service))
-    http.include_router(admin_routes(service))
+    routers = [_health_routes(service), _model_routes(service), _generation_routes(service), admin_routes(service)]
+    for router in routers:
+        http.include_router(router)
+    add_error_handlers(http, [route for router in routers for route in router.routes])
     describe(http)
     return http
 
@@ -126,5 +125,10 @@ def _generation_routes(service: Service) -> APIRouter:
 
 def _generated(model: type) -> dict[int | str, dict[str, Any]]:
     """The answer whole, or as server-sent events with `stream`."""
-    events = {"schema": {"type": "string", "description": "Server-sent events: chunks, then `data: [DONE]`."}}
+    event = {
+        "type": "object",
+        "properties": {"data": {"type": "string", "description": "A chunk or an error in JSON; at last [DONE]."}},
+        "required": ["data"],
+    }
+    events = {"itemSchema": event}
     return {200: {"model": model, "content": {"text/event-stream": events}, "description": "The generated text."}}

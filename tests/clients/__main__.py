@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,7 +55,8 @@ def installed() -> Path:
     requirements, stamp = HERE / "requirements.txt", ENVIRONMENT / "installed"
     python = ENVIRONMENT / "bin" / "python"
     if not stamp.exists() or stamp.stat().st_mtime < requirements.stat().st_mtime:
-        venv.create(ENVIRONMENT, with_pip=True)
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
         stamp.touch()
     return python

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serve"))
 from byte_tokenizer import EOS, NUM_TOKENS, save_byte_tokenizer
 from echo_engine import EchoEngine
 from http_server import running_server
+from test_admin import LocalController
 
 from dspark_ray.tokenizer import Tokenizer
 
@@ -23,6 +24,6 @@ if __name__ == "__main__":
         save_byte_tokenizer(Path(folder))
         tokenizer = Tokenizer.from_directory(folder)
     keys = {"api_keys": sys.argv[1:], "admin_api_keys": sys.argv[1:]}
-    with running_server(tokenizer, EchoEngine(NUM_TOKENS, EOS), **keys) as server:
+    with running_server(tokenizer, EchoEngine(NUM_TOKENS, EOS), LocalController(), **keys) as server:
         print(server.url, flush=True)
         stop.wait()

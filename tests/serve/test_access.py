@@ -316,6 +316,11 @@ def test_a_wrong_method_is_told_the_right_ones(server, method, path):
     assert error_of(answer)["type"] == "invalid_request_error"
 
 
+def test_all_methods_of_a_path_are_told(server):
+    assert call(server, "PUT", "/admin/policy").headers["allow"] == "DELETE, POST"
+    assert call(server, "PUT", "/health").headers["allow"] == "GET, HEAD"
+
+
 def preflight(server: Server, origin: str) -> httpx.Response:
     headers = {
         "Origin": origin,

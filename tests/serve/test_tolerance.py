@@ -199,6 +199,7 @@ HARMLESS = [
     {"max_tokens": 4.0},
     {"seed": 7.0},
     {"n": 1.0},
+    {"stop_token_ids": [5.0, 6]},
     {"stream_options": {"include_usage": True}},
     {"stream_options": {"include_usage": None}},
     {"stream": True, "stream_options": {"include_obfuscation": False}},
