@@ -22,7 +22,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 # Two ranks and a drafter share the cores of a laptop: one thread each is faster than a crowd.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install serve generate test lint format bench bench-schedule bench-controller bench-kernels gpu-day clean
+.PHONY: help install serve generate test test-clients lint format bench bench-schedule bench-controller bench-kernels gpu-day clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -52,6 +52,9 @@ generate: $(INSTALLED) ## Continue PROMPT in the terminal, without Ray.
 
 test: $(INSTALLED) ## Run the tests (ARGS goes to pytest).
 	$(BIN)/python -m pytest $(ARGS)
+
+test-clients: $(INSTALLED) ## Run client libraries and schemathesis against an echoing server (ARGS: --help).
+	$(BIN)/python tests/clients $(ARGS)
 
 lint: $(INSTALLED) ## Check style, formatting and types.
 	$(BIN)/ruff check .

@@ -184,19 +184,25 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_explain)
-    parser.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
+    _add_server_arguments(parser)
     parser.add_argument("--last", type=int, default=50, help="steps to show (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="what the server says, as it says it")
 
 
 def _add_top(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_top)
-    parser.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
+    _add_server_arguments(parser)
     parser.add_argument(
         "--interval", type=_seconds, default=2.0, help="seconds between pictures (default: %(default)s)"
     )
     parser.add_argument("--once", action="store_true", help="one picture, as also into a pipe or a file")
     parser.add_argument("--json", action="store_true", help="once, what the server says, as it says it")
+
+
+def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
+    key = os.environ.get("DSPARK_API_KEY")
+    parser.add_argument("--api-key", default=key, help="of administration (default: $DSPARK_API_KEY)")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -227,7 +233,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    answer = _get_json(f"{arguments.url.rstrip('/')}/admin/steps?last={arguments.last}")
+    answer = _get_json(f"{arguments.url.rstrip('/')}/admin/steps?last={arguments.last}", arguments.api_key)
     if arguments.json:
         print(json.dumps(answer, indent=2))
         return 0
@@ -242,7 +248,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _top(arguments: argparse.Namespace) -> int:
     url = f"{arguments.url.rstrip('/')}/admin/load"
     if arguments.json:
-        print(json.dumps(_get_json(url), indent=2))
+        print(json.dumps(_get_json(url, arguments.api_key), indent=2))
         return 0
     try:
         from dspark_ray import top
@@ -253,7 +259,7 @@ def _top(arguments: argparse.Namespace) -> int:
 
     def read() -> top.View:
         try:
-            return top.parse(_get_json(url, _LIVE_ANSWER_SECONDS))
+            return top.parse(_get_json(url, arguments.api_key, _LIVE_ANSWER_SECONDS))
         except (AttributeError, KeyError, TypeError):
             raise _other_version(arguments.url) from None
 
@@ -265,10 +271,11 @@ def _other_version(url: str) -> ServerError:
     return ServerError(f"{url}: not the answer of a dspark-ray of this version")
 
 
-def _get_json(url: str, seconds: float = _ANSWER_SECONDS) -> Any:
+def _get_json(url: str, api_key: str | None, seconds: float = _ANSWER_SECONDS) -> Any:
     """Raises ServerError."""
     try:
-        with urllib.request.urlopen(url, timeout=seconds) as answer:
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         raise ServerError(f"{url}: {error.code} {_reason(error)}") from None

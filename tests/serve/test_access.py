@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from deployments.args import AppArgs
 from deployments.generation import EngineBusy, EngineFailed, EngineLost
 from deployments.http.auth import KeyGuard
+from dspark_ray.cli import main
 from dspark_ray.config import ConfigError
 from dspark_ray.tokenizer import Tokenizer
 
@@ -179,6 +180,20 @@ async def guarded(peer: str | None, host: str, path: str, sees_clients: bool = T
     }
     await KeyGuard(app, [], [], sees_clients)(scope, None, send)  # type: ignore[arg-type]
     return statuses[0]
+
+
+@pytest.mark.parametrize("command", [["explain"], ["top", "--json"]])
+def test_the_command_line_carries_the_key_of_its_option_or_variable(locked, capsys, monkeypatch, command):
+    monkeypatch.delenv("DSPARK_API_KEY", raising=False)
+    here = [*command, "--url", locked.url]
+    assert main(here) == 2
+    assert "401 expected a key" in capsys.readouterr().err
+    assert main([*here, "--api-key", "wrong"]) == 2
+    assert "401 the key is not valid" in capsys.readouterr().err
+    for arguments, variable in ((["--api-key", "boss"], ""), ([], "boss")):
+        monkeypatch.setenv("DSPARK_API_KEY", variable)
+        main([*here, *arguments])
+        assert "401" not in capsys.readouterr().err
 
 
 # Keys in the configuration.

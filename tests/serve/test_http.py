@@ -596,6 +596,6 @@ def test_explain_says_in_one_line_what_went_wrong(server, capsys, arguments, exp
 
 
 def test_explain_knows_another_servers_answer_when_it_sees_one(server, capsys, monkeypatch):
-    monkeypatch.setattr("dspark_ray.cli._get_json", lambda url: {"steps": [{"step": 1}]})
+    monkeypatch.setattr("dspark_ray.cli._get_json", lambda url, key: {"steps": [{"step": 1}]})
     assert main(["explain", "--url", server.url]) == 2
     assert "not the answer of a dspark-ray" in capsys.readouterr().err
