@@ -28,7 +28,7 @@ from dspark_ray.types import Request, SequenceOutput, VerificationPolicy
 
 MAX_MODEL_LEN = 256
 
-HTTP = httpx.Client(verify=False, timeout=20)
+HTTP = httpx.Client(verify=False, timeout=60)
 """Calls the servers of tests: one client, because each new one reads the machine's certificates."""
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from byte_tokenizer import EOS, NUM_TOKENS
 from echo_engine import EchoEngine
-from http_server import Server, running_server
+from http_server import HTTP, Server, running_server
 
 from autoscale.controller import Bounds, ControllerConfig, LoadController
 from autoscale.signals import DeviceLoad, NodeLoad
@@ -63,7 +63,7 @@ def server(tokenizer: Tokenizer, controller: LocalController) -> Iterator[Server
 
 
 def post(server: Server, policy: dict[str, object]) -> httpx.Response:
-    return httpx.post(f"{server.url}/admin/policy", json=policy)
+    return HTTP.post(f"{server.url}/admin/policy", json=policy)
 
 
 def error(answer: httpx.Response) -> tuple[int, str | None]:
@@ -71,7 +71,7 @@ def error(answer: httpx.Response) -> tuple[int, str | None]:
 
 
 def test_the_load_of_nodes_and_replicas_is_shown(server):
-    answer = httpx.get(f"{server.url}/admin/load").raise_for_status().json()
+    answer = HTTP.get(f"{server.url}/admin/load").raise_for_status().json()
     assert answer["application"] == "app"
     assert answer["nodes"][0]["devices"][0]["tensor_activity"] == 0.5
     assert [replica["sample"]["replica"] for replica in answer["replicas"]] == ["replica-1", "replica-2"]
@@ -123,17 +123,17 @@ def test_an_unknown_word_in_the_query_is_named(server):
 
 def test_a_controller_that_is_away_is_a_503(server, controller):
     controller.is_gone = True
-    answer = httpx.get(f"{server.url}/admin/load")
+    answer = HTTP.get(f"{server.url}/admin/load")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/admin/load"), ("DELETE", "/admin/policy")])
 def test_without_a_controller_its_routes_say_so(shared_server, method, path):
-    answer = httpx.request(method, f"{shared_server.url}{path}")
+    answer = HTTP.request(method, f"{shared_server.url}{path}")
     assert answer.status_code == 404
     assert "load_controller is null" in answer.json()["error"]["message"]
 
 
 def test_without_a_controller_nobody_can_choose_a_replica(shared_server):
-    answer = httpx.post(f"{shared_server.url}/admin/policy", json={"replica": "replica-1"})
+    answer = HTTP.post(f"{shared_server.url}/admin/policy", json={"replica": "replica-1"})
     assert error(answer) == (400, "replica")

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from byte_tokenizer import EOS
-from http_server import MAX_MODEL_LEN, Server
+from http_server import HTTP, MAX_MODEL_LEN, Server
 
 from deployments.messages import TRIAL_TOKENS
 from dspark_ray.chat import SPECIAL
@@ -31,7 +31,7 @@ def chat(client: openai.OpenAI, text: str = "hello", **options: object) -> opena
 
 def post(server: Server, path: str, body: object) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(f"{server.url}{path}", content=content, headers={"Content-Type": "application/json"})
+    return HTTP.post(f"{server.url}{path}", content=content, headers={"Content-Type": "application/json"})
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -360,7 +360,7 @@ def test_an_unknown_model_is_not_found(client):
 
 
 def test_an_unknown_path_answers_in_the_error_schema(server):
-    assert "error" in httpx.get(f"{server.url}/v1/nothing").json()
+    assert "error" in HTTP.get(f"{server.url}/v1/nothing").json()
 
 
 def test_a_full_queue_is_429_with_a_delay(client, echo):
@@ -393,7 +393,7 @@ def test_a_partly_refused_request_leaves_nothing_behind(client, echo):
 
 def test_a_client_that_leaves_frees_its_sequence(server, echo):
     body = {"model": "echo", "prompt": "abc", "max_tokens": 250, "stream": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+    with HTTP.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
         next(answer.iter_lines())
         echo.step_gate.clear()
     echo.step_gate.set()
@@ -457,14 +457,14 @@ def test_tokenize_counts(server):
 
 
 def test_version_is_the_packages(server):
-    assert httpx.get(f"{server.url}/version").json()["version"]
+    assert HTTP.get(f"{server.url}/version").json()["version"]
 
 
 # Administration.
 
 
 def steps(server: Server, last: object = 50) -> httpx.Response:
-    return httpx.get(f"{server.url}/admin/steps", params={"last": last})
+    return HTTP.get(f"{server.url}/admin/steps", params={"last": last})
 
 
 def test_the_latest_steps_are_shown_oldest_first(server, client):
@@ -492,7 +492,7 @@ def test_a_step_has_the_fields_of_its_record_and_their_sums(server, client):
 
 def test_fifty_steps_are_shown_where_no_number_is_asked_for(server, client):
     complete(client, "abc", max_tokens=180)
-    assert len(httpx.get(f"{server.url}/admin/steps").json()["steps"]) == 50
+    assert len(HTTP.get(f"{server.url}/admin/steps").json()["steps"]) == 50
 
 
 @pytest.mark.parametrize("last", [0, -1, 1001, "many", "", 2.5])
@@ -505,7 +505,7 @@ def test_a_bad_number_of_steps_is_named(server, last):
 
 
 def test_an_unknown_word_in_the_query_is_named(server):
-    answer = httpx.get(f"{server.url}/admin/steps", params={"lats": 5})
+    answer = HTTP.get(f"{server.url}/admin/steps", params={"lats": 5})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "lats"
 
