@@ -101,12 +101,17 @@ class Message(Schema):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
+Effort = Literal["none", "low"]
+
+
 class ChatTemplateArgs(Schema):
     """vLLM's `chat_template_kwargs`, those that DeepSeek-V4's encoder knows."""
 
     thinking: bool | None = None
     enable_thinking: bool | None = None
     """Another name of thinking."""
+    reasoning_effort: Effort | None = None
+    """As the request's field, which counts where both are given."""
 
 
 class Conversation(Schema):
@@ -155,13 +160,14 @@ class ChatRequest(GenerationRequest, Conversation):
     """OpenAI's newer name of max_tokens; it counts where both are given."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), INTEGRAL] | None = None
-    reasoning_effort: Literal["none", "low"] | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: ChatTemplateArgs | None = None
 
     def chat_options(self) -> dict[str, Any]:
         template = self.chat_template_kwargs or ChatTemplateArgs()
         thinking = template.enable_thinking if template.thinking is None else template.thinking
-        return {**super().chat_options(), "thinking": thinking, "reasoning_effort": self.reasoning_effort}
+        effort = self.reasoning_effort or template.reasoning_effort
+        return {**super().chat_options(), "thinking": thinking, "reasoning_effort": effort}
 
     @property
     def prompt_field(self) -> str:

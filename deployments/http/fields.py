@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar
@@ -19,13 +20,23 @@ from dspark_ray.types import (
 
 logger = logging.getLogger("ray.serve")
 
+_WHOLE = re.compile(r"-?[0-9]{1,20}", re.ASCII)
+_DECIMAL = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?", re.ASCII)
+
 MAX_FIELDS = 100
 """Fields of one object: each unknown one would become an error of its own."""
 
 
 def _integral(value: Any) -> Any:
-    """Some clients write 16.0 where an integer is meant."""
+    """Some clients write 16.0 or "16" where 16 is meant."""
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return int(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _decimal(value: Any) -> Any:
+    """Some clients write "0.5" where 0.5 is meant."""
+    return float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else value
 
 
 def _integral_items(values: Any) -> Any:
@@ -46,6 +57,7 @@ def _encodable(text: str) -> str:
 # Bounds stand before these in `Annotated`, or the JSON schema would not have them.
 ENCODABLE = AfterValidator(_encodable)
 INTEGRAL = BeforeValidator(_integral)
+DECIMAL = BeforeValidator(_decimal)
 INTEGRAL_ITEMS = BeforeValidator(_integral_items)
 """For lists of integers: a function call per list where all are well, and not per item."""
 
@@ -53,7 +65,7 @@ Text = Annotated[str, ENCODABLE]
 Seed = Annotated[int, Field(ge=MIN_INT64, le=MAX_INT64), INTEGRAL]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Share = Annotated[Finite, Field(ge=0, le=1)]
+Share = Annotated[Finite, Field(ge=0, le=1), DECIMAL]
 DraftTokens = Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS), INTEGRAL]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Discriminator, Field, Tag
 
 from deployments.http.fields import (
+    DECIMAL,
     ENCODABLE,
     INTEGRAL,
     INTEGRAL_ITEMS,
@@ -97,7 +98,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True), INTEGRAL_ITEMS]
 StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True), INTEGRAL_ITEMS]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_LENGTH), ENCODABLE]
-Penalty = Annotated[Finite, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
+Bias = Annotated[Finite, Field(ge=-MAX_BIAS, le=MAX_BIAS), DECIMAL]
+Repetition = Annotated[Finite, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY), DECIMAL]
+Penalty = Annotated[Finite, Field(ge=-MAX_PENALTY, le=MAX_PENALTY), DECIMAL]
 
 
 class StreamOptions(Schema):
@@ -145,13 +148,16 @@ class GenerationRequest(Schema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_MAX_TOKENS), INTEGRAL] | None = None
-    temperature: Annotated[Finite, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
-    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[Finite, Field(ge=0, le=MAX_TEMPERATURE), DECIMAL] | None = None
+    top_p: Annotated[Finite, Field(gt=0, le=1), DECIMAL] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: (
         Annotated[
-            dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Annotated[Finite, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
+            dict[
+                Annotated[str, Field(pattern="^[0-9]{1,10}$")],
+                Annotated[Finite, Field(ge=-MAX_BIAS, le=MAX_BIAS), DECIMAL],
+            ],
             Field(max_length=MAX_LOGIT_BIASES, json_schema_extra={"additionalProperties": False}),
         ]
         | None
@@ -160,7 +166,9 @@ class GenerationRequest(Schema):
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K), INTEGRAL] | None = None
     """0 and -1 keep all tokens."""
     min_p: Share | None = None
-    repetition_penalty: Annotated[Finite, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
+    repetition_penalty: (
+        Annotated[Finite, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY), DECIMAL] | None
+    ) = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_MAX_TOKENS), INTEGRAL] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: StopTokenIds | None = None

@@ -199,6 +199,8 @@ HARMLESS = [
     {"max_tokens": 4.0},
     {"seed": 7.0},
     {"n": 1.0},
+    {"seed": "7", "max_tokens": "4"},
+    {"temperature": "0.5", "top_p": "1", "min_p": "0.0", "presence_penalty": "-1.5"},
     {"stop_token_ids": [5.0, 6]},
     {"stream_options": {"include_usage": True}},
     {"stream_options": {"include_usage": None}},
@@ -233,6 +235,24 @@ def test_fields_that_change_nothing_are_accepted(server, fields):
 )
 def test_fields_of_chats_that_change_nothing_are_accepted(server, fields):
     assert chat(server, **fields).status_code == 200
+
+
+def test_numbers_in_strings_are_numbers(server, echo):
+    complete(server, seed="-7", temperature="0.5", top_p="1", presence_penalty="-1.5").raise_for_status()
+    sampling = echo.seen[0].sampling
+    assert (sampling.seed, sampling.temperature, sampling.top_p, sampling.presence_penalty) == (-7, 0.5, 1.0, -1.5)
+
+
+@pytest.mark.parametrize("number", ["", " 7", "7 ", "0x7", "1e5", "inf", "nan", "٣", "9" * 5000, "-"])
+def test_other_strings_are_no_numbers(server, number):
+    for field in ("seed", "temperature"):
+        answer = complete(server, **{field: number})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+def test_the_effort_of_a_template_is_an_effort(server, echo):
+    chat(server, chat_template_kwargs={"reasoning_effort": "low"}).raise_for_status()
+    assert echo.seen[-1].prompt_token_ids[-1] == server.tokenizer.encode(SPECIAL.think_start)[0]
 
 
 def test_both_names_of_thinking_count(server, echo):
