@@ -1,7 +1,7 @@
 """Operations of a DSpark round. `dspark_kernels.<op>` is what the engine calls.
 
 Each is a plain-torch function of `reference.py` and a kernel of the same name and signature in `gpu/`. CPU tensors take
-the reference. CUDA tensors take the kernel, except while gradients are recorded: kernels have none.
+the reference. CUDA tensors take the kernel, except where an argument's gradient is recorded: kernels have none.
 """
 
 from __future__ import annotations
@@ -21,9 +21,21 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
-def takes_kernel(tensor: Tensor) -> bool:
-    """Whether an operation on `tensor` runs as a kernel."""
-    return tensor.is_cuda and not torch.is_grad_enabled()
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether there are kernels for the device that `tensor` is on."""
+    return tensor.is_cuda
+
+
+def takes_kernel(tensor: Tensor, *others: object) -> bool:
+    """Whether an operation with these arguments runs as a kernel.
+
+    That gradients could be recorded decides nothing: a caller that forgets `torch.inference_mode` still gets kernels.
+    """
+    if not has_kernels(tensor):
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(isinstance(argument, Tensor) and argument.requires_grad for argument in (tensor, *others))
 
 
 def _operation(reference_op: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -33,7 +45,7 @@ def _operation(reference_op: Callable[_Arguments, _Result]) -> Callable[_Argumen
     @wraps(reference_op)
     def operation(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         nonlocal kernel
-        if not takes_kernel(args[0]):  # type: ignore[arg-type]
+        if not takes_kernel(*args, *kwargs.values()):  # type: ignore[arg-type]
             return reference_op(*args, **kwargs)
         if kernel is None:
             # Triton is imported when a kernel is wanted, and not on machines that have none.
