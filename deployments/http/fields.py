@@ -40,9 +40,10 @@ def _decimal(value: Any) -> Any:
 
 
 def _integral_items(values: Any) -> Any:
-    if isinstance(values, list) and float in set(map(type, values)):
-        return list(map(_integral, values))
-    return values
+    if not isinstance(values, list) or float not in set(map(type, values)):
+        return values
+    are_integral = all(value.is_integer() for value in values if isinstance(value, float))
+    return list(map(_integral, values)) if are_integral else values
 
 
 def _encodable(text: str) -> str:
