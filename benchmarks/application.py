@@ -97,7 +97,7 @@ def _wait_until_healthy(base_url: str, process: subprocess.Popen[bytes], log: Pa
         if process.poll() is not None:
             raise RuntimeError(f"serve run ended with {process.returncode}: see {log}")
         try:
-            if httpx.get(f"{base_url}/health", timeout=5).status_code == httpx.codes.OK:
+            if httpx.get(f"{base_url}/ready", timeout=5).status_code == httpx.codes.OK:
                 return
         except httpx.HTTPError:
             pass

@@ -15,13 +15,14 @@ from deployments.generation import EngineClient
 from deployments.http.answers import StepsAnswer
 from deployments.http.auth import BEARER
 from deployments.http.errors import ApiError, as_api_errors, documented, invalid, request_id_of
-from deployments.http.fields import ENCODABLE, DraftTokens, Finite, Schema, Seed, Share
+from deployments.http.fields import DraftTokens, Finite, Schema, Seed, Share
 from deployments.http.service import ControllerClient, Service
 from deployments.messages import MAX_STEPS
 from dspark_ray.records import to_json
 from dspark_ray.types import MAX_POLICY_SECONDS, VerificationPolicy
 
-_MAX_NAME = 256
+_REPLICA = "^[!-~]{1,256}$"
+"""Of the ids that Serve gives; they are logged."""
 
 
 class StepsQuery(BaseModel):
@@ -35,7 +36,7 @@ class StepsQuery(BaseModel):
 class PolicyRequest(Schema):
     """The fields of a VerificationPolicy; absent ones bound nothing."""
 
-    replica: Annotated[str, Field(max_length=_MAX_NAME), ENCODABLE] | None = None
+    replica: Annotated[str, Field(pattern=_REPLICA)] | None = None
     """None for all of them; only a load controller can reach a particular one."""
     confidence_threshold: Share | None = None
     max_draft_tokens: DraftTokens | None = None
@@ -53,7 +54,7 @@ class ReplicaQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    replica: Annotated[str, Field(max_length=_MAX_NAME)] | None = None
+    replica: Annotated[str, Field(pattern=_REPLICA)] | None = None
     """None for all of them."""
 
 

@@ -42,7 +42,7 @@ class RequestIds:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            logger.exception("request %s: %s %s raised", request_id, scope["method"], scope["path"])
+            logger.exception("request %s: %s %r raised", request_id, scope["method"], scope["path"])
             if not has_started:
                 await error_response(internal_error(request_id), scope)(scope, receive, send_with_id)
 

@@ -117,6 +117,13 @@ def test_a_bad_policy_is_named_and_changes_nothing(server, controller, policy, p
     assert controller.beat() == [Bounds(0.1)] * 2
 
 
+@pytest.mark.parametrize("replica", ["", "a b", "a\nERROR forged", "x" * 257])
+def test_a_name_that_no_replica_has_does_not_reach_the_log(server, controller, replica):
+    assert error(post(server, {"bypass": True, "replica": replica})) == (400, "replica")
+    assert error(HTTP.delete(f"{server.url}/admin/policy", params={"replica": replica})) == (400, "replica")
+    assert controller.beat() == [Bounds(0.1)] * 2
+
+
 def test_an_unknown_word_in_the_query_is_named(server):
     assert error(httpx.delete(f"{server.url}/admin/policy", params={"relpica": "x"})) == (400, "relpica")
 

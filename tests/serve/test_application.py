@@ -171,7 +171,7 @@ def test_sixteen_clients_are_served_at_once(app, reference):
 
 
 def test_health_and_models_answer(app):
-    assert httpx.get(f"{app.client.base_url}../health", timeout=30).status_code == 200
+    assert httpx.get(f"{app.client.base_url}../ready", timeout=30).status_code == 200
     assert [model.id for model in app.client.models.list()] == ["small"]
 
 

@@ -122,7 +122,7 @@ def test_with_nobody_there_the_last_replica_goes_and_a_request_brings_it_back(ap
     config["applications"][0]["deployments"][0]["autoscaling_config"] |= {"min_replicas": 0}
     deploy_yaml(config)
     wait_until(lambda: num_replicas() == 0, 120)
-    assert httpx.get(f"{app.client.base_url}../health", timeout=30).status_code == 200
+    assert httpx.get(f"{app.client.base_url}../ready", timeout=30).status_code == 200
     assert app.complete("again", max_tokens=8, extra_body={"ignore_eos": True}).usage.completion_tokens == 8
     assert num_replicas() == 1
 
