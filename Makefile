@@ -22,7 +22,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 # Two ranks and a drafter share the cores of a laptop: one thread each is faster than a crowd.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install serve generate test test-clients lint format bench bench-schedule bench-controller bench-kernels gpu-day clean
+.PHONY: help install serve generate test test-clients lint format bench bench-schedule bench-controller bench-kernels chaos gpu-day clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -76,6 +76,9 @@ bench-controller: $(INSTALLED) ## Simulate load control and autoscaling; writes 
 
 bench-kernels: $(INSTALLED) ## Measure every kernel against its floor and a compiled reference (needs a GPU).
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+chaos: $(INSTALLED) ## Kill, stop and break every process while streams run; writes benchmarks/results/chaos* and goes on where it stopped.
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 # On a machine whose own Python has torch with CUDA, nothing is installed: such machines often reach no package index.
 gpu-day: ## Everything that only a GPU can tell, in nine minutes (ARGS=--dry-run goes through it without one).

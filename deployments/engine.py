@@ -50,6 +50,7 @@ class EngineReplica:
         max_frames = max(MAX_FRAMES, 4 * args.max_ongoing_requests)
         self._channel = EngineChannel(EngineMetrics(args.model_name), self._window, max_frames=max_frames)
         args.resolve()
+        self._watchdog.start()
         self._tasks.start("listen", self._channel.listen, is_essential=True)
         self._gang = await start_gang(args, self._channel.address)
         await self._until_ready()
@@ -113,10 +114,10 @@ class EngineReplica:
             raise TimeoutError(f"the engine was not ready after health.startup_timeout_s={timeout}")
 
     def _watch(self) -> None:
+        """From now on the end of a member is the end of this process; before, its error is the constructor's."""
         for name, run in self._gang.runs.items():
             self._watchdog.watch(name, run)
         self._watchdog.check(partial(find_silence, self._channel, self._args.health.step_timeout_s))
-        self._watchdog.start()
 
     def _say_farewell(self, loop: asyncio.AbstractEventLoop, reason: str) -> None:
         """Called by the watchdog, in its thread."""

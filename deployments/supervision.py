@@ -44,7 +44,7 @@ class Watchdog:
         self._checks.append(find_fault)
 
     def start(self) -> None:
-        """Act from now on; runs may have ended before."""
+        """Act from now on; runs may have ended before, and more may be added."""
         self._thread.start()
 
     def stop(self) -> None:

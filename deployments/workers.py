@@ -162,11 +162,16 @@ class ReplicaProcess:
     """The process of the Engine replica, held so that its id cannot come to name another process."""
 
     def __init__(self, pid: int) -> None:
-        self._descriptor = os.pidfd_open(pid)
+        self._descriptor: int | None = None
+        try:
+            self._descriptor = os.pidfd_open(pid)
+        except OSError as error:  # Some containers forbid the call.
+            logger.warning("a replica that stands still cannot be killed from here: %s", error)
 
     def kill(self) -> None:
         """Also when it is stopped by a signal; Ray then ends its actors, and Serve starts another replica."""
-        signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+        if self._descriptor is not None:
+            signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
 
 
 def _log_profiling(num_done: int, num_sizes: int) -> None:

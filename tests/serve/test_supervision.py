@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +25,7 @@ from deployments.engine import end_streams, find_silence
 from deployments.load import LoadControllerReplica, Probes
 from deployments.messages import EngineLost, Ping, encode
 from deployments.supervision import BackgroundTasks, Watchdog
-from deployments.workers import ReplicaSilent, StepLoop
+from deployments.workers import ReplicaProcess, ReplicaSilent, StepLoop
 from dspark_ray.types import Request, SamplingParams
 
 
@@ -287,3 +291,20 @@ async def test_a_controller_goes_on_when_the_nodes_cannot_be_listed(monkeypatch,
 class FakeMetrics:
     def on_nodes(self, loads: list[NodeLoad]) -> None:
         pass
+
+
+def test_a_stopped_process_is_killed():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        replica = ReplicaProcess(process.pid)
+        process.send_signal(signal.SIGSTOP)
+        replica.kill()
+        assert process.wait(20) == -signal.SIGKILL
+
+
+def test_a_process_that_cannot_be_held_is_left_alone(monkeypatch, caplog):
+    def refuse(pid: int) -> int:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    ReplicaProcess(os.getpid()).kill()
+    assert "Operation not permitted" in caplog.text
