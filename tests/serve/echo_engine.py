@@ -36,7 +36,7 @@ class EchoEngine:
     step_gate: threading.Event = field(default_factory=threading.Event)
     breaks: bool = False
     chokes_on: str = ""
-    """The id of the request that raises when it is added."""
+    """The id of the request that raises when it is added; * for all."""
     most_suspects: int = 0
     """That ran at the same time, by their ids."""
     hides_drawn: bool = False
@@ -60,7 +60,7 @@ class EchoEngine:
         return [request for request, _ in list(self._running.values())]
 
     def add_request(self, request: Request) -> None:
-        if request.request_id == self.chokes_on:
+        if self.chokes_on in (request.request_id, "*"):
             raise RuntimeError("cannot add it")
         for token in request.prompt_token_ids:
             if not 0 <= token < self.vocab_size:

@@ -418,6 +418,18 @@ def test_a_request_whose_second_engine_dies_at_once_is_given_up_with_its_id(clie
     assert "lost on purpose" not in str(caught.value)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_raises_is_in_the_log_and_not_in_the_answer(client, echo, caplog, stream):
+    echo.chokes_on = "*"
+    with pytest.raises(openai.InternalServerError, match=r"internal error \(request id [^ ]+\)") as caught:
+        complete(client, max_tokens=9, stream=stream)
+    assert caught.value.status_code == 500
+    assert "cannot add it" not in caught.value.response.text
+    request_id = str(caught.value.body["message"]).partition("request id ")[2].rstrip(")")
+    assert "RuntimeError: cannot add it" in caplog.text
+    assert request_id in caplog.text
+
+
 def test_a_request_that_has_gone_on_for_long_enough_is_trusted_again(client, server, echo):
     whole = complete(client, "abcdefg", max_tokens=60, seed=3).choices[0].text
     server.client.reset()
