@@ -80,7 +80,7 @@ class Limits:
 
 @dataclass
 class Round:
-    """One fault and what came of it. Times are seconds since the fault."""
+    """One fault and its outcome. Times are seconds since the fault."""
 
     fault: str
     seconds_to_end: float | None = None
@@ -122,7 +122,7 @@ def running(limits: Limits) -> Iterator[str]:
 
 @contextlib.contextmanager
 def served(limits: Limits) -> Iterator[str]:
-    """The application on the Ray that is connected; whoever connected takes it down."""
+    """The application on the Ray that is connected; the caller shuts it down."""
     from ray import serve
 
     from deployments.app import build

@@ -228,7 +228,7 @@ class EngineChannel:
         self._trials.on_event(event)
 
     def _observe(self, tell: Callable[[Observer], None]) -> None:
-        """What an observer raises is logged, counted, and no request's affair."""
+        """An observer's exception is logged and counted, and affects no request."""
         for observer in self._observers:
             try:
                 tell(observer)

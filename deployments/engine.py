@@ -24,7 +24,7 @@ from dspark_ray.types import Request, VerificationPolicy
 
 _POLICY = f"{SpeculationAwarePolicy.__module__}:{SpeculationAwarePolicy.__name__}"
 """As a YAML file names it."""
-_FAREWELL_SECONDS = 1.0
+_END_STREAMS_SECONDS = 1.0
 """For streams to end with EngineLost before the process does."""
 _TRANSPORT_SECONDS = 0.2
 """For those errors to leave the process."""
@@ -44,7 +44,7 @@ class EngineReplica:
         check_autoscaling(serve.get_replica_context()._deployment_config)
         self._args = args
         self._id = serve.get_replica_context().replica_tag
-        self._watchdog = Watchdog(partial(self._say_farewell, asyncio.get_running_loop()))
+        self._watchdog = Watchdog(partial(self._end_streams, asyncio.get_running_loop()))
         self._tasks = BackgroundTasks(failure_counter(args.model_name), self._watchdog.lose)
         self._window = LoadWindow(self._id, args.engine.max_num_seqs)
         max_frames = max(MAX_FRAMES, 4 * args.max_ongoing_requests)
@@ -119,9 +119,9 @@ class EngineReplica:
             self._watchdog.watch(name, run)
         self._watchdog.check(partial(find_silence, self._channel, self._args.health.step_timeout_s))
 
-    def _say_farewell(self, loop: asyncio.AbstractEventLoop, reason: str) -> None:
+    def _end_streams(self, loop: asyncio.AbstractEventLoop, reason: str) -> None:
         """Called by the watchdog, in its thread."""
-        asyncio.run_coroutine_threadsafe(end_streams(self._channel, reason), loop).result(_FAREWELL_SECONDS)
+        asyncio.run_coroutine_threadsafe(end_streams(self._channel, reason), loop).result(_END_STREAMS_SECONDS)
 
 
 def find_silence(channel: EngineChannel, limit_seconds: float) -> str | None:

@@ -44,7 +44,7 @@ class Submit:
 
 @dataclass(frozen=True, kw_only=True)
 class Abort:
-    """Replica to rank 0: nobody waits for this request any more."""
+    """Replica to rank 0: the caller has left."""
 
     request_id: str
     kind: Literal["abort"] = "abort"

@@ -91,7 +91,7 @@ async def events_of(
 
 
 class _Progress:
-    """What became of a request so far."""
+    """A request's attempts, losses and tokens so far."""
 
     def __init__(self, request: Request, policy: ResubmissionPolicy, clock: Callable[[], float]) -> None:
         self._request, self._policy, self._clock = request, policy, clock

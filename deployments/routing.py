@@ -16,7 +16,7 @@ class AvoidingRouter(PowerOfTwoChoicesRequestRouter):
     """Tries the replica that lost a request last: Serve may still list it for a second or two after its death.
 
     Serve hands replicas to waiting requests in the order of their arrival, so where others wait as well, one of them
-    can get the replica that was chosen for this request. A wish, then, and no rule; the caller tries again.
+    can get the replica that was chosen for this request. So this is a preference, and the caller has to try again.
     """
 
     async def choose_replicas(

@@ -15,9 +15,9 @@ logger = logging.getLogger("ray.serve")
 
 _POLL_SECONDS = 0.5
 _SETTLE_SECONDS = 0.3
-"""A dead process makes its peers raise; wait so long to log which was first."""
-_FAREWELL_SECONDS = 1.5
-"""For streams to be told before the process ends."""
+"""A dead process makes its peers raise; wait so long, so that the log has all reasons."""
+_BEFORE_EXIT_SECONDS = 1.5
+"""For `before_exit`; after twice as long the process ends without it."""
 _RESTART_SECONDS = 1.0
 
 
@@ -27,9 +27,9 @@ class Watchdog:
     It is a thread: nothing that holds up the event loop can hold it up. Runs report to it from the threads of Ray.
     """
 
-    def __init__(self, say_farewell: Callable[[str], None], exit_process: Callable[[int], None] = os._exit) -> None:
-        """`say_farewell(reason)` is called in the watchdog's thread and may take _FAREWELL_SECONDS."""
-        self._say_farewell, self._exit = say_farewell, exit_process
+    def __init__(self, before_exit: Callable[[str], None], exit_process: Callable[[int], None] = os._exit) -> None:
+        """`before_exit(reason)` is called in the watchdog's thread and may take _BEFORE_EXIT_SECONDS."""
+        self._before_exit, self._exit = before_exit, exit_process
         self._checks: list[Callable[[], str | None]] = []
         self._reasons: list[str] = []
         self._is_lost, self._is_stopped = threading.Event(), threading.Event()
@@ -66,15 +66,15 @@ class Watchdog:
             self._run_checks()
         if self._is_stopped.is_set():
             return
-        # Even a farewell or a log handler that never returns must not keep a lost replica alive.
-        guard = threading.Timer(_SETTLE_SECONDS + 2 * _FAREWELL_SECONDS, self._exit, [1])
+        # A `before_exit` or a log handler that never returns must not keep a lost replica alive.
+        guard = threading.Timer(_SETTLE_SECONDS + 2 * _BEFORE_EXIT_SECONDS, self._exit, [1])
         guard.daemon = True
         guard.start()
         time.sleep(_SETTLE_SECONDS)
         reason = self.reason or ""
         try:
             logger.critical("the gang is lost, this replica ends: %s", reason)
-            self._say_farewell(reason)
+            self._before_exit(reason)
         except Exception:
             logger.exception("streams were not told that the gang is lost")
         guard.cancel()

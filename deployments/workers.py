@@ -124,7 +124,7 @@ class StepLoop:
             self._closed = True
 
     def _submit(self, request: Request) -> None:
-        """Whatever adding a request raises is that request's affair."""
+        """An exception while a request is added refuses that request alone."""
         try:
             self._engine.add_request(request)
         except RequestError as error:

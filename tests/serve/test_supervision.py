@@ -47,54 +47,54 @@ def exits() -> Exits:
 
 
 @pytest.fixture
-def farewells() -> list[str]:
+def reasons() -> list[str]:
     return []
 
 
 @pytest.fixture
-def watchdog(exits: Exits, farewells: list[str]) -> Iterator[Watchdog]:
-    dog = Watchdog(farewells.append, exits)
+def watchdog(exits: Exits, reasons: list[str]) -> Iterator[Watchdog]:
+    dog = Watchdog(reasons.append, exits)
     yield dog
     dog.stop()
 
 
-def test_the_end_of_a_run_ends_the_process_with_its_reason(watchdog, exits, farewells):
+def test_the_end_of_a_run_ends_the_process_with_its_reason(watchdog, exits, reasons):
     run: Future[None] = Future()
     watchdog.watch("verifier 1", run)
     watchdog.start()
     run.set_exception(RuntimeError("out of memory"))
     assert exits.called.wait(10)
     assert exits.codes == [1]
-    assert farewells == ["verifier 1 failed: RuntimeError('out of memory')"]
+    assert reasons == ["verifier 1 failed: RuntimeError('out of memory')"]
 
 
-def test_a_run_that_returns_ends_the_process_too(watchdog, exits, farewells):
+def test_a_run_that_returns_ends_the_process_too(watchdog, exits, reasons):
     run: Future[None] = Future()
     run.set_result(None)
     watchdog.watch("drafter", run)
     watchdog.start()
     assert exits.called.wait(10)
-    assert farewells == ["drafter ended its run"]
+    assert reasons == ["drafter ended its run"]
 
 
-def test_a_fault_that_a_check_finds_ends_the_process(watchdog, exits, farewells):
+def test_a_fault_that_a_check_finds_ends_the_process(watchdog, exits, reasons):
     faults: list[str | None] = [None, None, "rank 0 was silent"]
     watchdog.check(lambda: faults.pop(0) if faults else None)
     watchdog.start()
     assert exits.called.wait(10)
-    assert farewells == ["rank 0 was silent"]
+    assert reasons == ["rank 0 was silent"]
 
 
 @pytest.mark.parametrize("hangs", [True, False])
-def test_a_farewell_that_hangs_or_raises_does_not_keep_the_process(exits, hangs):
+def test_a_last_call_that_hangs_or_raises_does_not_keep_the_process(exits, hangs):
     release = threading.Event()
 
-    def say_farewell(reason: str) -> None:
+    def before_exit(reason: str) -> None:
         if hangs:
             release.wait(60)
         raise RuntimeError
 
-    watchdog = Watchdog(say_farewell, exits)
+    watchdog = Watchdog(before_exit, exits)
     watchdog.start()
     watchdog.lose("lost")
     assert exits.called.wait(20)
