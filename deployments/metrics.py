@@ -137,6 +137,9 @@ class StepMetrics:
         self._threshold = make.gauge("confidence_threshold", "Lowest survival that the policy lets be verified.")
         self._version = make.gauge("policy_version", "Of the policy in force.")
         self._bypasses = make.counter("bypass", "Steps without a draft although requests ask for one.", "reason")
+        self._nonfinite = make.counter(
+            "nonfinite", "Drafts cut short by a NaN or infinity, and requests that ended by one.", "what"
+        )
         self._mode = make.gauge("mode", "1 for the current one; idle: there is nobody to draft for.", "mode")
 
     def on_step(self, step: StepOutput) -> None:
@@ -149,6 +152,8 @@ class StepMetrics:
     def _count_tokens(self, record: StepRecord) -> None:
         self._budget.set(record.budget)
         _increase(self._survival, record.expected)
+        _increase(self._nonfinite, record.num_nonfinite_drafts, {"what": "draft"})
+        _increase(self._nonfinite, record.num_nonfinite_logits, {"what": "logits"})
         for position in range(1, record.gamma + 1):
             tags = {"position": str(position)}
             _increase(self._drafted, record.num_drafted, tags)

@@ -334,7 +334,7 @@ class EngineConfig:
     max_waiting: int = 256
     """Requests accepted beyond max_num_seqs; one more is refused."""
     gamma: int | None = None
-    """Drafted tokens verified per request and round; None takes the checkpoint's block size."""
+    """Drafted tokens verified per request and round; None takes the checkpoint's block size. 0 without speculation."""
     verification: VerificationMode = "coupled"
     speculation: bool = True
     dtype: DType = "float32"
@@ -396,6 +396,8 @@ class EngineConfig:
         if not 0 <= gamma <= model.gamma:
             # More positions than the drafter was trained with changes every position's output.
             raise ConfigError(f"gamma={gamma}: expected 0..{model.gamma}, the checkpoint's dspark_block_size")
+        if not self.speculation:
+            gamma = 0  # no row, page or graph is kept for drafts that never come
         if self.max_model_len > model.max_position_embeddings:
             raise ConfigError(
                 f"max_model_len={self.max_model_len}: the checkpoint allows {model.max_position_embeddings}"

@@ -7,24 +7,25 @@ drafter --DraftProposal--> schedule --VerifyPlan--> target --samples--> verifica
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dspark_ray.config import EngineConfig, ModelConfig
-from dspark_ray.drafters.protocol import ContextUpdate, Drafter, DraftProposal, DraftRequest
+from dspark_ray.drafters.protocol import ContextUpdate, Drafter, DraftRequest
 from dspark_ray.drafters.window import Committed, FeatureWindow, Missing
 from dspark_ray.model.executor import ForwardCommand, ForwardResult, Target
 from dspark_ray.model.rows import Segment
+from dspark_ray.round import Drafted, Outcome, Work, batch_of, computed_of, mean_length, slots_of, thresholds_of
 from dspark_ray.sampling.rows import RowContext, build_sampling_rows
-from dspark_ray.sampling.sampler import DraftSampling, Samples
-from dspark_ray.scheduler import Scheduler, StepPlan
+from dspark_ray.sampling.sampler import NO_TOKEN, DraftSampling, Samples
+from dspark_ray.scheduler import PrefillChunk, Scheduler, StepPlan
 from dspark_ray.sequence import Sequence
 from dspark_ray.speculative.acceptance import Acceptance, DraftSource, VerifiedBlock, build_verification
 from dspark_ray.speculative.planner import Batch, DraftedRows, Planner, StepOutcome
@@ -37,64 +38,14 @@ from dspark_ray.types import (
     SequenceOutput,
     StepOutput,
     StepRecord,
-    TokenLogprobs,
     VerificationPolicy,
 )
 
-
-@dataclass(frozen=True)
-class _Work:
-    """What one sequence does in a step: run committed tokens and drafts, and perhaps sample behind them."""
-
-    sequence: Sequence
-    num_committed: int
-    drafts: tuple[int, ...]
-    samples: bool
-    is_round: bool = False
-    """Whether the sequence decodes, rather than being computed up to its last token."""
-    proposal_row: int | None = None
-    num_drafted: int = 0
-
-    @property
-    def token_ids(self) -> list[int]:
-        start = self.sequence.num_computed
-        return [*self.sequence.tokens[start : start + self.num_committed], *self.drafts]
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_committed + len(self.drafts)
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Drafted:
-    """A proposal, the sequences it is for, and how much of it is verified."""
-
-    proposal: DraftProposal
-    sequences: list[Sequence]
-    """One per row of the proposal."""
-    lengths: dict[Sequence, int] = field(default_factory=dict)
-    """Of those that still decode, in the order of their rows."""
-
-    @property
-    def depth(self) -> int:
-        """Positions drafted of each."""
-        return self.proposal.tokens.shape[1]
-
-    @cached_property
-    def row_of(self) -> dict[Sequence, int]:
-        return {sequence: row for row, sequence in enumerate(self.sequences)}
-
-    def tokens_of(self, sequence: Sequence) -> tuple[int, ...]:
-        """The drafts of `sequence` that are verified."""
-        return tuple(self.proposal.tokens[self.row_of[sequence], : self.lengths[sequence]].tolist())
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """Drafts of a sequence that stood, and those of them that belong to its text."""
-
-    num_accepted: int
-    num_committed: int
+class NonfiniteLogitsError(ArithmeticError):
+    """The target's logits of one sequence hold a NaN or an infinity, or leave no token possible."""
 
 
 class Engine:
@@ -128,20 +79,38 @@ class Engine:
         self._watch = Stopwatch(clock)
         self._learning_seconds = 0.0
         """Of the step before; a step's own is not over when its record is made."""
-        self._aborted: list[SequenceOutput] = []
+        self._ended: list[SequenceOutput] = []
+        """Last outputs of sequences that ended outside a round, or by an error, since the last step."""
+        self._num_nonfinite_logits = 0
+        """Sequences that the current step ended for their logits."""
 
     # Requests come and go.
 
     def add_request(self, request: Request) -> None:
-        """Accept a request. Raises RequestError for what can never be served, QueueFullError for now."""
-        self._check(request)
-        self.scheduler.add(Sequence(request))
+        """Accept a request. Raises RequestError for what can never be served, QueueFullError for now.
+
+        Whatever a request alone decides is computed here, where a failure concerns no other request.
+        """
+        try:
+            self._check(request)
+            sequence = self.sequence_of(request)
+            build_sampling_rows(self._row_contexts(sequence, ()))
+        except RequestError:
+            raise
+        except Exception as error:
+            logger.exception("request %s is refused: it could not be prepared", request.request_id)
+            raise RequestError("request", f"the request could not be prepared ({type(error).__name__})") from error
+        self.scheduler.add(sequence)
+
+    def sequence_of(self, request: Request) -> Sequence:
+        """What `add_request` queues. Raises ValueError for token ids outside the vocabulary."""
+        return Sequence(request, self.model_config.eos_token_ids, self.model_config.vocab_size)
 
     def abort(self, request_id: str) -> None:
         """End a request; the next step reports it. Unknown ids have ended already."""
         sequence = self.scheduler.remove(request_id)
         if sequence is not None:
-            self._aborted.append(_final_output(sequence, "abort"))
+            self._ended.append(_last_output(sequence, "abort"))
 
     def apply_policy(self, policy: VerificationPolicy) -> None:
         """Let `policy` bound what is verified, from the next step on and until it expires."""
@@ -159,7 +128,13 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Whether another step has something to do or to report."""
-        return bool(self.scheduler.running or self.scheduler.waiting or self._aborted)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._ended)
+
+    def start(self) -> None:
+        """Call once, when requests may come: from now on followers and drafter take long silence for death."""
+        self._target.start()
+        if self._drafter is not None:
+            self._drafter.start()
 
     def close(self) -> None:
         """End followers and drafter; the engine must not be used afterwards."""
@@ -176,40 +151,52 @@ class Engine:
     # The round.
 
     def step(self) -> StepOutput:
-        """Run one round for everybody that can run."""
+        """Run one round for everybody that can run.
+
+        An exception that concerns one sequence ends that sequence, with finish reason "error"; any other is raised.
+        """
         watch = self._watch = Stopwatch(self._clock)
         self.planner.expire_policy(watch.started)
-        plan = self.scheduler.plan()
+        plan = self._plan()
         with watch.times("draft"):
             drafted = self._collect_drafts()
-        if plan.is_empty:
-            return self._output([])
-        batch = _batch(plan)
+        batch = batch_of(plan)
         drafted = self._plan_lengths(plan, drafted, batch)
         works = self._works(plan, drafted)
+        if not works:
+            self.planner.drop_round()
+            return self._output([])
         command = self._command(works)
         with watch.times("target"):
             result = self._target.run(command)
-        outputs, judged = self._commit(works, drafted, result)
+        outputs, outcomes = self._commit(works, drafted, result)
         bypass = self._bypass
         chosen = self._select()
         with watch.times("draft"):
             self._submit_drafts(chosen)
         decided = watch.timing()
         with watch.times("schedule"):
-            record = self._learn(batch, drafted, judged, bypass, decided)
+            record = self._learn(batch, drafted, outcomes, bypass, decided)
         self.last_step_timing = watch.timing()
         self._learning_seconds = self.last_step_timing.schedule - decided.schedule
         return self._output(outputs, record)
 
-    def _collect_drafts(self) -> _Drafted | None:
+    def _plan(self) -> StepPlan:
+        """What the scheduler lets run; the planner forgets the requests that had the slots of new ones."""
+        plan = self.scheduler.plan()
+        for chunk in plan.prefill:
+            if chunk.sequence.num_computed == 0:
+                self.planner.admit(chunk.slot)
+        return plan
+
+    def _collect_drafts(self) -> Drafted | None:
         """The proposal asked for at the end of the step before."""
         if self._drafting is None or self._drafter is None:
             return None
         drafting, self._drafting = self._drafting, None
-        return _Drafted(self._drafter.collect(), drafting)
+        return Drafted.of(self._drafter.collect(), drafting, self.model_config.vocab_size)
 
-    def _plan_lengths(self, plan: StepPlan, drafted: _Drafted | None, batch: Batch) -> _Drafted | None:
+    def _plan_lengths(self, plan: StepPlan, drafted: Drafted | None, batch: Batch) -> Drafted | None:
         """How many drafts of each sequence to verify; those that left since they were drafted have no length."""
         if drafted is None:
             return None
@@ -217,159 +204,184 @@ class Engine:
         live = [sequence for sequence in drafted.sequences if sequence in decoding]
         if not live:
             return drafted
+        at = [drafted.row_of[sequence] for sequence in live]
         rows = DraftedRows(
-            slots=_slots(live),
-            confidences=drafted.proposal.confidences[[drafted.row_of[sequence] for sequence in live]],
-            limits=np.array([min(drafted.depth, self._max_length(sequence)) for sequence in live]),
-            thresholds=_thresholds(live),
+            slots=slots_of(live),
+            confidences=drafted.proposal.confidences[at],
+            limits=np.minimum(drafted.usable[at], [self._max_length(sequence) for sequence in live]),
+            thresholds=thresholds_of(live),
         )
         with self._watch.times("schedule"):
             verify_plan = self.planner.plan(rows, batch)
         return replace(drafted, lengths=dict(zip(live, verify_plan.lengths, strict=True)))
 
-    def _works(self, plan: StepPlan, drafted: _Drafted | None) -> list[_Work]:
-        works = []
+    def _works(self, plan: StepPlan, drafted: Drafted | None) -> list[Work]:
+        works: list[Work] = []
         for sequence in plan.decoding:
-            if drafted is not None and sequence in drafted.lengths:
-                row, drafts = drafted.row_of[sequence], drafted.tokens_of(sequence)
-                works.append(
-                    _Work(sequence, 1, drafts, True, is_round=True, proposal_row=row, num_drafted=drafted.depth)
-                )
-            else:
-                works.append(_Work(sequence, 1, (), samples=True, is_round=True))
+            with self._ends_on_error(sequence):
+                works.append(self._round_of(sequence, drafted))
         for chunk in plan.prefill:
-            ends = chunk.num_tokens == chunk.sequence.num_missing
-            works.append(_Work(chunk.sequence, chunk.num_tokens, (), samples=ends))
+            with self._ends_on_error(chunk.sequence):
+                works.append(self._prefill_of(chunk))
         return works
 
-    def _command(self, works: list[_Work]) -> ForwardCommand:
-        segments: list[Segment] = []
-        contexts: list[RowContext] = []
+    @contextmanager
+    def _ends_on_error(self, sequence: Sequence) -> Iterator[None]:
+        """An exception inside ends `sequence` and nothing else."""
+        try:
+            yield
+        except NonfiniteLogitsError as error:
+            self._num_nonfinite_logits += 1
+            logger.error("request %s ends: %s", sequence.request.request_id, error)
+            self._fail(sequence, str(error))
+        except Exception as error:
+            logger.exception("request %s ends", sequence.request.request_id)
+            self._fail(sequence, f"an internal error ended this request ({type(error).__name__})")
+
+    def _fail(self, sequence: Sequence, error: str) -> None:
+        self.scheduler.remove(sequence.request.request_id)
+        self._ended.append(_last_output(sequence, "error", error))
+
+    def _round_of(self, sequence: Sequence, drafted: Drafted | None) -> Work:
+        if drafted is None or sequence not in drafted.lengths:
+            return Work(sequence, _segment(sequence, 1), rows=self._row_contexts(sequence, ()), is_round=True)
+        drafts = drafted.tokens_of(sequence)
+        return Work(
+            sequence,
+            _segment(sequence, 1, drafts),
+            drafts,
+            self._row_contexts(sequence, drafts),
+            is_round=True,
+            proposal_row=drafted.row_of[sequence],
+            num_drafted=drafted.depth,
+        )
+
+    def _prefill_of(self, chunk: PrefillChunk) -> Work:
+        sequence = chunk.sequence
+        is_last = chunk.num_tokens == sequence.num_missing
+        rows = self._row_contexts(sequence, ()) if is_last else ()
+        return Work(sequence, _segment(sequence, chunk.num_tokens), rows=rows)
+
+    def _row_contexts(self, sequence: Sequence, drafts: tuple[int, ...]) -> tuple[RowContext, ...]:
+        """One per sampled row: the last committed token's, then one behind each draft."""
+        params = sequence.request.sampling
+        outputs = (*sequence.output_token_ids, *drafts) if params.has_penalties else ()
+        num_outputs = sequence.num_outputs
+        return tuple(
+            RowContext(
+                sequence.sampling,
+                position=sequence.length + num_drafts,
+                output_token_ids=outputs[: num_outputs + num_drafts],
+                before_min_tokens=num_outputs + num_drafts < params.min_tokens,
+                wants_distribution=self._verification.wants_distribution and len(drafts) > 0,
+            )
+            for num_drafts in range(len(drafts) + 1)
+        )
+
+    def _command(self, works: list[Work]) -> ForwardCommand:
         sampled_rows: list[int] = []
         first_row = 0
         for work in works:
-            sequence = work.sequence
-            assert sequence.slot is not None
-            segments.append(Segment(sequence.slot, sequence.num_computed, work.token_ids, list(sequence.pages)))
-            if work.samples:
-                sampled_rows.extend(range(first_row + work.num_committed - 1, first_row + work.num_rows))
-                contexts.extend(self._row_contexts(work))
-            first_row += work.num_rows
+            end = first_row + work.num_rows
+            sampled_rows.extend(range(end - len(work.rows), end))
+            first_row = end
         return ForwardCommand(
-            segments=tuple(segments),
+            segments=tuple(work.segment for work in works),
             sampled_rows=np.array(sampled_rows, dtype=np.int64),
-            sampling=build_sampling_rows(contexts, self.model_config.vocab_size),
+            sampling=build_sampling_rows([row for work in works for row in work.rows]),
             wants_features=any(self._speculates(work.sequence) for work in works),
         )
 
-    def _row_contexts(self, work: _Work) -> list[RowContext]:
-        """One per sampled row: the last committed token's, then one behind each draft."""
-        sequence, params = work.sequence, work.sequence.request.sampling
-        outputs: list[int] = sequence.output_token_ids if params.has_penalties else []
-        contexts = []
-        for num_drafts in range(len(work.drafts) + 1):
-            too_early = sequence.num_outputs + num_drafts < params.min_tokens
-            contexts.append(
-                RowContext(
-                    params=params,
-                    position=sequence.length + num_drafts,
-                    prompt_token_ids=sequence.request.prompt_token_ids,
-                    output_token_ids=[*outputs, *work.drafts[:num_drafts]] if params.has_penalties else (),
-                    forbidden_token_ids=tuple(self._stop_ids(sequence)) if too_early else (),
-                    wants_distribution=self._verification.wants_distribution
-                    and params.temperature > 0
-                    and len(work.drafts) > 0,
-                )
-            )
-        return contexts
-
     def _commit(
-        self, works: list[_Work], drafted: _Drafted | None, result: ForwardResult
-    ) -> tuple[list[SequenceOutput], dict[Sequence, _Judged]]:
-        """Accept, append, finish, and keep the features of what was committed; also what was said of each block."""
-        accepted = self._accept(works, drafted, result.samples)
-        outputs, judged, committed, first_row = [], {}, [], 0
+        self, works: list[Work], drafted: Drafted | None, result: ForwardResult
+    ) -> tuple[list[SequenceOutput], dict[Sequence, Outcome]]:
+        """Accept, append, finish, and keep the features of what was committed; also what became of each block."""
+        sampling = [work for work in works if work.samples]
+        blocks = [VerifiedBlock(work.drafts, self._draft_source(work, drafted)) for work in sampling]
+        acceptances = iter(self._verification.verify(blocks, result.samples))
+        outputs: list[SequenceOutput] = []
+        outcomes: dict[Sequence, Outcome] = {}
+        committed: list[tuple[int, int, int, int]] = []
+        first_row = first_sample = 0
         for work in works:
-            num_kept = work.num_committed
-            if work.samples:
-                acceptance, logprobs = next(accepted)
-                num_kept += acceptance.num_accepted
-                work.sequence.num_computed += num_kept
-                outputs.append(self._append(work, acceptance, logprobs))
-                judged[work.sequence] = _Judged(acceptance.num_accepted, len(outputs[-1].token_ids) - 1)
-            else:
-                work.sequence.num_computed += num_kept
-            if work.sequence.slot is not None and self._speculates(work.sequence):
-                committed.append((work.sequence.slot, work.sequence.num_computed, num_kept, first_row))
+            acceptance = next(acceptances) if work.samples else None
+            num_kept = work.num_committed + (acceptance.num_accepted if acceptance else 0)
+            sequence = work.sequence
+            with self._ends_on_error(sequence):
+                sequence.num_computed += num_kept
+                if acceptance is not None:
+                    samples = result.samples.of(slice(first_sample, first_sample + len(work.rows)))
+                    outputs.append(self._append(work, acceptance, samples))
+                    outcomes[sequence] = Outcome(acceptance.num_accepted, len(outputs[-1].token_ids) - 1)
+            if sequence.slot is not None and self._speculates(sequence):
+                committed.append((sequence.slot, sequence.num_computed, num_kept, first_row))
             first_row += work.num_rows
+            first_sample += len(work.rows)
         if committed and result.features is not None:
             self._keep_features(Committed(*np.array(committed).T), result.features)
-        return outputs, judged
+        return outputs, outcomes
 
     def _learn(
         self,
         batch: Batch,
-        drafted: _Drafted | None,
-        judged: dict[Sequence, _Judged],
+        drafted: Drafted | None,
+        outcomes: dict[Sequence, Outcome],
         bypass: BypassReason | None,
         timing: StepTiming,
     ) -> StepRecord:
         """Tell the planner what became of the step."""
-        live = list(drafted.lengths) if drafted else []
+        # A sequence that an error ended had nothing accepted.
+        rounds = [outcomes.get(sequence, Outcome()) for sequence in drafted.lengths] if drafted else []
+        num_nonfinite_logits, self._num_nonfinite_logits = self._num_nonfinite_logits, 0
         return self.planner.learn(
             batch,
             StepOutcome(
-                num_tokens_accepted=np.array([judged[sequence].num_accepted for sequence in live], dtype=np.int64),
-                num_committed=np.array([judged[sequence].num_committed for sequence in live], dtype=np.int64),
+                num_tokens_accepted=np.array([outcome.num_accepted for outcome in rounds], dtype=np.int64),
+                num_committed=np.array([outcome.num_committed for outcome in rounds], dtype=np.int64),
                 num_drafted=len(drafted.sequences) if drafted else 0,
                 bypass=bypass,
                 draft_seconds=timing.draft,
                 target_seconds=timing.total - timing.draft,
                 schedule_seconds=timing.schedule + self._learning_seconds,
                 ended_at=time.time(),
+                num_nonfinite_drafts=drafted.num_unusable if drafted else 0,
+                num_nonfinite_logits=num_nonfinite_logits,
             ),
         )
 
-    def _append(self, work: _Work, acceptance: Acceptance, logprobs: tuple[TokenLogprobs, ...]) -> SequenceOutput:
-        """Commit the accepted drafts and the next anchor, up to where the request ends."""
+    def _append(self, work: Work, acceptance: Acceptance, samples: Samples) -> SequenceOutput:
+        """Commit the accepted drafts and the next anchor, up to where the request ends.
+
+        `samples` are those of the work's rows. Raises NonfiniteLogitsError where there is no next anchor.
+        """
         sequence = work.sequence
-        new_tokens = [*work.drafts[: acceptance.num_accepted], acceptance.next_anchor]
+        if acceptance.next_anchor == NO_TOKEN:
+            raise NonfiniteLogitsError(f"the model's logits behind token {sequence.length} are not finite")
         committed: list[int] = []
-        for token in new_tokens:
+        for token in (*work.drafts[: acceptance.num_accepted], acceptance.next_anchor):
             committed.append(token)
             sequence.tokens.append(token)
             sequence.finish_reason = self._finish_reason(sequence)
             if sequence.finish_reason is not None:
                 break
-        if not work.is_round and sequence.slot is not None:
-            self.planner.admit(sequence.slot)
         if work.is_round:
             # Drafts behind the end of the text are not counted: accepted + 1 is what the round committed.
             sequence.stats.record(work.num_drafted, len(work.drafts), len(committed) - 1)
-        if sequence.finish_reason is not None:
-            self.scheduler.remove(sequence.request.request_id)
-            return _final_output(sequence, sequence.finish_reason, committed, logprobs, self._stop_ids(sequence))
-        return SequenceOutput(
+        reports = (samples.logprobs_of(row, token) for row, token in enumerate(committed))
+        stopped_by_id = sequence.finish_reason == "stop" and committed[-1] in sequence.stop_ids
+        output = SequenceOutput(
             request_id=sequence.request.request_id,
             token_ids=tuple(committed),
-            logprobs=logprobs[: len(committed)],
+            logprobs=tuple(report for report in reports if report is not None),
+            finish_reason=sequence.finish_reason,
+            stop_token_id=committed[-1] if stopped_by_id else None,
             stats=sequence.stats.freeze(),
         )
+        if sequence.finish_reason is not None:
+            self.scheduler.remove(sequence.request.request_id)
+        return output
 
-    def _accept(
-        self, works: list[_Work], drafted: _Drafted | None, samples: Samples
-    ) -> Iterator[tuple[Acceptance, tuple[TokenLogprobs, ...]]]:
-        """For every work that samples: its drafts judged, and what to report of each committed token."""
-        sampling = [work for work in works if work.samples]
-        blocks = [VerifiedBlock(work.drafts, self._draft_source(work, drafted)) for work in sampling]
-        first_row = 0
-        for block, acceptance in zip(blocks, self._verification.verify(blocks, samples), strict=True):
-            tokens = (*block.draft_tokens[: acceptance.num_accepted], acceptance.next_anchor)
-            reports = (samples.logprobs_of(first_row + row, token) for row, token in enumerate(tokens))
-            yield acceptance, tuple(report for report in reports if report is not None)
-            first_row += block.num_rows
-
-    def _draft_source(self, work: _Work, drafted: _Drafted | None) -> DraftSource | None:
+    def _draft_source(self, work: Work, drafted: Drafted | None) -> DraftSource | None:
         """What the drafts were drawn from, where the verification asks for it."""
         if drafted is None or work.proposal_row is None or drafted.proposal.distributions is None:
             return None
@@ -383,16 +395,11 @@ class Engine:
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         params = sequence.request.sampling
-        if sequence.num_outputs >= params.min_tokens and sequence.anchor in self._stop_ids(sequence):
+        if sequence.num_outputs >= params.min_tokens and sequence.anchor in sequence.stop_ids:
             return "stop"
         if sequence.num_outputs >= params.max_tokens or sequence.length >= self.config.max_model_len:
             return "length"
         return None
-
-    def _stop_ids(self, sequence: Sequence) -> frozenset[int]:
-        params = sequence.request.sampling
-        eos = () if params.ignore_eos else self.model_config.eos_token_ids
-        return frozenset((*eos, *params.stop_token_ids))
 
     # The drafter's side.
 
@@ -415,7 +422,7 @@ class Engine:
     def known_context(self) -> ContextUpdate:
         """All that a new drafter needs to know of the running sequences."""
         running = [s for s in self.scheduler.running if self._speculates(s)]
-        return self._context(_slots(running), np.zeros(len(running), dtype=np.int64), _computed(running))
+        return self._context(slots_of(running), np.zeros(len(running), dtype=np.int64), computed_of(running))
 
     def _context(self, slots: np.ndarray, num_known: np.ndarray, num_computed: np.ndarray) -> ContextUpdate:
         missing: Missing = self._features.since(slots, num_known, num_computed)
@@ -429,9 +436,9 @@ class Engine:
         if not speculating:
             return []
         candidates = [s for s in speculating if self._max_length(s) > 0]
-        batch = Batch(len(decoding), 0, len(decoding), _mean_length(decoding))
+        batch = Batch(len(decoding), 0, len(decoding), mean_length(decoding))
         with self._watch.times("schedule"):
-            chosen, self._bypass = self.planner.select(_slots(candidates), batch)
+            chosen, self._bypass = self.planner.select(slots_of(candidates), batch)
         return [sequence for sequence, is_chosen in zip(candidates, chosen.tolist(), strict=True) if is_chosen]
 
     def _submit_drafts(self, sequences: list[Sequence]) -> None:
@@ -441,7 +448,7 @@ class Engine:
         if not sequences:
             self._drafter.keep_alive()  # nobody is drafted, which may go on for long
             return
-        slots, num_computed = _slots(sequences), _computed(sequences)
+        slots, num_computed = slots_of(sequences), computed_of(sequences)
         context = self._context(slots, self._num_known[slots], num_computed)
         self._num_known[slots] = num_computed
         self._drafter.submit(self._draft_request(context, sequences))
@@ -460,28 +467,33 @@ class Engine:
     # Edges.
 
     def _check(self, request: Request) -> None:
-        limit, vocab_size = self.config.max_model_len, self.model_config.vocab_size
+        sampling, vocab_size = request.sampling, self.model_config.vocab_size
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        if num_tokens >= limit:
-            raise RequestError("prompt", f"the prompt has {num_tokens} tokens: expected fewer than {limit}")
+        if num_tokens >= self.config.max_model_len:
+            raise RequestError(
+                "prompt", f"the prompt has {num_tokens} tokens: expected fewer than {self.config.max_model_len}"
+            )
         if request.request_id in self.scheduler:
             raise RequestError("request_id", f"request_id={request.request_id!r} is already running")
-        named = {
+        named: dict[str, Collection[int]] = {
             "prompt": request.prompt_token_ids,
-            "logit_bias": request.sampling.logit_bias,
-            "stop_token_ids": request.sampling.stop_token_ids,
+            "output_token_ids": request.output_token_ids,
+            "logit_bias": sampling.logit_bias,
+            "stop_token_ids": sampling.stop_token_ids,
         }
         for param, token_ids in named.items():
-            for token_id in token_ids:
-                if not 0 <= token_id < vocab_size:
-                    raise RequestError(param, f"{param} has token id {token_id}: expected 0..{vocab_size - 1}")
-        if len(request.output_token_ids) >= request.sampling.max_tokens:
+            largest = max(token_ids, default=0)
+            if largest >= vocab_size:
+                raise RequestError(param, f"{param} has token id {largest}: expected 0..{vocab_size - 1}")
+        if len(request.output_token_ids) >= sampling.max_tokens:
             raise RequestError("max_tokens", "the tokens to continue from already reach max_tokens")
+        if sampling.min_tokens > 0 and len(set(sampling.stop_token_ids)) >= vocab_size - 1:
+            raise RequestError("stop_token_ids", "stop_token_ids leave no token possible before min_tokens")
 
     def _output(self, sequences: list[SequenceOutput], record: StepRecord | None = None) -> StepOutput:
-        aborted, self._aborted = self._aborted, []
+        ended, self._ended = self._ended, []
         return StepOutput(
-            sequences=(*sequences, *aborted),
+            sequences=(*sequences, *ended),
             record=record,
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -490,50 +502,16 @@ class Engine:
         )
 
 
-def _batch(plan: StepPlan) -> Batch:
-    finishing = sum(chunk.num_tokens == chunk.sequence.num_missing for chunk in plan.prefill)
-    return Batch(
-        num_decoding=len(plan.decoding),
-        num_prefill_rows=sum(chunk.num_tokens for chunk in plan.prefill),
-        certain_tokens=len(plan.decoding) + finishing,
-        context=_mean_length(plan.decoding),
-    )
+def _segment(sequence: Sequence, num_committed: int, drafts: tuple[int, ...] = ()) -> Segment:
+    """The next `num_committed` uncomputed tokens of a sequence that holds a slot, then `drafts`."""
+    assert sequence.slot is not None
+    start = sequence.num_computed
+    token_ids = [*sequence.tokens[start : start + num_committed], *drafts]
+    return Segment(sequence.slot, start, token_ids, list(sequence.pages))
 
 
-def _mean_length(sequences: SequenceOf[Sequence]) -> float:
-    return sum(sequence.length for sequence in sequences) / max(1, len(sequences))
-
-
-def _thresholds(sequences: SequenceOf[Sequence]) -> np.ndarray | None:
-    """[R], None where nobody asks for any."""
-    thresholds = [sequence.request.speculative.confidence_threshold for sequence in sequences]
-    return np.array(thresholds) if any(thresholds) else None
-
-
-def _slots(sequences: SequenceOf[Sequence]) -> np.ndarray:
-    """[R] of sequences that hold one."""
-    return np.array([sequence.slot for sequence in sequences], dtype=np.int64)
-
-
-def _computed(sequences: SequenceOf[Sequence]) -> np.ndarray:
-    """[R]"""
-    return np.array([sequence.num_computed for sequence in sequences], dtype=np.int64)
-
-
-def _final_output(
-    sequence: Sequence,
-    reason: FinishReason,
-    token_ids: list[int] | None = None,
-    logprobs: tuple[TokenLogprobs, ...] = (),
-    stop_ids: frozenset[int] = frozenset(),
-) -> SequenceOutput:
-    token_ids = token_ids or []
-    stopped_by_id = reason == "stop" and token_ids and token_ids[-1] in stop_ids
+def _last_output(sequence: Sequence, reason: FinishReason, error: str | None = None) -> SequenceOutput:
+    """Of a sequence that ends without a token."""
     return SequenceOutput(
-        request_id=sequence.request.request_id,
-        token_ids=tuple(token_ids),
-        logprobs=logprobs[: len(token_ids)],
-        finish_reason=reason,
-        stop_token_id=token_ids[-1] if stopped_by_id else None,
-        stats=sequence.stats.freeze(),
+        request_id=sequence.request.request_id, finish_reason=reason, stats=sequence.stats.freeze(), error=error
     )

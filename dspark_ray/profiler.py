@@ -36,6 +36,8 @@ Progress = Callable[[int, int], None]
 _MIN_PASSES, _MIN_MEASUREMENTS = 3, 60
 """Engines with few sizes are measured more often: it costs little, and single steps are noisy."""
 _STEPS_PER_PASS = 2
+_STEPS_PER_SIZE = 1 + _STEPS_PER_PASS
+"""The first makes the first drafts and is not timed."""
 _SHORT_CONTEXT = 16
 _KEY_PACKAGES = ("torch", "triton", "transformers", "numpy")
 
@@ -109,23 +111,31 @@ def _sizes(engine: Engine) -> Iterator[_Size]:
     short = min(_SHORT_CONTEXT, config.max_model_len // 4)
     long = config.max_model_len // 2
     drafts = [None, *(sorted({1, (gamma + 1) // 2, gamma}) if gamma else [])]
-    for num_requests in requests:
+    # Sequences need pages; what does not fit is not measured, and will not be run either.
+    for num_requests in (number for number in requests if _fits(engine, number, short)):
         for num_drafts in drafts:
             yield _Size(num_requests, num_drafts, short)
     for num_requests in {requests[0], requests[len(requests) // 2], requests[-1]}:
-        # A long context costs pages; what does not fit is not measured, and will not be run either.
-        if num_requests * -(-(long + gamma + 1) // config.page_size) <= engine.scheduler.pool.num_pages:
+        if _fits(engine, num_requests, long):
             for num_drafts in (None, gamma) if gamma else (None,):
                 yield _Size(num_requests, num_drafts, long)
 
 
+def _fits(engine: Engine, num_requests: int, context: int) -> bool:
+    """Whether the cache has pages for so many sequences, to the end of their timed steps."""
+    num_positions = context + 1 + _STEPS_PER_SIZE * (1 + engine.gamma) + engine.gamma
+    num_positions = min(num_positions, engine.config.max_model_len)
+    pool = engine.scheduler.pool
+    return num_requests * pool.num_missing([], num_positions) <= pool.num_pages
+
+
 def _timings(engine: Engine, size: _Size) -> list[StepTiming]:
-    """Timings of a few steps of one size; the step before them makes the first drafts."""
+    """Timings of a few steps of one size."""
     generator, timings = random.Random(0), []
     sequences = [_sequence(engine, number, size, generator) for number in range(size.num_requests)]
     for sequence in sequences:
         engine.scheduler.add_computed(sequence)
-    for step in range(1 + _STEPS_PER_PASS):
+    for step in range(_STEPS_PER_SIZE):
         engine.step()
         if step > 0 and len(engine.scheduler.running) == size.num_requests:
             timings.append(engine.last_step_timing)
@@ -145,7 +155,7 @@ def _sequence(engine: Engine, number: int, size: _Size, generator: random.Random
         sampling=SamplingParams(temperature=1.0, seed=number, max_tokens=engine.config.max_model_len, ignore_eos=True),
         speculative=SpeculativeParams(enabled=size.num_drafts is not None, max_draft_tokens=size.num_drafts),
     )
-    return Sequence(request)
+    return engine.sequence_of(request)
 
 
 # Keeping a table for the next start.

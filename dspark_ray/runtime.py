@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ from dspark_ray.drafters.link import DraftServer, RemoteDrafter
 from dspark_ray.drafters.protocol import Drafter
 from dspark_ray.drafters.worker import DraftWorker, InlineDrafter
 from dspark_ray.engine import Engine
-from dspark_ray.model.channel import Broadcast, Pair
+from dspark_ray.model.channel import Broadcast, Pair, limit_silence
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.executor import Follower, LeadingTarget, LocalTarget, TargetRank
 from dspark_ray.model.parallel import ParallelGroup
@@ -55,9 +56,9 @@ class GangSpec:
     init_method: str | None = None
     """Where torch.distributed meets, e.g. tcp://10.0.0.1:23456; None for a gang of one process."""
     timeout_seconds: float = 60.0
-    """A member that is silent for longer counts as dead."""
+    """A member that is silent for longer counts as dead, once the gang serves."""
     load_timeout_seconds: float = 1800.0
-    """How long members wait for the slowest to read its weights."""
+    """How long members wait for the slowest before: to read its weights, to record its graphs, to profile."""
 
     def __post_init__(self) -> None:
         if self.tensor_parallel_size < 1:
@@ -118,12 +119,13 @@ def join_as_leader(
     meeting = _join(spec, rank=0)
     checkpoint = Checkpoint.open(spec.checkpoint)
     rank = _load_target_rank(checkpoint, model_config, config, meeting.group, with_projector=config.speculation)
-    drafter = _drafter_of(spec, checkpoint, rank.model, config)
-    _wait_for_all(spec)
-    rank.record_graphs()
-    target = LeadingTarget(rank, meeting.control) if meeting.group.size > 1 else LocalTarget(rank)
+    drafter = _drafter_of(meeting, checkpoint, rank.model, config)
+    _record_together(spec, rank)
+    target = LeadingTarget(rank, meeting.channel) if meeting.group.size > 1 else LocalTarget(rank)
     engine = Engine(config, model_config, target, drafter)
     engine.planner = Planner(config, _cost_table(spec, engine, progress), temperatures)
+    engine.start()
+    meeting.limit_silence(spec.timeout_seconds)
     return engine
 
 
@@ -155,18 +157,18 @@ def join_as_follower(spec: GangSpec, rank: int) -> Follower:
     target_rank = _load_target_rank(
         Checkpoint.open(spec.checkpoint), model_config, config, meeting.group, with_projector=False
     )
-    _wait_for_all(spec)
-    target_rank.record_graphs()
-    return Follower(target_rank, meeting.control)
+    _record_together(spec, target_rank)
+    return Follower(target_rank, meeting.channel, partial(meeting.limit_silence, spec.timeout_seconds))
 
 
 def join_as_drafter(spec: GangSpec) -> DraftServer:
     """Load the draft module and meet rank 0; the drafter's rank is the last of the world."""
     model_config, config = spec.resolve()
-    _join(spec, spec.tensor_parallel_size)
+    meeting = _join(spec, spec.tensor_parallel_size)
     worker = _load_draft_worker(Checkpoint.open(spec.checkpoint), model_config, config)
-    _wait_for_all(spec)
-    return DraftServer(worker, Pair(peer=0))
+    _record_together(spec, None)
+    assert meeting.link is not None
+    return DraftServer(worker, meeting.link, partial(meeting.limit_silence, spec.timeout_seconds))
 
 
 def leave_gang() -> None:
@@ -177,18 +179,40 @@ def leave_gang() -> None:
 
 @dataclass(frozen=True)
 class _Meeting:
-    """What a verifier rank has once the gang has met."""
+    """What a member has once the gang has met."""
 
-    group: ParallelGroup
+    group: ParallelGroup = field(default_factory=ParallelGroup)
     """Tensors: NCCL on GPUs, gloo elsewhere."""
-    control: Broadcast
+    channel: Broadcast = field(default_factory=lambda: Broadcast(None))
     """Commands, always through the CPU."""
+    link: Pair | None = None
+    """Between rank 0 and the drafter."""
+    groups: tuple[dist.ProcessGroup, ...] = ()
+    """All that this member belongs to."""
+
+    def limit_silence(self, seconds: float) -> None:
+        """From now on a member that is silent for longer counts as dead."""
+        timeout = timedelta(seconds=seconds)
+        for group in self.groups:
+            limit_silence(group, timeout)
+        if self.link is not None:
+            self.link.timeout = timeout
 
 
 def _join(spec: GangSpec, rank: int) -> _Meeting:
-    """Meet the world and form the target's groups; a single process needs neither."""
+    """Meet the world and form the target's groups; a single process needs neither.
+
+    Until the gang serves, members may be silent for as long as loading may take: one may still read weights, compile or
+    record while another has nothing to say.
+    """
     if spec.world_size == 1:
-        return _Meeting(ParallelGroup(), Broadcast(None))
+        return _Meeting()
+    meeting = _form_groups(spec, rank)
+    meeting.limit_silence(max(spec.load_timeout_seconds, spec.timeout_seconds))
+    return meeting
+
+
+def _form_groups(spec: GangSpec, rank: int) -> _Meeting:
     timeout = timedelta(seconds=spec.timeout_seconds)
     dist.init_process_group(
         "gloo", init_method=spec.init_method, world_size=spec.world_size, rank=rank, timeout=timeout
@@ -199,15 +223,28 @@ def _join(spec: GangSpec, rank: int) -> _Meeting:
     control = dist.new_group(ranks, timeout=timeout)
     on_gpu = torch.device(spec.engine.device).type == "cuda"
     tensors = dist.new_group(ranks, timeout=timeout, backend="nccl") if on_gpu and size > 1 else control
+    link = None
+    if spec.has_draft_process and rank in (0, size):
+        link = Pair(peer=size - rank)
+    assert dist.group.WORLD is not None
     if size == 1 or rank >= size:
-        return _Meeting(ParallelGroup(), Broadcast(None))
-    return _Meeting(ParallelGroup(rank, size, tensors), Broadcast(control))
+        return _Meeting(link=link, groups=(dist.group.WORLD,))
+    groups = tuple({id(group): group for group in (dist.group.WORLD, control, tensors)}.values())
+    return _Meeting(ParallelGroup(rank, size, tensors), Broadcast(control), link, groups)
+
+
+def _record_together(spec: GangSpec, rank: TargetRank | None) -> None:
+    """Record the graphs of a verifier rank when all members have loaded; return when all have recorded."""
+    _wait_for_all(spec)
+    if rank is not None:
+        rank.record_graphs()
+    _wait_for_all(spec)
 
 
 def _wait_for_all(spec: GangSpec) -> None:
-    """Let the slowest reader of weights catch up, before silence starts to count as death."""
+    """Let the slowest member catch up. A monitored barrier would wait with the timeout that the world was made with."""
     if spec.world_size > 1:
-        dist.monitored_barrier(timeout=timedelta(seconds=spec.load_timeout_seconds))
+        dist.barrier()
 
 
 def _load_target_rank(
@@ -250,11 +287,11 @@ def _capture(config: EngineConfig) -> Capture | None:
     return CudaCapture()
 
 
-def _drafter_of(spec: GangSpec, checkpoint: Checkpoint, target: DeepSeekV4, config: EngineConfig) -> Drafter | None:
+def _drafter_of(meeting: _Meeting, checkpoint: Checkpoint, target: DeepSeekV4, config: EngineConfig) -> Drafter | None:
     if not config.speculation:
         return None
-    if spec.has_draft_process:
-        return RemoteDrafter(Pair(peer=spec.tensor_parallel_size))
+    if meeting.link is not None:
+        return RemoteDrafter(meeting.link)
     # A single rank holds the whole embedding and head: the drafter beside it uses the same memory.
     shared = (target.embed.weight, target.head.weight) if target.group.size == 1 else None
     return InlineDrafter(_load_draft_worker(checkpoint, target.config, config, shared))

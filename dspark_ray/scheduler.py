@@ -18,6 +18,11 @@ class PrefillChunk:
     sequence: Sequence
     num_tokens: int
 
+    @property
+    def slot(self) -> int:
+        assert self.sequence.slot is not None, "a sequence of a plan holds a slot"
+        return self.sequence.slot
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -91,9 +96,10 @@ class Scheduler:
         decoding = self._plan_decoding()
         rows_left = self.config.max_num_batched_tokens - len(decoding) * (1 + self.gamma)
         prefill = self._plan_prefill(rows_left)
-        # An older sequence that prefills may have preempted a younger one planned before it.
+        # An older sequence that prefills may have preempted a younger one planned before it, which then holds no slot,
+        # or a slot anew and nothing computed.
         return StepPlan(
-            tuple(sequence for sequence in decoding if sequence.slot is not None),
+            tuple(sequence for sequence in decoding if sequence.is_decoding),
             tuple(chunk for chunk in prefill if chunk.sequence.slot is not None),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dspark_ray.sampling.rows import RequestSampling
 from dspark_ray.types import FinishReason, Request, SpeculationStats
 
 
@@ -41,8 +42,14 @@ class Sequence:
     Decoding means that exactly the anchor is missing.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
+        """Raises ValueError for token ids outside the vocabulary."""
+        params = request.sampling
         self.request = request
+        eos = () if params.ignore_eos else eos_token_ids
+        self.stop_ids = frozenset((*eos, *params.stop_token_ids))
+        """Ids that end the text, once it has min_tokens."""
+        self.sampling = RequestSampling(params, request.prompt_token_ids, self.stop_ids, vocab_size)
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_prompt = len(request.prompt_token_ids)
         self.num_computed = 0

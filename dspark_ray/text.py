@@ -41,6 +41,8 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self._num_tokens = 0
+        self._num_passed = 0
+        """Characters at the start of the held text in which no stop string may end: they came before min_tokens."""
         self._stopped = False
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
@@ -68,8 +70,10 @@ class TextStream:
     def _add(self, text: str) -> tuple[str, str | None]:
         """(text to show, stop string that is now complete)."""
         self._held += text
+        if self._num_tokens < self._min_tokens:
+            self._num_passed = len(self._held)
         first = self._first_stop()
-        if first is not None and self._num_tokens >= self._min_tokens:
+        if first is not None:
             start, stop = first
             shown = self._held[: start + len(stop)] if self.include_stop else self._held[:start]
             self._held, self._stopped = "", True
@@ -77,11 +81,12 @@ class TextStream:
         waits = self._num_waiting()
         cut = len(self._held) - waits
         shown, self._held = self._held[:cut], self._held[cut:]
+        self._num_passed = max(0, self._num_passed - cut)
         return shown, None
 
     def _first_stop(self) -> tuple[int, str] | None:
         """The stop string that completes first, which is what one character at a time would find."""
-        found = [(self._held.find(stop), stop) for stop in self._stop]
+        found = [(self._held.find(stop, max(0, self._num_passed - len(stop) + 1)), stop) for stop in self._stop]
         complete = [(start, stop) for start, stop in found if start >= 0]
         return min(complete, key=lambda hit: (hit[0] + len(hit[1]), hit[0]), default=None)
 

@@ -299,6 +299,7 @@ class SequenceOutput:
     stats: SpeculationStats | None = None
     """Totals of the request so far."""
     error: str | None = None
+    """With finish reason "error": what a client may know of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +338,11 @@ class StepRecord:
     """Measured over profiled seconds of the target, smoothed."""
     calibration_error: tuple[float | None, ...] = ()
     """Running expected calibration error of the survival, by position; None before there is enough to tell."""
+    num_nonfinite_drafts: int = 0
+    """Requests whose draft held a confidence, a distribution or a token that is not finite; from there on it was not
+    verified."""
+    num_nonfinite_logits: int = 0
+    """Sequences that ended because the target's logits were not finite."""
 
     @property
     def num_drafted(self) -> int:

@@ -15,6 +15,11 @@ _KEEP_ALIVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
+class Start:
+    """Serving starts: from now on long silence means that rank 0 is gone."""
+
+
+@dataclass(frozen=True)
 class KeepAlive:
     """Says nothing, so that an idle link does not time out."""
 
@@ -50,6 +55,9 @@ class RemoteDrafter:
         self._is_open = False
         return self._link.receive()
 
+    def start(self) -> None:
+        self._send(Start())
+
     def keep_alive(self) -> None:
         """Says something when nothing was said for a while; may be called as often as convenient."""
         if not self._is_open and self._clock() - self._spoke_at >= _KEEP_ALIVE_SECONDS:
@@ -60,7 +68,7 @@ class RemoteDrafter:
             self.collect()
         self._send(Close())
 
-    def _send(self, message: DraftRequest | KeepAlive | Close) -> None:
+    def _send(self, message: DraftRequest | Start | KeepAlive | Close) -> None:
         self._link.send(message)
         self._spoke_at = self._clock()
 
@@ -68,11 +76,14 @@ class RemoteDrafter:
 class DraftServer:
     """The drafter's end: answers requests until the link closes."""
 
-    def __init__(self, worker: DraftWorker, link: Link) -> None:
-        self._worker, self._link = worker, link
+    def __init__(self, worker: DraftWorker, link: Link, on_start: Callable[[], None] = lambda: None) -> None:
+        """`on_start` is called when rank 0 begins to serve."""
+        self._worker, self._link, self._on_start = worker, link, on_start
 
     def run(self) -> None:
         """Serve until rank 0 closes; raises when rank 0 is gone."""
         while not isinstance(message := self._link.receive(), Close):
-            if isinstance(message, DraftRequest):
+            if isinstance(message, Start):
+                self._on_start()
+            elif isinstance(message, DraftRequest):
                 self._link.send(self._worker.draft(message))

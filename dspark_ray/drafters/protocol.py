@@ -29,7 +29,7 @@ class ContextUpdate:
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """Update the context, then draft the first G positions of a block for each of R requests (R may be 0)."""
+    """Update the context, then draft the first positions of a block for each of R requests (R may be 0)."""
 
     context: ContextUpdate
     slots: np.ndarray
@@ -40,7 +40,7 @@ class DraftRequest:
     """[R] position of each anchor: its context are the positions before"""
     sampling: DraftSampling
     num_positions: int
-    """G"""
+    """The fewest to draft; a drafter for which more cost nothing drafts more."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,13 @@ class DraftProposal:
     """[R, G] P(stands | all before it stood)"""
     distributions: TruncatedDistributions | None = None
 
+    def num_usable(self, vocab_size: int) -> np.ndarray:
+        """[R] positions before the first whose token is none, or whose confidence or distribution is not finite."""
+        is_usable = (self.tokens >= 0) & (self.tokens < vocab_size) & np.isfinite(self.confidences)
+        if self.distributions is not None:
+            is_usable &= np.isfinite(self.distributions.probabilities).all(-1)
+        return np.logical_and.accumulate(is_usable, axis=1).sum(1)
+
 
 class Drafter(Protocol):
     """A place where drafts are made: inside rank 0, or in an actor of its own."""
@@ -72,6 +79,9 @@ class Drafter(Protocol):
 
     def collect(self) -> DraftProposal:
         """Wait for the open request's proposal."""
+
+    def start(self) -> None:
+        """Call once, when the engine begins to serve."""
 
     def keep_alive(self) -> None:
         """Call now and then while there is nothing to draft."""

@@ -51,12 +51,12 @@ class DraftWorker:
     def _draft_coupled(
         self, request: DraftRequest, anchors: Tensor, starts: Tensor, slots: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(tokens, confidence logits), both [R, num_positions]."""
+        """(tokens, confidence logits), both [R, G]: G is num_positions, or gamma where the draft is replayed."""
         sampling, wanted = request.sampling.to(self._pools.device), request.num_positions
         filters = sampling.filters(self.module.config.vocab_size)
         if self._graphs is not None and filters is None:
-            whole = self._graphs.run(anchors, starts, slots, sampling.seeds, sampling.temperatures)
-            return whole[0][:, :wanted], whole[1][:, :wanted]
+            # A recording drafts whole blocks: leaving out their last positions would save nothing.
+            return self._graphs.run(anchors, starts, slots, sampling.seeds, sampling.temperatures)
         block = self.module.cached_block(anchors, starts, self._pools.tensors, self._pools.index(slots, starts))
         return self.module.sample(block, anchors, starts, sampling.temperatures, sampling.seeds, wanted, filters)
 
@@ -105,8 +105,11 @@ class InlineDrafter:
         assert request is not None, "submit() comes before collect()"
         return self._worker.draft(request)
 
+    def start(self) -> None:
+        """It needs no word of it."""
+
     def keep_alive(self) -> None:
-        """Nobody is waiting."""
+        """No other process is waiting."""
 
     def close(self) -> None:
         """Nothing to end: it lives and dies with rank 0."""

@@ -6,11 +6,13 @@ One collective per message in the common case: a fixed first frame carries the l
 from __future__ import annotations
 
 import pickle
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 _FRAME_BYTES = 16384
 _LENGTH_BYTES = 8
@@ -37,6 +39,14 @@ def _unpack(frame: Tensor, rest: Tensor | None) -> Any:
     data = frame[_LENGTH_BYTES:] if rest is None else torch.cat((frame[_LENGTH_BYTES:], rest))
     # Both ends are processes of one gang that we started: the bytes are our own.
     return pickle.loads(data[:length].numpy().tobytes())
+
+
+def limit_silence(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """From now on a collective of `group` (gloo or NCCL) fails when it takes longer than `timeout`.
+
+    Messages of a `Pair` have a timeout of their own: gloo waits for them with the timeout that the group was made with.
+    """
+    _set_pg_timeout(timeout, group)
 
 
 class Broadcast:
@@ -66,18 +76,27 @@ class Pair:
 
     def __init__(self, peer: int) -> None:
         self._peer = peer
+        self.timeout: timedelta | None = None
+        """How long a message may take to come or go; None leaves it to the world's timeout."""
 
     def send(self, message: Any) -> None:
         frame, rest = _pack(message)
-        dist.send(frame, self._peer)
+        self._wait(dist.isend(frame, self._peer))
         if rest is not None:
-            dist.send(rest, self._peer)
+            self._wait(dist.isend(rest, self._peer))
 
     def receive(self) -> Any:
         frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
-        dist.recv(frame, self._peer)
+        self._wait(dist.irecv(frame, self._peer))
         rest = None
         if _rest_bytes(frame):
             rest = torch.empty(_rest_bytes(frame), dtype=torch.uint8)
-            dist.recv(rest, self._peer)
+            self._wait(dist.irecv(rest, self._peer))
         return _unpack(frame, rest)
+
+    def _wait(self, work: dist.Work | None) -> None:
+        assert work is not None, "both processes belong to the world"
+        if self.timeout is None:
+            work.wait()
+        else:
+            work.wait(self.timeout)

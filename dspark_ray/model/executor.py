@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +51,8 @@ class Target(Protocol):
     def run(self, command: ForwardCommand) -> ForwardResult: ...
 
     def project(self, features: Tensor) -> Tensor: ...
+
+    def start(self) -> None: ...
 
     def keep_alive(self) -> None: ...
 
@@ -122,11 +125,14 @@ class LocalTarget:
     def project(self, features: Tensor) -> Tensor:
         return self._rank.project(features)
 
+    def start(self) -> None:
+        """No other rank has to know that serving starts."""
+
     def keep_alive(self) -> None:
-        """Nobody is waiting."""
+        """No other rank is waiting."""
 
     def close(self) -> None:
-        """Nobody is waiting."""
+        """No other rank is waiting."""
 
 
 class LeadingTarget(LocalTarget):
@@ -140,6 +146,10 @@ class LeadingTarget(LocalTarget):
         self._channel.send(command)
         return super().run(command)
 
+    def start(self) -> None:
+        """Tell the others that serving starts: from now on long silence means that rank 0 is gone."""
+        self._channel.send(_START)
+
     def keep_alive(self) -> None:
         self._channel.send(_KEEP_ALIVE)
 
@@ -150,14 +160,17 @@ class LeadingTarget(LocalTarget):
 class Follower:
     """A rank other than 0: does what rank 0 says until it closes."""
 
-    def __init__(self, rank: TargetRank, channel: Broadcast) -> None:
-        self._rank, self._channel = rank, channel
+    def __init__(self, rank: TargetRank, channel: Broadcast, on_start: Callable[[], None]) -> None:
+        """`on_start` is called when rank 0 begins to serve."""
+        self._rank, self._channel, self._on_start = rank, channel, on_start
 
     def run(self) -> None:
         """Serve until rank 0 closes; raises when rank 0 is gone or silent beyond the gang's timeout."""
         while (message := self._channel.receive()) != _CLOSE:
-            if message != _KEEP_ALIVE:
+            if message == _START:
+                self._on_start()
+            elif message != _KEEP_ALIVE:
                 self._rank.run(message)
 
 
-_KEEP_ALIVE, _CLOSE = "keep alive", "close"
+_START, _KEEP_ALIVE, _CLOSE = "start", "keep alive", "close"

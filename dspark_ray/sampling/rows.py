@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_ray.types import SamplingParams
+from dspark_ray.types import MAX_TOKEN_ID, SamplingParams
 
 _UNLIMITED_TOP_K = 2**31
 _LOWEST_TEMPERATURE = 1e-5
@@ -130,20 +130,82 @@ class Edits(Packed):
         return Edits(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
+_NONE = np.empty(0, dtype=np.int64)
+
+
 @dataclass(frozen=True)
+class LogitEdits:
+    """Changes of single logits of one row, each token id once; arrays are [m], as the fields of `Edits`."""
+
+    token_ids: np.ndarray
+    factors: np.ndarray
+    offsets: np.ndarray
+
+
+class RequestSampling:
+    """What all rows of one request have in common, computed once, when the request is added."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        stop_ids: Collection[int] = (),
+        vocab_size: int = MAX_TOKEN_ID + 1,
+    ) -> None:
+        """`stop_ids` may not come before min_tokens. Raises ValueError for ids that are not in the vocabulary."""
+        self.params = params
+        self._biased = _ids(params.logit_bias)
+        self._biases = np.fromiter(params.logit_bias.values(), dtype=np.float64, count=len(params.logit_bias))
+        self._stops = _ids(sorted(stop_ids))
+        self._prompt = np.unique(_ids(prompt_token_ids)) if params.repetition_penalty != 1 else _NONE
+        for token_ids in (self._biased, self._stops, self._prompt):
+            outside = token_ids[(token_ids < 0) | (token_ids >= vocab_size)]
+            if len(outside):
+                raise ValueError(f"token ids {outside[:5]}: expected 0..{vocab_size - 1}")
+
+    def edits(self, output_token_ids: Sequence[int], before_min_tokens: bool) -> LogitEdits | None:
+        """Of the row behind `output_token_ids`, which are read only where penalties need them."""
+        params = self.params
+        if not (params.has_penalties or len(self._biased) or (before_min_tokens and len(self._stops))):
+            return None
+        forbidden = self._stops if before_min_tokens else _NONE
+        outputs, counts = np.unique(_ids(output_token_ids if params.has_penalties else ()), return_counts=True)
+        token_ids = np.unique(np.concatenate((self._prompt, outputs, self._biased, forbidden)))
+        factors, offsets = np.ones(len(token_ids), np.float32), np.zeros(len(token_ids), np.float32)
+        if params.repetition_penalty != 1:
+            factors[np.searchsorted(token_ids, self._prompt)] = params.repetition_penalty
+            factors[np.searchsorted(token_ids, outputs)] = params.repetition_penalty
+        offsets[np.searchsorted(token_ids, outputs)] -= params.presence_penalty + params.frequency_penalty * counts
+        offsets[np.searchsorted(token_ids, self._biased)] += self._biases
+        offsets[np.searchsorted(token_ids, forbidden)] = -np.inf
+        return LogitEdits(token_ids, factors, offsets)
+
+
 class RowContext:
     """What one row predicts: the token at `position` of a request."""
 
-    params: SamplingParams
-    position: int
-    """Absolute index of the predicted token, prompt included."""
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
-    """Committed outputs and the block's drafts before this row; read only where penalties need them."""
-    forbidden_token_ids: Sequence[int] = ()
-    """Tokens that may not come now (end of text before min_tokens)."""
-    wants_distribution: bool = False
-    """Whether acceptance needs the whole processed row, not only a token; greedy rows never do."""
+    def __init__(
+        self,
+        sampling: RequestSampling,
+        position: int,
+        output_token_ids: Sequence[int] = (),
+        before_min_tokens: bool = False,
+        wants_distribution: bool = False,
+    ) -> None:
+        """`position` is the absolute index of the predicted token, prompt included. `output_token_ids` are the
+        committed outputs and the block's drafts before this row, read only where penalties need them.
+        `before_min_tokens` forbids to end the text here. `wants_distribution` says whether acceptance needs the whole
+        processed row, not only a token; greedy rows never do.
+        """
+        params = sampling.params
+        self.params, self.position = params, position
+        self.edits = sampling.edits(output_token_ids, before_min_tokens)
+        self.wants_distribution = wants_distribution and params.temperature > 0
+
+    @property
+    def needs_whole_row(self) -> bool:
+        """Whether one rank must see the whole vocabulary."""
+        return self.wants_distribution or self.params.logprobs is not None or self.params.has_filter
 
 
 @dataclass(frozen=True)
@@ -165,7 +227,7 @@ class SamplingRows(Draws):
         """Only the rows `indices`, renumbered 0, 1, ...; sorted and without repetition."""
         if len(indices) == self.num_rows:
             return self
-        index = torch.tensor(indices, device=self.integers.device)
+        index, whole = torch.tensor(indices, device=self.integers.device), frozenset(self.whole)
         return replace(
             self,
             integers=self.integers[:, index],
@@ -173,7 +235,7 @@ class SamplingRows(Draws):
             edits=self._select_edits(index),
             logprobs=tuple(self.logprobs[i] for i in indices),
             wants_distribution=tuple(self.wants_distribution[i] for i in indices),
-            whole=tuple(new for new, old in enumerate(indices) if old in self.whole),
+            whole=tuple(new for new, old in enumerate(indices) if old in whole),
         )
 
     def _select_edits(self, index: Tensor) -> Edits | None:
@@ -185,64 +247,26 @@ class SamplingRows(Draws):
         return replace(self.edits, rows=rows).select(rows >= 0)
 
 
-def build_sampling_rows(contexts: Sequence[RowContext], vocab_size: int) -> SamplingRows:
-    """Pack n contexts, on the CPU. Token ids of the contexts must lie in 0..vocab_size-1."""
+def build_sampling_rows(contexts: Sequence[RowContext]) -> SamplingRows:
+    """Pack n contexts, on the CPU."""
     return SamplingRows(
         **pack_draws([context.params for context in contexts], [context.position for context in contexts]),
-        edits=_build_edits(contexts, vocab_size),
+        edits=_join_edits([context.edits for context in contexts]),
         logprobs=tuple(context.params.logprobs for context in contexts),
-        wants_distribution=tuple(_wants_distribution(context) for context in contexts),
-        whole=tuple(row for row, context in enumerate(contexts) if _needs_whole_row(context)),
+        wants_distribution=tuple(context.wants_distribution for context in contexts),
+        whole=tuple(row for row, context in enumerate(contexts) if context.needs_whole_row),
     )
 
 
-def _needs_whole_row(context: RowContext) -> bool:
-    return _wants_distribution(context) or context.params.logprobs is not None or context.params.has_filter
-
-
-def _wants_distribution(context: RowContext) -> bool:
-    return context.wants_distribution and context.params.temperature > 0
-
-
-def _build_edits(contexts: Sequence[RowContext], vocab_size: int) -> Edits | None:
-    edited = [row for row, context in enumerate(contexts) if _has_edits(context)]
-    if not edited:
+def _join_edits(edits: Sequence[LogitEdits | None]) -> Edits | None:
+    """None where no row has any."""
+    by_row = [(row, own) for row, own in enumerate(edits) if own is not None]
+    if not by_row:
         return None
-    # The rows of a block share their prompt, which may be long.
-    prompts = {id(contexts[row].prompt_token_ids): _prompt_ids(contexts[row]) for row in edited}
-    parts = [_edits_of(contexts[row], prompts[id(contexts[row].prompt_token_ids)]) for row in edited]
-    rows = np.repeat(edited, [len(token_ids) for token_ids, _, _ in parts])
-    token_ids, factors, offsets = (np.concatenate(column) for column in zip(*parts, strict=True))
-    inside = (token_ids >= 0) & (token_ids < vocab_size)
-    assert inside.all(), f"token ids {token_ids[~inside]} are not in the vocabulary: requests are checked on arrival"
-    return Edits(*map(torch.from_numpy, (rows, token_ids, factors, offsets)))
-
-
-def _has_edits(context: RowContext) -> bool:
-    params = context.params
-    return bool(params.has_penalties or params.logit_bias or context.forbidden_token_ids)
-
-
-def _prompt_ids(context: RowContext) -> np.ndarray:
-    """Sorted distinct prompt tokens, where a penalty looks at them."""
-    return np.unique(_ids(context.prompt_token_ids if context.params.repetition_penalty != 1 else ()))
+    rows = np.repeat([row for row, _ in by_row], [len(own.token_ids) for _, own in by_row])
+    columns = zip(*((own.token_ids, own.factors, own.offsets) for _, own in by_row), strict=True)
+    return Edits(*map(torch.from_numpy, (rows, *map(np.concatenate, columns))))
 
 
 def _ids(token_ids: Collection[int]) -> np.ndarray:
     return np.fromiter(token_ids, dtype=np.int64, count=len(token_ids))
-
-
-def _edits_of(context: RowContext, prompt_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, factors and offsets of one row."""
-    params = context.params
-    penalised = context.output_token_ids if params.has_penalties else ()
-    outputs, counts = np.unique(_ids(penalised), return_counts=True)
-    biased, forbidden = _ids(params.logit_bias), _ids(context.forbidden_token_ids)
-    token_ids = np.unique(np.concatenate((prompt_ids, outputs, biased, forbidden)))
-    factors, offsets = np.ones(len(token_ids), np.float32), np.zeros(len(token_ids), np.float32)
-    factors[np.isin(token_ids, np.concatenate((prompt_ids, outputs)))] = params.repetition_penalty
-    penalties = params.presence_penalty + params.frequency_penalty * counts
-    offsets[np.searchsorted(token_ids, outputs)] -= penalties
-    offsets[np.searchsorted(token_ids, biased)] += list(params.logit_bias.values())
-    offsets[np.searchsorted(token_ids, forbidden)] = -np.inf
-    return token_ids, factors, offsets

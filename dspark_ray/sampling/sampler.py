@@ -22,6 +22,9 @@ from dspark_ray.model.parallel import ParallelGroup, split_range
 from dspark_ray.sampling.rows import Draws, SamplingRows, pack_draws
 from dspark_ray.types import SamplingParams, TokenLogprobs
 
+NO_TOKEN = -1
+"""In place of a token id: the row's logits are not finite, or leave no token possible."""
+
 
 def edit_logits(local_logits: Tensor, rows: SamplingRows, first_token: int) -> Tensor:
     """[n, Vlocal] with penalties, bias and forbidden tokens applied; not yet tempered."""
@@ -52,11 +55,23 @@ def filtered_logits(logits: Tensor, draws: Draws) -> Tensor:
 
 
 def draw(logits: Tensor, draws: Draws, stream: int, first_token: int = 0) -> tuple[Tensor, Tensor]:
-    """(values, token ids) [n]: the best of this shard's tempered and filtered logits plus noise."""
-    values, ids, _ = ops.gumbel_argmax(
+    """(values, token ids) [n]: the best of this shard's tempered and filtered logits plus noise.
+
+    The value is -inf where the shard has no possible token, and NaN where one of its logits is NaN or +inf.
+    """
+    values, ids, log_sums = ops.gumbel_argmax(
         logits, draws.temperatures, draws.seeds, draws.positions, stream, first_token, lowest_kept(logits, draws)
     )
-    return values, ids
+    # Comparisons pass over a NaN; a sum does not.
+    broken = log_sums.isnan() | (log_sums == torch.inf) | values.isnan()
+    return values.masked_fill(broken, torch.nan), ids
+
+
+def choose_offers(values: Tensor, ids: Tensor) -> Tensor:
+    """[n] token ids of the best values [size, n]; NO_TOKEN where a shard's value is NaN, or every shard's is -inf."""
+    best = values.argmax(0, keepdim=True)  # of the NaN where there is one
+    is_finite = values.gather(0, best)[0].isfinite()
+    return torch.where(is_finite, ids.gather(0, best)[0].long(), NO_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,7 @@ class Samples:
     """The target's own token at each of n rows, and what else rows asked for."""
 
     token_ids: list[int]
+    """NO_TOKEN where a row cannot be drawn from."""
     logprobs: list[TokenLogprobs | None]
     """Of token_ids, under the unprocessed logits."""
     distributions: list[Tensor | None]
@@ -110,9 +126,8 @@ class Sampler:
         offers = self._group.gather_to_first(torch.stack((values.double(), ids.double())))
         if offers is None:
             return
-        values, ids = torch.stack(offers, dim=1)  # [size, n] each
-        winner = values.argmax(0, keepdim=True)
-        for place, token_id in zip(places, ids.gather(0, winner)[0].long().tolist(), strict=True):
+        tokens = choose_offers(*torch.stack(offers, dim=1))  # [size, n] values and ids
+        for place, token_id in zip(places, tokens.tolist(), strict=True):
             samples.token_ids[place] = token_id
 
     def _sample_whole(self, local_logits: Tensor, rows: SamplingRows, places: Sequence[int], samples: Samples) -> None:
@@ -121,7 +136,8 @@ class Sampler:
         if logits is None:
             return
         edited = edit_logits(logits, rows, 0)
-        token_ids = draw(edited, rows, STREAM_SAMPLE)[1].tolist()
+        values, ids = draw(edited, rows, STREAM_SAMPLE)
+        token_ids = choose_offers(values.unsqueeze(0), ids.unsqueeze(0)).tolist()
         filtered = filtered_logits(edited, rows) if any(rows.wants_distribution) else edited
         reports = any(num_top is not None for num_top in rows.logprobs)
         log_softmax = logits.log_softmax(-1) if reports else None
@@ -130,7 +146,7 @@ class Sampler:
             if rows.wants_distribution[row]:
                 samples.distributions[place] = filtered[row]
             num_top = rows.logprobs[row]
-            if num_top is not None and log_softmax is not None:
+            if num_top is not None and log_softmax is not None and token_ids[row] != NO_TOKEN:
                 samples.log_softmax[place] = log_softmax[row]
                 samples.logprobs[place] = _report(log_softmax[row], token_ids[row], num_top)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dspark_kernels as ops
 from dspark_ray.config import VerificationMode
-from dspark_ray.sampling.sampler import Samples
+from dspark_ray.sampling.sampler import NO_TOKEN, Samples
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Acceptance:
 
     num_accepted: int
     next_anchor: int
+    """NO_TOKEN where the target's logits are not finite: the text cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class RejectionVerification:
         accepted = CoupledVerification().verify(blocks, samples)
         sampled, rows = [], []
         for number, (block, start) in enumerate(zip(blocks, _first_rows(blocks), strict=False)):
+            if NO_TOKEN in samples.token_ids[start : start + block.num_rows]:
+                # Whether a draft stands, and what comes instead, would be read from NaN.
+                accepted[number] = Acceptance(0, NO_TOKEN)
+                continue
             distributions = [row for row in samples.distributions[start : start + block.num_rows] if row is not None]
             if distributions:
                 assert len(distributions) == block.num_rows, "one distribution per draft and one behind the last"

@@ -81,6 +81,9 @@ class StepOutcome:
     schedule_seconds: float
     ended_at: float
     """Unix time."""
+    num_nonfinite_drafts: int = 0
+    num_nonfinite_logits: int = 0
+    """As in StepRecord"""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Planner:
     # Before the draft.
 
     def admit(self, slot: int) -> None:
-        """A sequence starts to decode in `slot`."""
+        """A sequence gets `slot`: forget the one that had it before."""
         self._selector.admit(slot)
         if self._past is not None:
             self._past.admit(slot)
@@ -236,6 +239,10 @@ class Planner:
     def _draft_seconds(self, num_requests: int) -> float:
         return 0.0 if self.cost is None else float(self.cost.draft_seconds()[num_requests])
 
+    def drop_round(self) -> None:
+        """Forget the planned round: none of its sequences runs."""
+        self._round = None
+
     # After the target.
 
     def learn(self, batch: Batch, outcome: StepOutcome) -> StepRecord:
@@ -260,6 +267,8 @@ class Planner:
             confidence_threshold=self.policy.confidence_threshold,
             policy_version=self.policy.version,
             cost_drift=self.cost.drift if self.cost else 1.0,
+            num_nonfinite_drafts=outcome.num_nonfinite_drafts,
+            num_nonfinite_logits=outcome.num_nonfinite_logits,
             calibration_error=tuple(None if math.isnan(error) else error for error in self.calibration.ece()),
         )
         if planned is not None:

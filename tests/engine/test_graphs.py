@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from small_model import SMALL, build_small_engine, request, run, small_config, small_modules
 from torch import Tensor
 
 from dspark_ray.cache.tensors import CacheTensors
+from dspark_ray.drafters.protocol import ContextUpdate, DraftRequest
+from dspark_ray.drafters.worker import DraftWorker
 from dspark_ray.model.rows import CacheShape, Segment, build_rows
 from dspark_ray.runner.decode import TargetGraphs
 from dspark_ray.runner.graphs import GraphSet, Outputs, Replay, graph_sizes, holding
+from dspark_ray.sampling.sampler import DraftSampling
+from dspark_ray.types import SamplingParams
 
 PROMPT = tuple((7 * n + 3) % SMALL.vocab_size for n in range(23))
 BLOCK = 6
@@ -177,3 +182,21 @@ def test_a_recording_is_made_once() -> None:
     graphs.record(3)
     assert [int(graphs.run(key)[0]) for key in (3, 5, 3)] == [3, 5, 3]
     assert made == [3, 5]
+
+
+def test_a_replayed_draft_is_as_long_as_its_recording_however_little_was_asked_for() -> None:
+    """The recording computes every position; a launched draft stops where it may."""
+    sampling = DraftSampling.of([SamplingParams(seed=1)])
+    none = np.empty(0, dtype=np.int64)
+    asked = DraftRequest(
+        context=ContextUpdate(none, none, torch.empty(0, SMALL.hidden_size)),
+        slots=np.array([0]),
+        anchors=np.array([7]),
+        starts=np.array([0]),
+        sampling=sampling,
+        num_positions=2,
+    )
+    replayed = DraftWorker(small_modules()[1], small_config(), Rerun()).draft(asked)
+    launched = DraftWorker(small_modules()[1], small_config()).draft(asked)
+    assert (replayed.tokens.shape, launched.tokens.shape) == ((1, BLOCK - 1), (1, 2))
+    assert replayed.tokens[0, :2].tolist() == launched.tokens[0].tolist()

@@ -349,3 +349,11 @@ def test_confidences_and_outcomes_can_be_listened_to():
 def test_requests_that_are_about_to_end_need_no_draft():
     _, records = records_of(build_small_engine(), request(PROMPT, max_tokens=2))
     assert records[-1].bypass == "no_room"
+
+
+def test_an_engine_with_fewer_pages_than_slots_is_profiled_as_far_as_its_pages_go():
+    engine = build_small_engine(max_num_seqs=16, max_num_batched_tokens=96, num_pages=8)
+    table = profile(engine)
+    engine.scheduler.check_idle()
+    # 16 tokens and what the timed steps add take two pages of 32.
+    assert table.draft.sizes == (1, 2, 4)

@@ -111,6 +111,12 @@ def test_the_sums_are_those_of_the_records(metrics):
     assert value("verify_budget_tokens") == 0
 
 
+def test_what_was_not_finite_is_counted_by_where_it_was(metrics):
+    for output in step(record(num_nonfinite_drafts=2), record(num_nonfinite_logits=1), record()):
+        metrics.on_step(output)
+    assert values("nonfinite") == {("draft",): 2, ("logits",): 1}
+
+
 def test_seconds_add_up_so_that_measured_over_predicted_can_be_asked_for(metrics):
     for output in step(record(), record()):
         metrics.on_step(output)

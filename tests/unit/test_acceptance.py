@@ -15,10 +15,11 @@ from torch import Tensor
 
 from dspark_kernels import reference
 from dspark_kernels.philox import STREAM_DRAFT, STREAM_RECOVER
+from dspark_ray.config import VerificationMode
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.sampling import sampler
-from dspark_ray.sampling.rows import RowContext, build_sampling_rows
-from dspark_ray.sampling.sampler import DraftChooser, DraftSampling, Sampler, Samples
+from dspark_ray.sampling.rows import RequestSampling, RowContext, build_sampling_rows
+from dspark_ray.sampling.sampler import NO_TOKEN, DraftChooser, DraftSampling, Sampler, Samples
 from dspark_ray.speculative.acceptance import (
     Acceptance,
     DraftSource,
@@ -66,13 +67,13 @@ DraftRule = Callable[[int, list[int]], list[int]]
 def coupled_text(num_tokens: int, draft: DraftRule) -> list[int]:
     """A sampled text of the target, by rounds whose drafts come from a rule of (round, tokens so far)."""
     params, tokens = SamplingParams(seed=11, temperature=1.2, presence_penalty=0.4), [0]
-    verification = build_verification("coupled")
+    sampling, verification = RequestSampling(params, (0,)), build_verification("coupled")
     number = 0
     while len(tokens) <= num_tokens:
         drafts = draft(number, tokens)
-        rows = [RowContext(params, len(tokens) + k, (0,), [*tokens[1:], *drafts[:k]]) for k in range(len(drafts) + 1)]
+        rows = [RowContext(sampling, len(tokens) + k, [*tokens[1:], *drafts[:k]]) for k in range(len(drafts) + 1)]
         logits = TARGET[[tokens[-1], *drafts]]
-        samples = Sampler(ParallelGroup(), 0, VOCAB).sample(logits, build_sampling_rows(rows, VOCAB))
+        samples = Sampler(ParallelGroup(), 0, VOCAB).sample(logits, build_sampling_rows(rows))
         assert samples is not None
         (accepted,) = verification.verify([VerifiedBlock(drafts)], samples)
         tokens += [*drafts[: accepted.num_accepted], accepted.next_anchor]
@@ -304,8 +305,8 @@ def test_fewer_drafts_may_be_verified_than_were_drawn() -> None:
 def test_the_token_behind_accepted_drafts_is_the_samplers_own() -> None:
     for seed in range(50):
         params = SamplingParams(seed=seed)
-        contexts = [RowContext(params, START + 1 + k, (0,), (), (), True) for k in range(2)]
-        own = Sampler(ParallelGroup(), 0, VOCAB).sample(TARGET[:2], build_sampling_rows(contexts, VOCAB))
+        contexts = [RowContext(RequestSampling(params), START + 1 + k, wants_distribution=True) for k in range(2)]
+        own = Sampler(ParallelGroup(), 0, VOCAB).sample(TARGET[:2], build_sampling_rows(contexts))
         assert own is not None
         block = VerifiedBlock([1], source([TARGET[0].softmax(-1).tolist()], seed))
         assert build_verification("rejection").verify([block], own) == [Acceptance(1, own.token_ids[1])]
@@ -320,3 +321,16 @@ def test_greedy_blocks_and_rows_without_drafts_take_the_targets_tokens_in_reject
 
 def test_only_rejection_needs_whole_distributions() -> None:
     assert [build_verification(mode).wants_distribution for mode in ("coupled", "rejection")] == [False, True]
+
+
+@pytest.mark.parametrize("mode", ["coupled", "rejection"])
+def test_a_block_with_a_row_that_cannot_be_drawn_from_has_no_next_token(mode: VerificationMode) -> None:
+    logits = TARGET[:4].clone()
+    logits[1] = torch.nan
+    own = [int(token) for token in TARGET[:4].argmax(-1)]
+    samples = samples_of(logits, [own[0], NO_TOKEN, own[2], own[3]])
+    rows = [TARGET[0].softmax(-1).tolist()]
+    blocks = [VerifiedBlock(own[:1], source(rows)), VerifiedBlock(own[2:3], source(rows))]
+    broken, sound = build_verification(mode).verify(blocks, samples)
+    assert broken.next_anchor == NO_TOKEN
+    assert sound.next_anchor >= 0

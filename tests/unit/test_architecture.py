@@ -51,6 +51,7 @@ REASONS = {
 # Whoever decides what runs in a step is imported by nobody below.
 DECIDING = (
     "dspark_ray.engine",
+    "dspark_ray.round",
     "dspark_ray.scheduler",
     "dspark_ray.profiler",
     "dspark_ray.runtime",
@@ -59,6 +60,7 @@ DECIDING = (
 )
 MAY_DECIDE = (
     "dspark_ray/engine.py",
+    "dspark_ray/round.py",
     "dspark_ray/scheduler.py",
     "dspark_ray/profiler.py",
     "dspark_ray/runtime.py",

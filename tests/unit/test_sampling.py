@@ -16,8 +16,9 @@ from torch import Tensor
 from dspark_kernels import gumbel_noise
 from dspark_kernels.philox import STREAM_DRAFT, STREAM_SAMPLE
 from dspark_ray.model.parallel import ParallelGroup
-from dspark_ray.sampling.rows import RowContext, build_sampling_rows
+from dspark_ray.sampling.rows import RequestSampling, RowContext, build_sampling_rows
 from dspark_ray.sampling.sampler import (
+    NO_TOKEN,
     DraftChooser,
     DraftSampling,
     Sampler,
@@ -33,9 +34,12 @@ VOCAB = 23
 PROMPT, OUTPUTS = (1, 2, 3), (3, 4, 4)
 
 
-def context(position: int = 6, **changes: Any) -> RowContext:
-    own = {name: changes.pop(name) for name in ("forbidden_token_ids", "wants_distribution") if name in changes}
-    return RowContext(SamplingParams(**changes), position, PROMPT, OUTPUTS, **own)
+def context(
+    position: int = 6, stop_ids: tuple[int, ...] = (), wants_distribution: bool = False, **params: Any
+) -> RowContext:
+    """A row of a request whose `stop_ids` may not come yet."""
+    sampling = RequestSampling(SamplingParams(**params), PROMPT, stop_ids, VOCAB)
+    return RowContext(sampling, position, OUTPUTS, len(stop_ids) > 0, wants_distribution)
 
 
 def random_logits(num_rows: int, seed: int = 0) -> Tensor:
@@ -43,14 +47,14 @@ def random_logits(num_rows: int, seed: int = 0) -> Tensor:
 
 
 def sample(logits: Tensor, contexts: list[RowContext]) -> Samples:
-    samples = Sampler(ParallelGroup(), 0, VOCAB).sample(logits, build_sampling_rows(contexts, VOCAB))
+    samples = Sampler(ParallelGroup(), 0, VOCAB).sample(logits, build_sampling_rows(contexts))
     assert samples is not None
     return samples
 
 
 def processed_row(logits: Tensor, **changes: Any) -> list[float]:
     """One row after the processors, the slow way round."""
-    rows = build_sampling_rows([context(**changes)], VOCAB)
+    rows = build_sampling_rows([context(**changes)])
     return temper(edit_logits(logits, rows, 0), rows)[0].tolist()
 
 
@@ -81,14 +85,14 @@ def test_repetition_comes_before_the_additive_penalties_and_temperature_last() -
 
 
 def test_forbidden_tokens_are_impossible_also_with_a_bias() -> None:
-    samples = sample(torch.zeros(1, VOCAB), [context(temperature=0, forbidden_token_ids=(0, 5), logit_bias={5: 100.0})])
+    samples = sample(torch.zeros(1, VOCAB), [context(temperature=0, stop_ids=(0, 5), logit_bias={5: 100.0})])
     assert samples.token_ids == [1]
 
 
 def test_processing_leaves_the_logits_it_was_given() -> None:
     logits = random_logits(1)
     before = logits.clone()
-    edit_logits(logits, build_sampling_rows([context(repetition_penalty=2.0, temperature=0.3)], VOCAB), 0)
+    edit_logits(logits, build_sampling_rows([context(repetition_penalty=2.0, temperature=0.3)]), 0)
     assert torch.equal(logits, before)
 
 
@@ -96,7 +100,7 @@ def test_processing_leaves_the_logits_it_was_given() -> None:
 
 
 def kept(logits: Tensor, **changes: Any) -> set[int]:
-    rows = build_sampling_rows([context(**changes), context()], VOCAB)
+    rows = build_sampling_rows([context(**changes), context()])
     filtered = filtered_logits(logits.expand(2, -1), rows)
     return set(filtered[0].isfinite().nonzero().flatten().tolist())
 
@@ -150,16 +154,16 @@ def test_tokens_that_tie_at_the_limit_all_stay() -> None:
 
 
 def test_rows_without_a_filter_keep_everything_beside_rows_with_one() -> None:
-    rows = build_sampling_rows([context(top_k=2), context()], VOCAB)
+    rows = build_sampling_rows([context(top_k=2), context()])
     assert filtered_logits(random_logits(2), rows).isfinite().sum(-1).tolist() == [2, VOCAB]
 
 
 def test_a_filtered_row_does_not_depend_on_the_rows_beside_it() -> None:
     logits = random_logits(4)
     contexts = [context(top_p=0.7), context(top_k=3, top_p=0.9), context(min_p=0.1), context()]
-    together = filtered_logits(logits, build_sampling_rows(contexts, VOCAB))
+    together = filtered_logits(logits, build_sampling_rows(contexts))
     for row in range(4):
-        alone = filtered_logits(logits[row : row + 1], build_sampling_rows(contexts[row : row + 1], VOCAB))
+        alone = filtered_logits(logits[row : row + 1], build_sampling_rows(contexts[row : row + 1]))
         assert torch.equal(together[row], alone[0])
 
 
@@ -233,7 +237,7 @@ def test_a_distribution_is_the_processed_and_filtered_row() -> None:
     contexts = [context(), context(wants_distribution=True, top_k=4, temperature=0.5, logit_bias={2: 1.0})]
     samples = sample(logits, contexts)
     assert samples.distributions[0] is None
-    rows = build_sampling_rows(contexts, VOCAB)
+    rows = build_sampling_rows(contexts)
     expected = filtered_logits(edit_logits(logits, rows, 0), rows)[1]
     assert torch.equal(samples.distributions[1], expected)  # type: ignore[arg-type]
 
@@ -280,7 +284,7 @@ VARIED = [
     context(seed=3, top_p=0.8, logprobs=3),
     context(seed=4, repetition_penalty=1.5, logit_bias={22: 3.0, 0: -1.0}),
     context(seed=5, wants_distribution=True, min_p=0.05, frequency_penalty=1.0),
-    context(seed=6, forbidden_token_ids=(11, 12)),
+    context(seed=6, stop_ids=(11, 12)),
 ]
 
 
@@ -291,7 +295,7 @@ def test_shards_of_unequal_size_sample_what_one_rank_samples(size: int) -> None:
 
         def work(group: ParallelGroup, logits: Tensor = logits) -> Samples | None:
             start, stop = group.range(VOCAB)
-            rows = build_sampling_rows(VARIED, VOCAB)
+            rows = build_sampling_rows(VARIED)
             return Sampler(group, start, VOCAB).sample(logits[:, start:stop], rows)
 
         first, *others = on_ranks(size, work)
@@ -305,10 +309,31 @@ def test_shards_of_unequal_size_sample_what_one_rank_samples(size: int) -> None:
 def test_of_equal_logits_on_several_ranks_the_lowest_id_wins() -> None:
     def work(group: ParallelGroup) -> Samples | None:
         start, stop = group.range(VOCAB)
-        rows = build_sampling_rows([context(temperature=0)], VOCAB)
+        rows = build_sampling_rows([context(temperature=0)])
         return Sampler(group, start, VOCAB).sample(torch.zeros(1, stop - start), rows)
 
     assert on_ranks(3, work)[0].token_ids == [0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("changes", [{"temperature": 0}, {}, {"top_p": 0.9}], ids=["greedy", "sampled", "filtered"])
+def test_a_row_that_is_not_finite_on_one_rank_has_no_token(size: int, changes: dict[str, Any]) -> None:
+    logits = random_logits(5)
+    logits[0, 20] = torch.nan  # on the last rank alone, and not the largest
+    logits[1, 2] = torch.inf  # on the first
+    logits[2, :12] = -torch.inf  # one rank, or most of it, has nothing possible: the others do
+    logits[3] = -torch.inf
+    contexts = [context(seed=row, **changes) for row in range(5)]
+
+    def work(group: ParallelGroup) -> Samples | None:
+        start, stop = group.range(VOCAB)
+        return Sampler(group, start, VOCAB).sample(logits[:, start:stop], build_sampling_rows(contexts))
+
+    tokens = on_ranks(size, work)[0].token_ids
+    assert tokens[:2] == [NO_TOKEN] * 2
+    assert tokens[2] >= 12
+    assert tokens[3] == NO_TOKEN
+    assert tokens[4] == sample(logits[4:], contexts[4:]).token_ids[0] >= 0
 
 
 # The drafter's side
@@ -332,7 +357,7 @@ def test_a_coupled_draft_from_the_targets_logits_is_the_targets_token() -> None:
     for k in range(GAMMA):
         logits = random_logits(len(DRAFTED), k)
         contexts = [
-            RowContext(params, int(start) + 1 + k, PROMPT, OUTPUTS)
+            RowContext(RequestSampling(params, PROMPT), int(start) + 1 + k, OUTPUTS)
             for params, start in zip(DRAFTED, STARTS, strict=True)
         ]
         assert choose(k, logits).tolist() == sample(logits, contexts).token_ids
@@ -388,6 +413,6 @@ def test_noise_of_a_block_is_made_in_the_stream_of_its_mode() -> None:
     sampling = DraftSampling.of([SamplingParams(seed=3)])
     start, logits = torch.tensor([5]), torch.zeros(1, VOCAB)
     for mode, stream in (("coupled", STREAM_SAMPLE), ("rejection", STREAM_DRAFT)):
-        rows = build_sampling_rows([context(position=6, seed=3)], VOCAB)
+        rows = build_sampling_rows([context(position=6, seed=3)])
         expected = draw(logits, rows, stream)[1]
         assert DraftChooser(sampling, start, 1, VOCAB, mode, VOCAB)(0, logits) == expected  # type: ignore[arg-type]

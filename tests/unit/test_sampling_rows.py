@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from dspark_ray.sampling.rows import RowContext, SamplingRows, build_sampling_rows
+from dspark_ray.sampling.rows import RequestSampling, RowContext, SamplingRows, build_sampling_rows
 from dspark_ray.types import SamplingParams
 
 VOCAB = 32
 
 
-def context(**changes: Any) -> RowContext:
-    """A row of a request with prompt 1 2 3 and outputs 3 4 4; `changes` are for its parameters."""
-    own = {name: changes.pop(name) for name in ("forbidden_token_ids", "wants_distribution") if name in changes}
-    return RowContext(
-        params=SamplingParams(**changes),
-        position=6,
-        prompt_token_ids=(1, 2, 3),
-        output_token_ids=[3, 4, 4],
-        **own,
-    )
+def context(
+    stop_ids: tuple[int, ...] = (), wants_distribution: bool = False, position: int = 6, **params: Any
+) -> RowContext:
+    """A row of a request with prompt 1 2 3 and outputs 3 4 4; `stop_ids` may not come yet."""
+    sampling = RequestSampling(SamplingParams(**params), (1, 2, 3), stop_ids, VOCAB)
+    return RowContext(sampling, position, [3, 4, 4], len(stop_ids) > 0, wants_distribution)
 
 
 def edits_of(rows: SamplingRows) -> dict[tuple[int, int], tuple[float, float]]:
@@ -35,7 +32,7 @@ def edits_of(rows: SamplingRows) -> dict[tuple[int, int], tuple[float, float]]:
 
 
 def test_plain_requests_have_no_edits_and_need_no_whole_row() -> None:
-    rows = build_sampling_rows([context(), context(temperature=0)], VOCAB)
+    rows = build_sampling_rows([context(), context(temperature=0)])
     assert rows.edits is None
     assert rows.whole == ()
 
@@ -46,35 +43,35 @@ def test_plain_requests_have_no_edits_and_need_no_whole_row() -> None:
     ids=str,
 )
 def test_filters_reports_and_distributions_need_the_whole_row(changes: dict[str, Any]) -> None:
-    assert build_sampling_rows([context(), context(**changes)], VOCAB).whole == (1,)
+    assert build_sampling_rows([context(), context(**changes)]).whole == (1,)
 
 
 def test_a_greedy_row_ignores_filters_and_wants_no_distribution() -> None:
-    rows = build_sampling_rows([context(temperature=0, top_k=2, wants_distribution=True)], VOCAB)
+    rows = build_sampling_rows([context(temperature=0, top_k=2, wants_distribution=True)])
     assert rows.whole == ()
     assert rows.wants_distribution == (False,)
 
 
 def test_repetition_looks_at_prompt_and_outputs() -> None:
-    edits = edits_of(build_sampling_rows([context(repetition_penalty=1.5)], VOCAB))
+    edits = edits_of(build_sampling_rows([context(repetition_penalty=1.5)]))
     assert edits == {(0, token): (1.5, 0.0) for token in (1, 2, 3, 4)}
 
 
 def test_frequency_and_presence_look_at_outputs_only() -> None:
-    edits = edits_of(build_sampling_rows([context(), context(frequency_penalty=0.5, presence_penalty=1)], VOCAB))
+    edits = edits_of(build_sampling_rows([context(), context(frequency_penalty=0.5, presence_penalty=1)]))
     assert edits == {(1, 3): (1.0, -1.5), (1, 4): (1.0, -2.0)}
 
 
 def test_bias_adds_to_penalties_and_forbidding_overrides_both() -> None:
-    contexts = [context(presence_penalty=1, logit_bias={3: 4.0, 4: 100.0, 9: -2.0}, forbidden_token_ids=(4, 0))]
-    edits = edits_of(build_sampling_rows(contexts, VOCAB))
+    contexts = [context(presence_penalty=1, logit_bias={3: 4.0, 4: 100.0, 9: -2.0}, stop_ids=(4, 0))]
+    edits = edits_of(build_sampling_rows(contexts))
     never = (1.0, -float("inf"))
     assert edits == {(0, 0): never, (0, 3): (1.0, 3.0), (0, 4): never, (0, 9): (1.0, -2.0)}
 
 
 def test_rows_survive_pickling() -> None:
     contexts = [context(seed=-5), context(repetition_penalty=2, logprobs=3, wants_distribution=True)]
-    rows = build_sampling_rows(contexts, VOCAB)
+    rows = build_sampling_rows(contexts)
     copy = pickle.loads(pickle.dumps(rows))
     assert torch.equal(copy.integers, rows.integers)
     assert torch.equal(copy.floats, rows.floats)
@@ -84,17 +81,34 @@ def test_rows_survive_pickling() -> None:
 
 def test_selected_rows_are_renumbered_with_all_that_belongs_to_them() -> None:
     contexts = [context(logit_bias={token: 1.0}, seed=token, top_k=token or 0) for token in range(4)]
-    selected = build_sampling_rows(contexts, VOCAB).select([1, 3])
+    selected = build_sampling_rows(contexts).select([1, 3])
     assert selected.seeds.tolist() == [1, 3]
     assert edits_of(selected) == {(0, 1): (1.0, 1.0), (1, 3): (1.0, 1.0)}
     assert selected.whole == (0, 1)
 
 
 def test_no_rows_are_rows_too() -> None:
-    rows = build_sampling_rows([], VOCAB)
+    rows = build_sampling_rows([])
     assert (rows.num_rows, rows.whole, rows.any_sampled) == (0, (), False)
 
 
-def test_a_token_outside_the_vocabulary_is_named() -> None:
-    with pytest.raises(AssertionError, match=r"\[32\]"):
-        build_sampling_rows([context(logit_bias={VOCAB: 1.0})], VOCAB)
+@pytest.mark.parametrize(
+    ("params", "stop_ids", "wrong"),
+    [({"logit_bias": {VOCAB: 1.0}}, (), VOCAB), ({}, (3, VOCAB + 1), VOCAB + 1)],
+)
+def test_a_token_outside_the_vocabulary_is_named(params: Any, stop_ids: tuple[int, ...], wrong: int) -> None:
+    with pytest.raises(ValueError, match=rf"\[{wrong}\]: expected 0..31"):
+        context(stop_ids, **params)
+
+
+class Unsearchable(tuple[int, ...]):
+    """Rows that must not be looked for one by one."""
+
+    def __contains__(self, row: object) -> bool:
+        raise AssertionError("every search looks through all rows")
+
+
+def test_selecting_rows_does_not_search_the_whole_rows_for_each() -> None:
+    rows = build_sampling_rows([context(top_p=0.5), context(), context(top_p=0.5)])
+    selected = replace(rows, whole=Unsearchable(rows.whole)).select([1, 2])
+    assert selected.whole == (1,)

@@ -116,3 +116,17 @@ def test_special_tokens_are_shown_on_request(tokenizer: Tokenizer) -> None:
     ids = [*tokenizer.encode("a"), tokenizer.eos_token_id]
     assert TextStream(tokenizer, show_special=True).push(ids).text == "a<｜end▁of▁sentence｜>"
     assert TextStream(tokenizer).push(ids).text == "a"
+
+
+def test_a_stop_string_that_ended_before_min_tokens_does_not_stop_the_text_later(tokenizer: Tokenizer) -> None:
+    """Not even where it is a part of text that another stop string holds back."""
+    ids = [token for letter in "abababab" for token in tokenizer.encode(letter)]
+    assert len(ids) == 8
+
+    def shown(min_tokens: int, stops: tuple[str, ...]) -> str:
+        return streamed(TextStream(tokenizer, stops, min_tokens=min_tokens), [[token] for token in ids])
+
+    assert [shown(least, ("ab",)) for least in (1, 2, 3, 4, 5)] == ["", "", "ab", "ab", "abab"]
+    assert shown(4, ("b", "abab")) == ""
+    assert shown(5, ("b", "baba")) == "a"
+    assert shown(6, ("b", "baba")) == "ababa"
