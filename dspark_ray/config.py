@@ -20,6 +20,10 @@ MarkovHeadType = Literal["vanilla", "gated", "rnn"]
 VerificationMode = Literal["coupled", "rejection"]
 ScheduleKind = Literal["causal", "lagged", "full", "fixed"]
 
+KEY_GROUP = 64
+"""Channels of a key that share a scale: dspark_kernels.formats.KEY_GROUP. That module imports torch, which programs that
+only read a configuration do without."""
+
 CSA_RATIO = 4
 """The compression ratio whose layers overlap windows and select entries with the lightning indexer."""
 
@@ -100,7 +104,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = (1,)
     """Each of them ends a text."""
     kv_fake_quant: bool = False
-    """Round stored keys to FP8 outside their rotary part, as the official program does."""
+    """Round stored keys to FP8 outside their rotary part. A checkpoint with a quantization_config was trained so."""
     dspark: DSparkConfig | None = None
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """The `config.json` this was read from, for writing it back."""
@@ -236,6 +240,7 @@ def _translate(raw: dict[str, Any]) -> ModelConfig:
         max_position_embeddings=raw.get("max_position_embeddings", 1048576),
         bos_token_id=raw.get("bos_token_id", 0),
         eos_token_ids=_eos_token_ids(raw.get("eos_token_id", 1)),
+        kv_fake_quant=_rounds_keys(raw),
         dspark=_dspark(raw, num_stages=len(ratios) - num_layers),
         raw=dict(raw),
     )
@@ -264,6 +269,12 @@ def _rope_head_dim(raw: dict[str, Any]) -> int:
     if "qk_rope_head_dim" in raw:
         return int(raw["qk_rope_head_dim"])
     return round(raw["head_dim"] * raw["partial_rotary_factor"])
+
+
+def _rounds_keys(raw: dict[str, Any]) -> bool:
+    """The official networks were trained with quantised weights and, in the same way, with rounded keys. Keys that are
+    no whole number of groups cannot be rounded so."""
+    return bool(raw.get("quantization_config")) and (raw["head_dim"] - _rope_head_dim(raw)) % KEY_GROUP == 0
 
 
 def _num_hash_layers(raw: dict[str, Any]) -> int:
@@ -343,8 +354,8 @@ class EngineConfig:
     """Keep FP8 and FP4 weights as a checkpoint stores them, instead of dequantising them when they are read. They
     take a half or a quarter of the memory, and a step reads that much less of it. None does so on GPUs alone."""
     kv_cache_dtype: CacheDType = "auto"
-    """`auto` keeps keys in `dtype`; `fp8` rounds them outside their rotary part, as DeepSeek-V4 was trained with, and
-    takes little more than half of bfloat16's memory."""
+    """`fp8` rounds keys outside their rotary part and takes little more than half of bfloat16's memory. `auto` is `fp8`
+    on GPUs where the checkpoint was trained with rounded keys (`ModelConfig.kv_fake_quant`), else `dtype`."""
     enforce_eager: bool = False
     """Launch every kernel of a decode step anew, instead of replaying a captured CUDA graph. No effect on a CPU."""
     rejection_top_k: int = 64
@@ -418,14 +429,12 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: expected at least max_num_seqs*(1+gamma)"
                 f" = {self.max_num_seqs * (1 + gamma)}"
             )
-        return replace(self, gamma=gamma, num_pages=num_pages)
+        fp8_keys = self.kv_cache_dtype == "fp8" or (model.kv_fake_quant and self.device.startswith("cuda"))
+        return replace(self, gamma=gamma, num_pages=num_pages, kv_cache_dtype="fp8" if fp8_keys else "auto")
 
 
 def _check_packed_keys(model: ModelConfig) -> None:
     """Raise ConfigError where keys cannot be kept in FP8."""
-    # Not at the top: it imports torch, which programs that only read a configuration do without.
-    from dspark_kernels.formats import KEY_GROUP
-
     plain = model.head_dim - model.qk_rope_head_dim
     if plain % KEY_GROUP:
         raise ConfigError(

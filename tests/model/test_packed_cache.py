@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dspark_kernels import formats
 from dspark_ray.cache.tensors import CacheTensors
-from dspark_ray.config import ConfigError, EngineConfig, ModelConfig
+from dspark_ray.config import KEY_GROUP, CacheDType, ConfigError, EngineConfig, ModelConfig
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.rows import CacheShape, Segment, build_rows
 from dspark_ray.training.initial import initialise
@@ -71,3 +72,35 @@ def test_keys_that_do_not_fill_groups_of_64_are_refused() -> None:
     config = replace(CONFIG, head_dim=96)
     with pytest.raises(ConfigError, match=r"kv_cache_dtype='fp8': keys have 80 channels .* multiple of 64"):
         EngineConfig(kv_cache_dtype="fp8").for_model(config)
+
+
+QUANTISED = ModelConfig.from_dict(RAW | {"quantization_config": {"quant_method": "fp8"}})
+
+
+def test_a_checkpoint_with_quantised_weights_has_rounded_keys() -> None:
+    assert QUANTISED.kv_fake_quant
+    assert not ModelConfig.from_dict(RAW).kv_fake_quant
+    odd = RAW | {"quantization_config": {"quant_method": "fp8"}, "head_dim": 48 + RAW["qk_rope_head_dim"]}
+    assert not ModelConfig.from_dict(odd).kv_fake_quant, "48 channels are no whole number of groups"
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "asked", "stored"),
+    [
+        (QUANTISED, "cuda", "auto", "fp8"),
+        (QUANTISED, "cuda:1", "auto", "fp8"),
+        (QUANTISED, "cpu", "auto", "auto"),
+        (QUANTISED, "cpu", "fp8", "fp8"),
+        (ModelConfig.from_dict(RAW), "cuda", "auto", "auto"),
+        (ModelConfig.from_dict(RAW), "cuda", "fp8", "fp8"),
+    ],
+)
+def test_auto_stores_keys_in_fp8_on_a_gpu_where_they_were_trained_so(
+    model: ModelConfig, device: str, asked: CacheDType, stored: CacheDType
+) -> None:
+    config = EngineConfig(device=device, kv_cache_dtype=asked, max_model_len=256).for_model(model)
+    assert config.kv_cache_dtype == stored
+
+
+def test_configurations_and_kernels_have_the_same_groups() -> None:
+    assert KEY_GROUP == formats.KEY_GROUP
