@@ -21,8 +21,8 @@ VerificationMode = Literal["coupled", "rejection"]
 ScheduleKind = Literal["causal", "lagged", "full", "fixed"]
 
 KEY_GROUP = 64
-"""Channels of a key that share a scale: dspark_kernels.formats.KEY_GROUP. That module imports torch, which programs that
-only read a configuration do without."""
+"""Channels of a key that share a scale: dspark_kernels.formats.KEY_GROUP. That module imports torch, which programs
+that only read a configuration do without."""
 
 CSA_RATIO = 4
 """The compression ratio whose layers overlap windows and select entries with the lightning indexer."""

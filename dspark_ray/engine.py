@@ -89,17 +89,12 @@ class Engine:
     def add_request(self, request: Request) -> None:
         """Accept a request. Raises RequestError for what can never be served, QueueFullError for now.
 
-        Whatever a request alone decides is computed here, where a failure concerns no other request.
+        Whatever a request alone decides is computed here: an exception of any kind concerns this request and leaves
+        the engine as it was.
         """
-        try:
-            self._check(request)
-            sequence = self.sequence_of(request)
-            build_sampling_rows(self._row_contexts(sequence, ()))
-        except RequestError:
-            raise
-        except Exception as error:
-            logger.exception("request %s is refused: it could not be prepared", request.request_id)
-            raise RequestError("request", f"the request could not be prepared ({type(error).__name__})") from error
+        self._check(request)
+        sequence = self.sequence_of(request)
+        build_sampling_rows(self._row_contexts(sequence, ()))
         self.scheduler.add(sequence)
 
     def sequence_of(self, request: Request) -> Sequence:

@@ -47,19 +47,19 @@ def served(engine: Engine, *requests: Request) -> tuple[dict[str, list[SequenceO
 # Exceptions.
 
 
-def test_a_request_that_cannot_be_prepared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_cannot_be_prepared_leaves_the_engine_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = Engine._row_contexts
 
     def failing(engine: Engine, sequence: Sequence, drafts: tuple[int, ...]) -> Any:
         if sequence.request.request_id == "evil":
-            raise OverflowError("2361183241434822606848 of the prompt")
+            raise OverflowError
         return prepare(engine, sequence, drafts)
 
     monkeypatch.setattr(Engine, "_row_contexts", failing)
     engine = build_small_engine()
     engine.add_request(GOOD)
     engine.step()
-    with pytest.raises(RequestError, match=r"could not be prepared \(OverflowError\)$"):
+    with pytest.raises(OverflowError):
         engine.add_request(EVIL)
     assert [s.request.request_id for s in engine.scheduler.running] == ["good"]
     assert not engine.scheduler.waiting
