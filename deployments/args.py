@@ -236,7 +236,7 @@ class AppArgs(_Block):
     limits: LimitArgs = LimitArgs()
     http: HttpArgs = HttpArgs()
     api_key: KeySource = None
-    """Keys of clients: one, a list, {file: PATH} or {env: NAME}. null serves everybody who reaches the port."""
+    """Keys of clients: one, a list, {file: PATH} or {env: NAME}. null serves every client that reaches the port."""
     admin_api_key: KeySource = None
     """Keys of the /admin routes. null serves them to processes of the same machine alone."""
     health: HealthArgs = HealthArgs()

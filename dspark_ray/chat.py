@@ -3,7 +3,7 @@
     BOS system <User>question<Assistant></think>answer EOS <User>question<Assistant></think>          chat mode
     BOS system <User>question<Assistant><think>reasoning</think>answer EOS                             thinking mode
 
-What a message says is text, even where it spells a marker: only the markers that this module writes become control
+The content of a message is text, even where it spells a marker: only the markers that this module writes become control
 tokens. The checkpoint has no template file for this layout.
 """
 

@@ -26,7 +26,7 @@ class KeyGuard:
     """401 without a valid key where there are any; 403 for administration from elsewhere where it has no key.
 
     With `api_keys` every path but those of health checks and of the schema asks for one; an admin key is good
-    everywhere. Without `admin_keys`, administration is for processes of this machine. `sees_clients` says whether the
+    everywhere. Without `admin_keys`, administration is for processes of this machine. `sees_clients` tells whether the
     peer of a connection is the client itself.
     """
 

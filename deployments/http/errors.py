@@ -103,9 +103,9 @@ _DESCRIPTIONS = {
     403: "The administration routes answer on the loopback interface only, unless there is an admin key.",
     404: "There is no such model or replica.",
     413: "The body is larger than the server accepts.",
-    429: "The queue is full; `Retry-After` says when to try again.",
+    429: "The queue is full; `Retry-After` has the seconds until the next try.",
     500: "Internal error; the server's log has the rest under the request id.",
-    503: "No engine can take the request now; `Retry-After` says when to try again.",
+    503: "No engine can take the request now; `Retry-After` has the seconds until the next try.",
 }
 
 

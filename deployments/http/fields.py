@@ -77,7 +77,7 @@ def note_ignored(kind: str) -> None:
 
 
 class Schema(BaseModel):
-    """An object of a request. Null means absent, as in OpenAI's API; a field that nobody knows is refused.
+    """An object of a request. Null means absent, as in OpenAI's API; an unknown field is refused.
 
     `_IGNORED` fields cannot change the text. `_ONLY` fields would change the answer in ways that are not implemented:
     only the values that ask for nothing pass.

@@ -86,7 +86,7 @@ async def prompts_ids(
 
 
 def _with_bos(service: Service, token_ids: list[int]) -> list[int]:
-    """A text begins a document, unless it says so itself."""
+    """Text begins a document: with the begin-of-sequence token, where it does not have one already."""
     begins = token_ids[:1] == [service.bos_token_id]
     return token_ids if begins else [service.bos_token_id, *token_ids]
 

@@ -65,6 +65,6 @@ class TokenizerPool:
 
 def too_long(param: str, found: str, max_model_len: int) -> ApiError:
     """400: with `found` tokens nothing can be generated."""
-    # OpenAI's words first: clients recognise them.
-    words = f"This model's maximum context length is {max_model_len} tokens"
-    return invalid(param, f"{words}: {found}, expected at most {max_model_len - 1}", CONTEXT_LENGTH_EXCEEDED)
+    # The first sentence is OpenAI's: clients recognise it.
+    limit = f"This model's maximum context length is {max_model_len} tokens"
+    return invalid(param, f"{limit}: {found}, expected at most {max_model_len - 1}", CONTEXT_LENGTH_EXCEEDED)

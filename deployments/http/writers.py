@@ -127,7 +127,7 @@ class CompletionWriter(AnswerWriter):
     def __init__(
         self, model: str, tokenizer: Tokenizer, returns_token_ids: bool = False, special: bool = False
     ) -> None:
-        """`special` says whether special tokens are a part of the text."""
+        """`special` tells whether special tokens are a part of the text."""
         super().__init__(model, tokenizer, returns_token_ids)
         self._special = special
         self._offsets: dict[int, _Offset] = {}

@@ -27,7 +27,7 @@ assert litellm.completion(messages=messages, **options).choices[0].finish_reason
 text = litellm.text_completion(prompt="abc", **(options | {"model": f"text-completion-{options['model']}"}))
 assert text.choices[0].text
 try:
-    litellm.completion(messages=[{"role": "user", "content": "a" * 10_000_000}], **options)
+    litellm.completion(messages=[{"role": "user", "content": "a" * 1_000_000}], **options)
 except litellm.ContextWindowExceededError as error:
     print(type(error).__name__)
 else:
