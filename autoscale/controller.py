@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from autoscale.saturation import Saturation, SignalName, SignalScale, check, device_parts, saturation_of
 from autoscale.signals import DeviceLoad, LoadSample, NodeLoad
-from autoscale.thresholds import LoadCurve, Regulator, ThresholdPolicy
+from autoscale.thresholds import FixedThreshold, LoadCurve, Regulator, ThresholdPolicy
 
 _EPSILON = 1e-9
+_MOST_DRAFT_TOKENS = 1024
+_LONGEST_SECONDS = 3600.0
+_MOST_HEARTBEATS = 10_000.0
+"""What engines accept: a policy that is valid for longer than their limit would be refused there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,9 @@ class ControllerConfig:
 
     policy: ThresholdPolicy = field(default_factory=LoadCurve)
     signals: SignalScale = field(default_factory=SignalScale)
+    lowest_threshold: float = 0.0
+    """No threshold is below it, neither a policy's nor an operator's. The engine's own, `dspark.confidence.threshold`,
+    is such a floor too."""
     max_draft_tokens: int | None = None
     """Most drafts verified per request and round; None leaves it to the engine."""
     bypass_above: float | None = None
@@ -37,13 +44,22 @@ class ControllerConfig:
     """A node that was not read for so long counts as unknown."""
 
     def __post_init__(self) -> None:
-        most, bypass = self.max_draft_tokens, self.bypass_above
-        check(most is None or most >= 0, "max_draft_tokens", most, "0 or more, or null")
+        most, bypass, lowest = self.max_draft_tokens, self.bypass_above, self.lowest_threshold
+        check(0.0 <= lowest <= 1.0, "lowest_threshold", lowest, "a number in [0, 1]")
+        is_valid = most is None or 0 <= most <= _MOST_DRAFT_TOKENS
+        check(is_valid, "max_draft_tokens", most, f"0 to {_MOST_DRAFT_TOKENS}, or null")
         check(bypass is None or 0.0 < bypass <= 1.0, "bypass_above", bypass, "a number in (0, 1], or null")
-        check(self.heartbeat_seconds > 0, "heartbeat_seconds", self.heartbeat_seconds, "a positive number of seconds")
+        seconds = self.heartbeat_seconds
+        check(
+            0 < seconds <= _LONGEST_SECONDS,
+            "heartbeat_seconds",
+            seconds,
+            f"a positive number of seconds, at most {_LONGEST_SECONDS:g}",
+        )
         rate = self.max_heartbeats_per_second
         check(rate > 0, "max_heartbeats_per_second", rate, "a positive number")
-        check(self.valid_heartbeats >= 2, "valid_heartbeats", self.valid_heartbeats, "2 or more")
+        valid = self.valid_heartbeats
+        check(2 <= valid <= _MOST_HEARTBEATS, "valid_heartbeats", valid, f"2 to {_MOST_HEARTBEATS:g}")
         check(self.stale_seconds > 0, "stale_seconds", self.stale_seconds, "a positive number of seconds")
 
 
@@ -68,7 +84,8 @@ class Decision:
     heartbeat_seconds: float
     """When the next heartbeat is due."""
     spent: float | None
-    """How much of what the policy may take away from verification it takes, 0 to 1; None where it may take nothing."""
+    """How much of what the policy may take away from verification it takes, 0 to 1; None where it may take nothing, and
+    while an operator's bounds are in force, which do not give way."""
     saturation: Saturation
     before: Bounds | None = None
     """The bounds of the answer before, where they were others."""
@@ -130,6 +147,16 @@ class LoadController:
         """The node has left."""
         self._nodes.pop(node_id, None)
 
+    @property
+    def wants_devices(self) -> bool:
+        """Whether a decision depends on what probes read; a fixed threshold does not."""
+        return self.config.bypass_above is not None or not isinstance(self.config.policy, FixedThreshold)
+
+    @property
+    def node_ids(self) -> set[str]:
+        """Nodes that an actor of a replica runs on."""
+        return {place.node_id for replica in self._replicas.values() for place in replica.sample.places}
+
     def on_sample(self, sample: LoadSample, now: float) -> Decision:
         """Answer a heartbeat. Raises saturation.ConfigError for a sample that no replica can mean."""
         check(sample.max_running > 0, "max_running", sample.max_running, "a positive number")
@@ -148,7 +175,7 @@ class LoadController:
             replica.version,
             self.config.valid_heartbeats * heartbeat,
             heartbeat,
-            replica.regulator.spent,
+            self._spent(replica, now),
             replica.saturation,
             before,
         )
@@ -178,7 +205,7 @@ class LoadController:
         return {"nodes": list(self._view_nodes(now)), "replicas": list(self._view_replicas(now))}
 
     def _new_replica(self, sample: LoadSample, now: float) -> _Replica:
-        regulator = self.config.policy.regulator(sample.threshold)
+        regulator = self.config.policy.regulator(sample.threshold, self.config.lowest_threshold)
         # Versions go on from what the replica has, so that they rise across controllers; 0 is the engine's own.
         return _Replica(sample, regulator, Bounds(sample.threshold), sample.policy_version + 1, now)
 
@@ -198,15 +225,28 @@ class LoadController:
         sample, saturation = replica.sample, replica.saturation.value
         threshold = replica.regulator.update(sample, saturation, now)
         replica.bypass = self._is_bypassed(replica.bypass, saturation)
-        for name in (sample.replica, None):
-            override = self._overrides.get(name)
+        override = self._override_of(sample.replica, now)
+        if override is not None:
+            return self._above_the_floor(override)
+        bounds = self._above_the_floor(Bounds(threshold, self.config.max_draft_tokens, replica.bypass))
+        is_near = abs(bounds.threshold - replica.bounds.threshold) < _EPSILON
+        is_same = is_near and bounds == replace(replica.bounds, threshold=bounds.threshold)
+        return replica.bounds if is_same else bounds
+
+    def _above_the_floor(self, bounds: Bounds) -> Bounds:
+        return replace(bounds, threshold=max(bounds.threshold, self.config.lowest_threshold))
+
+    def _override_of(self, name: str, now: float) -> Bounds | None:
+        """What an operator set for this replica, or for all of them, and is still in force."""
+        for key in (name, None):
+            override = self._overrides.get(key)
             if override is not None and override.until > now:
                 return override.bounds
-        old = replica.bounds
-        same = abs(threshold - old.threshold) < _EPSILON and replica.bypass == old.bypass
-        if same and self.config.max_draft_tokens == old.max_draft_tokens:
-            return old
-        return Bounds(threshold, self.config.max_draft_tokens, replica.bypass)
+        return None
+
+    def _spent(self, replica: _Replica, now: float) -> float | None:
+        is_overridden = self._override_of(replica.sample.replica, now) is not None
+        return None if is_overridden else replica.regulator.spent
 
     def _is_bypassed(self, before: bool, saturation: float) -> bool:
         limit = self.config.bypass_above
@@ -229,9 +269,9 @@ class LoadController:
                 "sample": asdict(replica.sample),
                 "bounds": asdict(replica.bounds),
                 "version": replica.version,
-                "spent": replica.regulator.spent,
+                "spent": self._spent(replica, now),
                 "saturation": asdict(replica.saturation),
-                "overridden": name in self._overrides or None in self._overrides,
+                "overridden": self._override_of(name, now) is not None,
                 "age_seconds": now - replica.seen_at,
             }
 

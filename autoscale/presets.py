@@ -22,7 +22,7 @@ from autoscale.thresholds import FixedThreshold, GoodputSearch, LoadCurve, Thres
 _FOLDER = Path(__file__).with_name("presets")
 _POLICIES: dict[str, type] = {policy.kind: policy for policy in (FixedThreshold, LoadCurve, GoodputSearch)}
 _DEFAULT_KIND = LoadCurve.kind
-"""What a policy without a `kind` is, as in ControllerConfig."""
+"""What a policy is whose keys do not tell, as in ControllerConfig."""
 _EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}
 
 _T = TypeVar("_T")
@@ -91,14 +91,19 @@ def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
     merged = dict(base)
     for key, value in overrides.items():
         old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", _kind(old)) == _kind(old):
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and _kind(value, _kind(old)) == _kind(old):
             value = _merged(old, value)
         merged[key] = value
     return merged
 
 
-def _kind(policy: Mapping[str, Any]) -> object:
-    return policy.get("kind", _DEFAULT_KIND)
+def _kind(policy: Mapping[str, Any], default: object = _DEFAULT_KIND) -> object:
+    """As it says, or the only kind that has all of its keys where the default one has not."""
+    if "kind" in policy:
+        return policy["kind"]
+    fields = {kind: {field.name for field in dataclasses.fields(cls)} for kind, cls in _POLICIES.items()}
+    kinds = [kind for kind, names in fields.items() if set(policy) <= names]
+    return kinds[0] if len(kinds) == 1 else default
 
 
 def _value(hint: Any, raw: object, path: str) -> object:

@@ -1,4 +1,4 @@
-"""One probe per node: reads its devices ten times a second and gives their smoothed load."""
+"""One probe per node: reads its devices twice a second and gives their smoothed load."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from autoscale.signals import DeviceLoad, NodeLoad
 
 logger = logging.getLogger(__name__)
 
-PERIOD_SECONDS = 0.1
-"""Between the end of a sample and the next, so that a slow driver is not asked without pause."""
+PERIOD_SECONDS = 0.5
+"""Between the end of a sample and the next, so that a slow driver is not asked without pause. Reading takes locks of
+the driver, and the controller acts about once a second."""
 TIME_CONSTANT_SECONDS = 1.0
 """Long enough to see several steps, short enough for the controller, which acts about once a second."""
 STALE_SECONDS = 5.0
@@ -140,7 +141,7 @@ class LoadProbe:
         return tuple(self._smoothers[key].add(load, now) for key, load in zip(keys, loads))
 
     def _report(self, error: Exception) -> None:
-        """Once per kind, as it may come ten times a second."""
+        """Once per kind, as it may come with every sample."""
         if type(error) not in self._reported:
             self._reported.add(type(error))
             logger.error("a load sample failed; the probe goes on", exc_info=error)

@@ -30,33 +30,38 @@ def check(condition: bool, key: str, value: object, expected: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SignalScale:
-    """What counts as unloaded and what as saturated.
+    """What counts as unloaded and what as saturated; null switches a signal off.
 
     Neither GPU utilisation nor DRAM activity is among the signals: a decode loop of one request drives both near their
     top, and then further rows are free, not dear. Rows cost time when the tensor pipe or the power budget is busy.
     """
 
-    tensor: Range = (0.1, 0.6)
+    tensor: Range | None = (0.1, 0.6)
     """Tensor activity; dense matrix products of this kind reach well below 1."""
-    power: Range = (0.7, 1.0)
+    power: Range | None = (0.7, 1.0)
     """Power over its limit."""
-    throttle: Range = (0.05, 0.3)
+    throttle: Range | None = (0.05, 0.3)
     """Share of the SM clock that is missing while the device is throttled."""
-    cpu: Range = (0.5, 1.0)
+    cpu: Range | None = (0.5, 1.0)
     """Share of core time in use, on nodes without a GPU."""
-    slowness: Range = (1.1, 1.6)
+    slowness: Range | None = (1.1, 1.6)
     """Measured over profiled step seconds: what neighbours take, for example."""
-    cache: Range = (0.7, 0.95)
+    cache: Range | None = (0.7, 0.95)
     """Share of cache pages in use."""
-    slots: Range = (0.5, 1.0)
+    slots: Range | None = (0.5, 1.0)
     """Running requests over how many can run."""
-    queue: Range = (0.0, 0.5)
+    queue: Range | None = (0.0, 0.5)
     """Waiting requests over how many can run."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            low, high = getattr(self, field.name)
-            check(low < high, field.name, [low, high], "[low, high] with low < high")
+            scale = getattr(self, field.name)
+            check(
+                scale is None or scale[0] < scale[1],
+                field.name,
+                scale and list(scale),
+                "[low, high] with low < high, or null",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +107,8 @@ def saturation_of(sample: LoadSample, devices: Sequence[dict[SignalName, float]]
     return Saturation(parts[limiting] if limiting else 0.0, limiting, parts)
 
 
-def _add(parts: dict[SignalName, float], name: SignalName, value: float | None, scale: Range) -> None:
-    if value is None or value <= scale[0]:
+def _add(parts: dict[SignalName, float], name: SignalName, value: float | None, scale: Range | None) -> None:
+    if value is None or scale is None or value <= scale[0]:
         return
     parts[name] = 1.0 if value >= scale[1] else (value - scale[0]) / (scale[1] - scale[0])
 

@@ -74,7 +74,8 @@ class Place:
 
     node_id: str
     accelerators: tuple[str, ...] = ()
-    """Ids as Ray gives them: an index or a UUID. Empty for an actor without a GPU, whose device is the node's CPU."""
+    """UUIDs as NVML has them, or an index where nothing more is known.
+    Empty for an actor without a GPU, whose device is the node's CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,8 +30,11 @@ class ThresholdPolicy(Protocol):
     kind: ClassVar[str]
     """Its name in YAML."""
 
-    def regulator(self, threshold: float) -> Regulator:
-        """One that starts at the threshold in force, so that a restarted controller does not jump."""
+    def regulator(self, threshold: float, floor: float = 0.0) -> Regulator:
+        """One that starts at the threshold in force, so that a restarted controller does not jump.
+
+        What it finds below `floor` is raised to it before it reaches the replica.
+        """
         ...
 
 
@@ -45,7 +48,7 @@ class FixedThreshold:
     def __post_init__(self) -> None:
         check(0.0 <= self.threshold <= 1.0, "threshold", self.threshold, "a number in [0, 1]")
 
-    def regulator(self, threshold: float) -> Regulator:
+    def regulator(self, threshold: float, floor: float = 0.0) -> Regulator:
         return _Constant(self.threshold)
 
 
@@ -63,7 +66,7 @@ class LoadCurve:
     """The threshold is a function of the smoothed saturation, followed slowly and not at every whim."""
 
     kind: ClassVar[str] = "load_curve"
-    curve: tuple[tuple[float, float], ...] = ((0.0, 0.1), (1.0, 0.3))
+    curve: tuple[tuple[float, float], ...] = ((0.0, 0.0), (1.0, 0.3))
     """(saturation, threshold), straight lines between; saturation rises strictly, the threshold does not fall."""
     dead_band: float = 0.05
     """The curve may be so far from the threshold before the threshold follows, and it follows no closer than this:
@@ -101,7 +104,7 @@ class LoadCurve:
                 return low + (high - low) * (saturation - left) / (right - left)
         return self.highest
 
-    def regulator(self, threshold: float) -> CurveFollower:
+    def regulator(self, threshold: float, floor: float = 0.0) -> CurveFollower:
         return CurveFollower(self, threshold)
 
 
@@ -195,8 +198,8 @@ class GoodputSearch:
             0 < first <= longest, "rest_seconds", list(self.rest_seconds), "[first, longest] with 0 < first <= longest"
         )
 
-    def regulator(self, threshold: float) -> HillClimber:
-        return HillClimber(self, threshold)
+    def regulator(self, threshold: float, floor: float = 0.0) -> HillClimber:
+        return HillClimber(self, max(threshold, floor), floor)
 
 
 _FEWEST_PAIRS = 5
@@ -252,8 +255,8 @@ def _gain(before: _Turn, trial: _Turn, after: _Turn) -> float | None:
 class HillClimber:
     """Searches one replica's threshold."""
 
-    def __init__(self, search: GoodputSearch, threshold: float) -> None:
-        self._search = search
+    def __init__(self, search: GoodputSearch, threshold: float, floor: float) -> None:
+        self._search, self._floor = search, floor
         self._bound = search.bound.regulator(threshold)
         self._base = threshold
         self._direction = 1.0
@@ -281,7 +284,8 @@ class HillClimber:
         return self._base + self._direction * self._search.step
 
     def update(self, sample: LoadSample, saturation: float, now: float) -> float:
-        bound = self._bound.update(sample, saturation, now)
+        # A threshold below the floor would never be seen in force, and nothing could be learned of it.
+        bound = max(self._bound.update(sample, saturation, now), self._floor)
         if self._base > bound:
             self._base = bound
             self._start_over()
@@ -310,7 +314,7 @@ class HillClimber:
     def _search_on(self, sample: LoadSample, bound: float, now: float) -> None:
         self._rests_until = -math.inf
         directions = [
-            d for d in (self._direction, -self._direction) if 0.0 <= self._base + d * self._search.step <= bound
+            d for d in (self._direction, -self._direction) if self._floor <= self._base + d * self._search.step <= bound
         ]
         if self._direction not in directions:
             self._forget_turns()

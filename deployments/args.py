@@ -7,6 +7,7 @@ No `from __future__ import annotations` here: with it Serve would not validate t
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -212,12 +213,18 @@ class LoadControllerArgs(BaseModel):
     preset: str | None = None
     """latency, throughput or cost: a file in autoscale/presets."""
 
+    @property
+    def gives_way(self) -> bool:
+        """Whether its thresholds depend on the load."""
+        return self.config(0.0).policy.regulator(0.0).spent is not None
+
     def config(self, own_threshold: float) -> ControllerConfig:
-        """`own_threshold` is the engine's, kept where no policy is named. Raises ValueError."""
+        """`own_threshold` is the engine's: no threshold is below it. Raises ValueError."""
         overrides = dict(self.model_extra or {})
         if self.preset is None:
-            overrides.setdefault("policy", {"kind": "fixed", "threshold": own_threshold})
-        return controller_config(self.preset, overrides, path="load_controller")
+            overrides.setdefault("policy", {"kind": "fixed"})
+        config = controller_config(self.preset, overrides, path="load_controller")
+        return replace(config, lowest_threshold=max(config.lowest_threshold, own_threshold))
 
 
 class AppArgs(_Block):

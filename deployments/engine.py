@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,8 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.handle import DeploymentHandle
 
 from autoscale.policies import SpeculationAwarePolicy, check_kwargs
-from deployments.args import AppArgs
+from autoscale.saturation import ConfigError
+from deployments.args import AppArgs, LoadControllerArgs
 from deployments.channel import MAX_FRAMES, EngineChannel
 from deployments.gang import start_gang
 from deployments.heartbeat import HeartbeatLoop, LoadWindow
@@ -21,6 +23,8 @@ from deployments.messages import Accepted, EngineEvent, StepLog
 from deployments.metrics import EngineMetrics, failure_counter
 from deployments.supervision import BackgroundTasks, Watchdog
 from dspark_ray.types import Request, VerificationPolicy
+
+logger = logging.getLogger("ray.serve")
 
 _POLICY = f"{SpeculationAwarePolicy.__module__}:{SpeculationAwarePolicy.__name__}"
 """As a YAML file names it."""
@@ -41,7 +45,7 @@ class EngineReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: AppArgs, controller: DeploymentHandle | None
     ) -> None:
-        check_autoscaling(serve.get_replica_context()._deployment_config)
+        check_autoscaling(serve.get_replica_context()._deployment_config, args.load_controller)
         self._args = args
         self._id = serve.get_replica_context().replica_tag
         self._watchdog = Watchdog(partial(self._end_streams, asyncio.get_running_loop()))
@@ -140,11 +144,30 @@ async def end_streams(channel: EngineChannel, reason: str) -> None:
     await asyncio.sleep(_TRANSPORT_SECONDS)
 
 
-def check_autoscaling(config: DeploymentConfig) -> None:
-    """Raise saturation.ConfigError for kwargs of our autoscaling policy that cannot be meant.
+def check_autoscaling(config: DeploymentConfig, load_controller: LoadControllerArgs | None) -> None:
+    """Raise saturation.ConfigError for invalid kwargs of our autoscaling policy, and for a preset that is not the
+    load controller's.
 
     Serve makes the policy in its controller, where an error is a line in a log; in a replica it ends the deployment.
     """
     policy = config.autoscaling_config and config.autoscaling_config.policy
-    if policy and policy.policy_function == _POLICY:
-        check_kwargs(policy.policy_kwargs)
+    if not policy or policy.policy_function != _POLICY:
+        return
+    check_kwargs(policy.policy_kwargs)
+    ours, theirs = load_controller and load_controller.preset, policy.policy_kwargs.get("preset")
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ConfigError(
+            f"policy_kwargs.preset={theirs!r} of Engine and load_controller.preset={ours!r} among args: expected the"
+            " same preset, as its thresholds and its rule for replicas were chosen for each other"
+        )
+    if theirs is None:
+        return
+    if load_controller is None:
+        logger.warning("policy_kwargs.preset=%r, but load_controller is null: no threshold gives way first", theirs)
+    elif not load_controller.gives_way:
+        logger.warning(
+            "policy_kwargs.preset=%r, but load_controller has no policy that follows the load, so no threshold gives"
+            " way before a replica is added: expected load_controller.preset=%r",
+            theirs,
+            theirs,
+        )

@@ -1,111 +1,32 @@
-"""The load controller as a deployment, and the probes that it keeps on every node."""
+"""The load controller as a deployment: heartbeats in, bounds out, and probes while somebody wants to know."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray import serve
-from ray.actor import ActorHandle
+from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import LoggingConfig
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autoscale.controller import Bounds, ControllerConfig, Decision, LoadController
-from autoscale.probe import LoadProbe
-from autoscale.signals import LoadSample, NodeLoad
+from autoscale.saturation import ConfigError
+from autoscale.signals import LoadSample
 from deployments.metrics import LoadMetrics, failure_counter
+from deployments.probes import Probes, living_nodes
 
 logger = logging.getLogger("ray.serve")
 
 POLL_SECONDS = 1.0
-_ANSWER_SECONDS = 2.0
-"""A probe that takes longer is left for the next round."""
-_RETRY_SECONDS = 15.0
-"""Before a probe is started again on a node where it could not live."""
-
-
-class NodeProbe:
-    """One per node: samples its devices for as long as the controller lives, which owns it."""
-
-    def __init__(self, node_id: str, host: str) -> None:
-        self._probe = LoadProbe(node_id, host)
-
-    def load(self) -> NodeLoad:
-        """The smoothed load of this node's devices."""
-        return self._probe.load()
-
-
-@dataclass(frozen=True)
-class _Failure:
-    words: str
-    at: float
-
-
-class Probes:
-    """A NodeProbe on every living node: started where one is missing, forgotten where the node has left."""
-
-    def __init__(self) -> None:
-        self._actors: dict[str, ActorHandle] = {}
-        self._failures: dict[str, _Failure] = {}
-
-    def __len__(self) -> int:
-        return len(self._actors)
-
-    @property
-    def errors(self) -> dict[str, str]:
-        """What went wrong last, by node; a node that answers again has none."""
-        return {node: failure.words for node, failure in self._failures.items()}
-
-    async def poll(self) -> tuple[list[NodeLoad], list[str]]:
-        """What every probe says, and the ids of nodes that have left. Trouble on one node stays on that node."""
-        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in await _nodes() if node["Alive"]}
-        left = [node_id for node_id in {*self._actors, *self._failures} if node_id not in hosts]
-        for node_id in left:
-            self._actors.pop(node_id, None)
-            self._failures.pop(node_id, None)
-        for node_id, host in hosts.items():
-            if node_id not in self._actors and self._may_start(node_id):
-                self._actors[node_id] = _start_probe(node_id, host)
-        answers = await asyncio.gather(*(self._ask(node_id) for node_id in list(self._actors)))
-        return [load for load in answers if load is not None], left
-
-    def _may_start(self, node_id: str) -> bool:
-        failure = self._failures.get(node_id)
-        return failure is None or time.monotonic() - failure.at > _RETRY_SECONDS
-
-    async def _ask(self, node_id: str) -> NodeLoad | None:
-        try:
-            load: NodeLoad = await asyncio.wait_for(self._actors[node_id].load.remote(), _ANSWER_SECONDS)
-        except TimeoutError:
-            self._note(node_id, f"no answer in {_ANSWER_SECONDS} s")
-            return None
-        except Exception as error:
-            # The probe or its node is gone; a later round starts another where there is a node.
-            self._note(node_id, f"{type(error).__name__}: {error}".partition("\n")[0])
-            del self._actors[node_id]
-            return None
-        self._failures.pop(node_id, None)
-        return load
-
-    def _note(self, node_id: str, words: str) -> None:
-        if self.errors.get(node_id) != words:
-            logger.warning("the probe of node %s: %s", node_id, words)
-        self._failures[node_id] = _Failure(words, time.monotonic())
-
-
-async def _nodes() -> list[dict[str, Any]]:
-    return await asyncio.to_thread(ray.nodes)
-
-
-def _start_probe(node_id: str, host: str) -> ActorHandle:
-    logger.info("a probe starts on node %s (%s)", node_id, host)
-    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(NodeProbe).options(num_cpus=0, scheduling_strategy=there).remote(node_id, host)  # type: ignore[return-value]
+VIEWER_SECONDS = 30.0
+"""Devices are read for so long after somebody looked at them."""
+_FIRST_LOOK_SECONDS = 5.0
+"""Longest that a viewer waits for probes to start."""
 
 
 # Its calls are heartbeats: a line of the access log for each would bury the decisions.
@@ -118,10 +39,14 @@ class LoadControllerReplica:
     """
 
     async def __init__(self, config: ControllerConfig, model_name: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        check_alone(serve.get_replica_context()._deployment_config)
         self._controller = LoadController(config)
         self._metrics = LoadMetrics(model_name)
         self._count_failure = failure_counter(model_name)
         self._probes = Probes()
+        self._viewed_at = -math.inf
+        self._is_wanted = asyncio.Event()
+        self._has_polled = asyncio.Event()
         self._watching = asyncio.create_task(self._watch())
 
     async def heartbeat(self, sample: LoadSample) -> Decision:
@@ -133,15 +58,26 @@ class LoadControllerReplica:
         return decision
 
     async def view(self) -> dict[str, Any]:
-        """All that is known of nodes and replicas, as JSON has it."""
+        """All that is known of nodes and replicas, as JSON has it; devices are read while somebody looks."""
+        self._viewed_at = time.monotonic()
+        if not len(self._probes):
+            await self._first_look()
         return {
             "application": serve.get_replica_context().app_name,
             "policy": self._controller.config.policy.kind,
+            "lowest_threshold": self._controller.config.lowest_threshold,
             "heartbeat_seconds": self._controller.heartbeat_seconds,
             "num_probes": len(self._probes),
             "probe_errors": self._probes.errors,
             **self._controller.view(time.monotonic()),
         }
+
+    async def _first_look(self) -> None:
+        """Wake the watch, and wait for what the first probes say."""
+        self._has_polled.clear()
+        self._is_wanted.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._has_polled.wait(), _FIRST_LOOK_SECONDS)
 
     async def override(self, bounds: Bounds, seconds: float | None, replica: str | None) -> list[str]:
         """Let an operator's bounds stand in for the policy's; the replicas that they are for, none if it is unknown."""
@@ -162,31 +98,51 @@ class LoadControllerReplica:
             self._watching.result()
 
     async def _watch(self) -> None:
-        """Poll the probes, until cancelled.
+        """Poll probes while a policy or a viewer wants to know, and drop what is out of date, until cancelled.
 
         Ray's view of the nodes cannot be had while its head restarts; operators' bounds have to outlive that, so a
         failed round is logged and counted, and the next one is tried.
         """
         while True:
+            self._is_wanted.clear()
             started = time.monotonic()
             try:
-                await self._watch_once()
+                await self._poll()
             except Exception:
                 logger.exception("the nodes could not be polled")
                 self._count_failure("watch")
-            await asyncio.sleep(max(0.0, POLL_SECONDS - (time.monotonic() - started)))
+                await asyncio.sleep(POLL_SECONDS)
+            rest = max(0.0, POLL_SECONDS - (time.monotonic() - started))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_wanted.wait(), rest)
 
-    async def _watch_once(self) -> None:
-        loads, left = await self._probes.poll()
+    async def _poll(self) -> None:
         now = time.monotonic()
-        for load in loads:
-            self._controller.on_node(load, now)
-        for node_id in left:
-            logger.info("node %s has left", node_id)
-            self._controller.forget_node(node_id)
         for replica in self._controller.forget_silent(now):
             logger.info("replica %s is silent: forgotten", replica)
+        if not self._controller.wants_devices and now - self._viewed_at > VIEWER_SECONDS:
+            for node_id in self._probes.end():
+                self._controller.forget_node(node_id)
+            return
+        loads, ended = await self._probes.poll(await living_nodes(), self._controller.node_ids)
+        for load in loads:
+            self._controller.on_node(load, time.monotonic())
+        for node_id in ended:
+            logger.info("node %s has left, or has no actor of a replica any more", node_id)
+            self._controller.forget_node(node_id)
         self._metrics.on_nodes(loads)
+        if loads or not self._controller.node_ids:
+            self._has_polled.set()
+
+
+def check_alone(config: DeploymentConfig) -> None:
+    """Raise saturation.ConfigError where the YAML file asks for several load controllers."""
+    if config.autoscaling_config is not None:
+        raise ConfigError("LoadController.autoscaling_config: expected none: one controller decides for all replicas")
+    if config.num_replicas not in (None, 1):
+        raise ConfigError(
+            f"LoadController.num_replicas={config.num_replicas}: expected 1: each would know a part of the replicas"
+        )
 
 
 def _sentence(sample: LoadSample, before: Bounds, decision: Decision) -> str:

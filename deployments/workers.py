@@ -200,7 +200,24 @@ class _Worker:
 
         _set_num_threads(self._num_threads)
         context = ray.get_runtime_context()
-        return Place(node_id=context.get_node_id(), accelerators=tuple(context.get_accelerator_ids()["GPU"]))
+        accelerators = named_by_driver(tuple(context.get_accelerator_ids()["GPU"]))
+        return Place(node_id=context.get_node_id(), accelerators=accelerators)
+
+
+def named_by_driver(accelerators: tuple[str, ...]) -> tuple[str, ...]:
+    """The UUIDs, as NVML has them, of the GPUs that this process sees, which Ray calls `accelerators`.
+
+    Ray's numbers are CUDA's, fastest GPU first; NVML counts by PCI address, so on nodes with unlike GPUs the same
+    number may be another GPU. Names that are no numbers, as of MIG instances, stay.
+    """
+    import torch
+
+    if not all(name.isdigit() for name in accelerators) or not torch.cuda.is_available():
+        return accelerators
+    if torch.cuda.device_count() != len(accelerators):
+        return accelerators
+    uuids = (str(torch.cuda.get_device_properties(index).uuid) for index in range(len(accelerators)))
+    return tuple(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}" for uuid in uuids)
 
 
 class VerifierWorker(_Worker):

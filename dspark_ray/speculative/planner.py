@@ -141,8 +141,12 @@ class Planner:
     # Policies come and go.
 
     def apply(self, policy: VerificationPolicy, now: float) -> None:
-        """Follow `policy` until it expires; `now` is the caller's clock, in seconds."""
-        self.policy = policy
+        """Follow `policy` until it expires; `now` is the caller's clock, in seconds.
+
+        The engine's own threshold is a floor: a policy raises it or leaves it.
+        """
+        lowest = self._own_policy.confidence_threshold
+        self.policy = replace(policy, confidence_threshold=max(policy.confidence_threshold, lowest))
         self._policy_ends_at = now + policy.valid_seconds if policy.valid_seconds is not None else math.inf
 
     def expire_policy(self, now: float) -> None:

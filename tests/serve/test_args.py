@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 import deployments
 from autoscale.presets import load_preset
 from autoscale.thresholds import FixedThreshold
-from deployments.args import AppArgs
+from deployments.args import AppArgs, LoadControllerArgs
 from deployments.gang import actor_options, bundle_order
 from dspark_ray.config import EngineConfig
 
@@ -261,9 +261,30 @@ def test_resources_become_actor_options():
     }
 
 
-def test_without_a_policy_the_controller_keeps_the_engines_own_threshold():
+def test_without_a_policy_the_controller_raises_no_threshold():
     own = args(dspark={"confidence": {"threshold": 0.3}}).controller_config()
-    assert own.policy == FixedThreshold(threshold=0.3)
+    assert (own.policy, own.lowest_threshold) == (FixedThreshold(threshold=0.0), 0.3)
+
+
+def test_the_engines_own_threshold_is_a_floor_under_every_policy():
+    own = {"confidence": {"threshold": 0.3}}
+    assert args(dspark=own, load_controller={"preset": "throughput"}).controller_config().lowest_threshold == 0.3
+    assert args(load_controller={"preset": "throughput"}).controller_config().lowest_threshold == 0.0
+    higher = args(dspark=own, load_controller={"lowest_threshold": 0.4}).controller_config()
+    assert higher.lowest_threshold == 0.4
+
+
+@pytest.mark.parametrize("name", ["v4_flash.yaml", "v4_pro.yaml"])
+def test_templates_follow_the_load(name):
+    (application,) = yaml.safe_load((PACKAGE / name).read_text())["applications"]
+    config = AppArgs.model_validate(application["args"]).controller_config()
+    assert config == load_preset("throughput").controller
+
+
+def test_whether_thresholds_give_way_depends_on_the_policy():
+    assert LoadControllerArgs(preset="cost").gives_way
+    assert not LoadControllerArgs().gives_way
+    assert not LoadControllerArgs(policy={"threshold": 0.3}).gives_way
 
 
 def test_keys_beside_a_preset_replace_the_presets():

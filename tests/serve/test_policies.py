@@ -21,6 +21,7 @@ from autoscale.policies import SpeculationAwarePolicy, check_kwargs
 from autoscale.presets import load_preset
 from autoscale.replicas import ReplicaRule
 from autoscale.saturation import ConfigError
+from deployments.args import LoadControllerArgs
 from deployments.engine import check_autoscaling
 
 ENGINE = DeploymentID(name="Engine", app_name="dspark")
@@ -138,7 +139,7 @@ def test_in_serves_controller_bad_kwargs_keep_the_number_of_replicas(kwargs, exp
 def test_an_engine_replica_refuses_bad_kwargs_of_its_own_deployment(kwargs, expected):
     config = DeploymentConfig(autoscaling_config={"policy": {"policy_function": PATH, "policy_kwargs": kwargs}})
     with pytest.raises(ConfigError) as caught:
-        check_autoscaling(config)
+        check_autoscaling(config, LoadControllerArgs())
     assert expected in str(caught.value)
 
 
@@ -152,7 +153,36 @@ def test_an_engine_replica_refuses_bad_kwargs_of_its_own_deployment(kwargs, expe
     ],
 )
 def test_an_engine_replica_accepts_good_kwargs_and_other_policies(block):
-    check_autoscaling(DeploymentConfig(autoscaling_config=block))
+    check_autoscaling(DeploymentConfig(autoscaling_config=block), LoadControllerArgs(preset="cost"))
+    check_autoscaling(DeploymentConfig(autoscaling_config=block), None)
+
+
+def with_preset(preset: str | None) -> DeploymentConfig:
+    kwargs = {} if preset is None else {"preset": preset}
+    return DeploymentConfig(autoscaling_config={"policy": {"policy_function": PATH, "policy_kwargs": kwargs}})
+
+
+def test_an_engine_replica_refuses_another_preset_than_the_load_controllers():
+    with pytest.raises(ConfigError) as caught:
+        check_autoscaling(with_preset("latency"), LoadControllerArgs(preset="cost"))
+    assert "policy_kwargs.preset='latency' of Engine and load_controller.preset='cost' among args" in str(caught.value)
+    check_autoscaling(with_preset("cost"), LoadControllerArgs(preset="cost"))
+    check_autoscaling(with_preset(None), LoadControllerArgs(preset="cost"))
+
+
+@pytest.mark.parametrize(
+    ("load_controller", "expected"),
+    [
+        (None, "load_controller is null: no threshold gives way first"),
+        (LoadControllerArgs(), "expected load_controller.preset='cost'"),
+        (LoadControllerArgs(policy={"threshold": 0.2}), "expected load_controller.preset='cost'"),
+        (LoadControllerArgs(policy={"curve": [[0.0, 0.0], [1.0, 0.5]]}), None),
+    ],
+)
+def test_a_rule_that_waits_for_thresholds_that_never_move_is_warned_of(caplog, load_controller, expected):
+    with caplog.at_level(logging.WARNING, logger="ray.serve"):
+        check_autoscaling(with_preset("cost"), load_controller)
+    assert expected in caplog.text if expected else not caplog.records
 
 
 def test_serve_refuses_a_policy_that_is_not_there_when_it_reads_the_file():

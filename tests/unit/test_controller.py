@@ -139,6 +139,49 @@ def test_an_operator_can_mean_one_replica_and_the_nearer_word_counts():
     assert boss.on_sample(IDLE, 3.0).bounds == Bounds(0.0)
 
 
+def test_no_policy_and_no_operator_lowers_the_configured_threshold():
+    boss = controller(lowest_threshold=0.3)
+    assert boss.on_sample(IDLE, 0.0).bounds == Bounds(0.3)
+    boss.override(Bounds(0.1, 2), None, now=1.0)
+    assert boss.on_sample(IDLE, 1.0).bounds == Bounds(0.3, 2)
+    boss.override(Bounds(0.0, None, True), None, now=2.0)
+    assert boss.on_sample(IDLE, 2.0).bounds == Bounds(0.3, None, True)
+    boss.override(Bounds(0.6), None, now=3.0)
+    assert boss.on_sample(IDLE, 3.0).bounds == Bounds(0.6)
+
+
+def test_above_the_configured_threshold_a_policy_moves_as_it_does_without():
+    boss = controller(lowest_threshold=0.3)
+    boss.on_node(node(SATURATED), 0.0)
+    decision = settled(boss, on_gpu("0"))
+    assert (decision.bounds, decision.spent) == (Bounds(pytest.approx(0.4)), pytest.approx(1.0))
+
+
+def test_while_an_operator_decides_no_threshold_gives_way():
+    boss = controller()
+    boss.on_sample(IDLE, 0.0)
+    boss.override(Bounds(0.9), 10.0, now=0.0)
+    assert boss.on_sample(IDLE, 1.0).spent is None
+    assert boss.view(1.0)["replicas"][0]["spent"] is None
+    assert boss.view(11.0)["replicas"][0]["overridden"] is False
+    assert boss.on_sample(IDLE, 11.0).spent == 0.0
+
+
+def test_devices_matter_to_policies_that_follow_the_load():
+    assert controller().wants_devices
+    assert not controller(policy=FixedThreshold(threshold=0.3)).wants_devices
+    assert controller(policy=FixedThreshold(), bypass_above=0.9).wants_devices
+
+
+def test_the_nodes_of_a_replica_are_known_while_it_is():
+    boss = controller()
+    boss.on_sample(on_gpu("0", node_id="a"), 0.0)
+    boss.on_sample(on_gpu("0", replica="other", node_id="b"), 3.0)
+    assert boss.node_ids == {"a", "b"}
+    boss.forget_silent(6.0)
+    assert boss.node_ids == {"b"}
+
+
 def test_a_maximum_length_goes_to_everybody():
     assert controller(max_draft_tokens=3).on_sample(IDLE, 0.0).bounds == Bounds(0.0, 3)
 

@@ -92,6 +92,15 @@ def test_of_two_thresholds_the_higher_one_cuts() -> None:
     assert lengths(bounded, rows(0.9, 0.9, thresholds=[0.0, 0.85])) == (3, 1)
 
 
+@pytest.mark.parametrize("changes", [{}, {"bypass": True}, {"confidence_threshold": 0.1}, {"max_draft_tokens": 2}])
+def test_a_policy_does_not_lower_the_configured_threshold(changes: dict[str, Any]) -> None:
+    bounded = planner(confidence_threshold=0.7)
+    bounded.apply(VerificationPolicy(**changes), now=0.0)
+    assert bounded.policy.confidence_threshold == 0.7
+    bounded.apply(VerificationPolicy(confidence_threshold=0.8), now=0.0)
+    assert bounded.policy.confidence_threshold == 0.8
+
+
 def test_a_policy_ends_with_its_time_and_the_next_one_replaces_it() -> None:
     bounded = planner(confidence_threshold=0.25)
     bounded.apply(VerificationPolicy(version=1, valid_seconds=10.0), now=100.0)

@@ -6,12 +6,13 @@ from dataclasses import fields, replace
 
 import pytest
 import yaml
+from test_saturation import IDLE
 
 from autoscale import presets
 from autoscale.controller import ControllerConfig
 from autoscale.presets import build, controller_config, load_preset, preset_names, replica_rule
 from autoscale.replicas import ReplicaRule
-from autoscale.saturation import ConfigError, SignalScale
+from autoscale.saturation import ConfigError, SignalScale, saturation_of
 from autoscale.thresholds import FixedThreshold, GoodputSearch, LoadCurve
 
 NAMES = ["cost", "latency", "throughput"]
@@ -87,6 +88,28 @@ def test_another_kind_of_policy_starts_from_its_own_defaults():
     assert replace(fixed, policy=LoadCurve()) == replace(load_preset("cost").controller, policy=LoadCurve())
 
 
+@pytest.mark.parametrize("preset", [None, *NAMES])
+def test_the_keys_of_a_policy_without_a_kind_say_which_it_is(preset):
+    assert controller_config(preset, {"policy": {"threshold": 0.3}}).policy == FixedThreshold(threshold=0.3)
+    assert controller_config(preset, {"policy": {"step": 0.05}}).policy == GoodputSearch(step=0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_load_a_preset_takes_nothing_away(name):
+    regulator = load_preset(name).controller.policy.regulator(0.3)
+    for second in range(120):
+        threshold = regulator.update(IDLE, 0.0, float(second))
+    assert (threshold, regulator.spent) == (0.0, 0.0)
+
+
+def test_null_switches_a_signal_off():
+    config = controller_config("latency", {"signals": {"slots": None}})
+    assert config.signals == replace(SignalScale(), slots=None)
+    full = replace(IDLE, num_running=16.0)
+    assert saturation_of(full, [], SignalScale()).limiting == "slots"
+    assert saturation_of(full, [], config.signals).limiting is None
+
+
 def test_a_policy_without_a_kind_is_a_load_curve():
     curve = [[0.0, 0.1], [1, 0.5]]
     assert controller_config(None, {"policy": {"curve": curve}}).policy == LoadCurve(curve=((0.0, 0.1), (1.0, 0.5)))
@@ -103,6 +126,7 @@ def test_every_field_can_be_set():
             "bound": {"curve": [[0, 0.5]]},
         },
         "signals": {field.name: [0.25, 0.75] for field in fields(SignalScale)},
+        "lowest_threshold": 0.2,
         "max_draft_tokens": None,
         "bypass_above": 1,
         "heartbeat_seconds": 2,
@@ -125,8 +149,8 @@ def test_every_field_can_be_set():
     [
         (
             {"heartbeats": 1},
-            "controller.heartbeats: unknown key; expected one of policy, signals, max_draft_tokens, bypass_above,"
-            " heartbeat_seconds, max_heartbeats_per_second, valid_heartbeats, stale_seconds, preset",
+            "controller.heartbeats: unknown key; expected one of policy, signals, lowest_threshold, max_draft_tokens,"
+            " bypass_above, heartbeat_seconds, max_heartbeats_per_second, valid_heartbeats, stale_seconds, preset",
         ),
         (
             {"policy": {"slew": 1}},
@@ -177,7 +201,11 @@ def test_every_field_can_be_set():
         ({"signals": {"cpu": [1, 0.5]}}, "controller.signals.cpu=[1.0, 0.5]: expected [low, high] with low < high"),
         ({"signals": {"gpu": [0, 1]}}, "controller.signals.gpu: unknown key; expected one of tensor, power"),
         ({"max_draft_tokens": True}, "controller.max_draft_tokens=True: expected a whole number, or null"),
-        ({"max_draft_tokens": -1}, "controller.max_draft_tokens=-1: expected 0 or more, or null"),
+        ({"max_draft_tokens": -1}, "controller.max_draft_tokens=-1: expected 0 to 1024, or null"),
+        ({"max_draft_tokens": 2**63}, "expected 0 to 1024, or null"),
+        ({"lowest_threshold": 1.5}, "controller.lowest_threshold=1.5: expected a number in [0, 1]"),
+        ({"heartbeat_seconds": 1e6}, "expected a positive number of seconds, at most 3600"),
+        ({"signals": {"cpu": "off"}}, "controller.signals.cpu='off': expected [a number, a number], or null"),
         ({"bypass_above": "high"}, "controller.bypass_above='high': expected a number, or null"),
         ({"heartbeat_seconds": float("inf")}, "controller.heartbeat_seconds=inf: expected a number"),
         ({"stale_seconds": float("nan")}, "controller.stale_seconds=nan: expected a number"),
