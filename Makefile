@@ -43,12 +43,12 @@ $(RAY_TOKEN):
 	@mkdir -p $(@D)
 	@umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > $@
 
-serve: $(INSTALLED) $(RAY_TOKEN) ## Start a local Ray and the application of CONFIG on port 8000.
+serve: $(INSTALLED) $(RAY_TOKEN) ## Start a local Ray and the application of CONFIG, until Ctrl-C.
 	RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$(CURDIR)/$(RAY_TOKEN) \
-		$(BIN)/serve run --address local $(CONFIG)
+		exec $(BIN)/python -m deployments.local --with-parent $(CONFIG)
 
 generate: $(INSTALLED) ## Continue PROMPT in the terminal, without Ray.
-	$(BIN)/dspark-ray generate '$(PROMPT)' $(ARGS)
+	$(BIN)/dspark-ray generate "$$PROMPT" $(ARGS)
 
 test: $(INSTALLED) ## Run the tests (ARGS goes to pytest).
 	$(BIN)/python -m pytest $(ARGS)

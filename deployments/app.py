@@ -11,6 +11,7 @@ from deployments.engine import EngineReplica
 from deployments.gang import actor_options
 from deployments.ingress import Ingress
 from deployments.load import LoadControllerReplica
+from deployments.ports import check_not_shared
 from deployments.routing import AvoidingRouter
 
 _MAX_HEARTBEATS = 10_000
@@ -20,7 +21,11 @@ _CONTROLLER_SHUTDOWN_SECONDS = 2.0
 
 
 def build(args: AppArgs) -> Application:
-    """An Ingress in front of an Engine, whose replicas are gangs of workers, and a controller that watches them."""
+    """An Ingress in front of an Engine, whose replicas are gangs of workers, and a controller that watches them.
+
+    Raises PortError where another application listens on Serve's HTTP port.
+    """
+    check_not_shared()
     health, limits = args.health, args.limits
     controller, config = None, args.controller_config()
     if config is not None:
