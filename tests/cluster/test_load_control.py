@@ -130,6 +130,12 @@ def admin(app: Application, path: str, **query: object) -> dict[str, Any]:
     return httpx.get(f"{app.client.base_url}../admin/{path}", params=query, timeout=30).raise_for_status().json()
 
 
+def tensor_activities(app: Application) -> list[float | None]:
+    """Of the GPUs of two nodes; one None until both have answered."""
+    nodes = admin(app, "load")["nodes"]
+    return [node["devices"][0]["tensor_activity"] for node in nodes] if len(nodes) == 2 else [None]
+
+
 def nodes_in_sight(app: Application) -> set[str]:
     """Nodes that the controller has probes on; none while a controller that died with its node is replaced (503)."""
     try:
@@ -175,7 +181,7 @@ def budget(steps: list[dict[str, Any]]) -> float:
 
 
 def test_every_node_with_a_gang_has_its_probe(app, nodes):
-    wait_until(lambda: len(admin(app, "load")["nodes"]) == 2)
+    wait_until(lambda: None not in tensor_activities(app))  # A rate takes two samples.
     view = admin(app, "load")
     assert {actor.node_id for actor in live_actors("NodeProbe")} == {nodes.ids["loaded"], nodes.ids["idle"]}
     devices = {node["node_id"]: node["devices"][0] for node in view["nodes"]}
@@ -190,7 +196,7 @@ def test_the_replica_on_the_loaded_node_has_a_higher_threshold(app, nodes):
     wait_until(lambda: replicas_by_node(app, nodes)["loaded"]["bounds"]["threshold"] == pytest.approx(0.9))
     idle = replicas_by_node(app, nodes)["idle"]
     assert (idle["bounds"]["threshold"], idle["saturation"]["value"]) == (0.0, 0.0)
-    assert replicas_by_node(app, nodes)["loaded"]["saturation"]["limiting"] == "tensor"
+    wait_until(lambda: replicas_by_node(app, nodes)["loaded"]["saturation"]["limiting"] == "tensor")
 
 
 def test_it_verifies_fewer_tokens_and_says_the_same(app, reference):

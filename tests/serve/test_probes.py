@@ -13,7 +13,7 @@ import pytest
 import torch
 from ray.serve._private.config import DeploymentConfig
 
-from autoscale.controller import ControllerConfig, Decision
+from autoscale.controller import Bounds, ControllerConfig, Decision
 from autoscale.saturation import ConfigError
 from autoscale.signals import LoadSample, NodeLoad, Place
 from autoscale.thresholds import FixedThreshold, LoadCurve
@@ -198,21 +198,26 @@ async def test_a_policy_that_follows_the_load_reads_the_nodes_with_a_gang(fleet)
         assert fleet.started == ["b"]
 
 
-async def test_a_watch_goes_on_when_ray_does_not_answer(fleet, monkeypatch):
-    num_failures = 0
+async def test_a_controller_goes_on_when_the_nodes_cannot_be_listed(fleet, monkeypatch, caplog):
+    num_failures, counted = 0, []
 
     async def fail() -> dict[str, str]:
         nonlocal num_failures
         num_failures += 1
         if num_failures > 3:
             return HOSTS
-        raise ConnectionError("the cluster's books are out of reach")
+        raise ConnectionError("the head is restarting")
 
     monkeypatch.setattr("deployments.load.living_nodes", fail)
+    monkeypatch.setattr("deployments.load.failure_counter", lambda model_name: counted.append)
     async with running_controller(ControllerConfig(policy=LoadCurve())) as controller:
+        await controller.override(Bounds(threshold=0.5), None, None)
         while not fleet.started:
             await asyncio.sleep(0.01)
         controller.check_health()
+        assert (await controller.heartbeat(LoadWindow("r", 8).take(1.0))).bounds == Bounds(threshold=0.5)
+    assert counted == ["watch"] * 3
+    assert "the head is restarting" in caplog.text
 
 
 @pytest.mark.parametrize(

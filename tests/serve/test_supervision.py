@@ -17,12 +17,8 @@ import pytest
 import zmq
 from http_server import running_loop
 
-from autoscale.controller import Bounds, ControllerConfig, LoadController
-from autoscale.signals import NodeLoad
-from deployments import load
 from deployments.channel import EngineChannel
 from deployments.engine import end_streams, find_silence
-from deployments.load import LoadControllerReplica, Probes
 from deployments.messages import EngineLost, Ping, encode
 from deployments.supervision import BackgroundTasks, Watchdog
 from deployments.workers import ReplicaProcess, ReplicaSilent, StepLoop
@@ -262,35 +258,6 @@ async def test_a_cancelled_task_is_no_failure():
     tasks.cancel()
     await asyncio.sleep(0.05)
     assert (recorder.failures, recorder.ends) == ([], [])
-
-
-async def test_a_controller_goes_on_when_the_nodes_cannot_be_listed(monkeypatch, caplog):
-    rounds: list[int] = []
-
-    async def poll(self: Probes) -> tuple[list[NodeLoad], list[str]]:
-        rounds.append(len(rounds))
-        if len(rounds) <= 2:
-            raise ConnectionError("the head is restarting")
-        return [], []
-
-    monkeypatch.setattr(Probes, "poll", poll)
-    monkeypatch.setattr(load, "POLL_SECONDS", 0.01)
-    counted: list[str] = []
-    controller = object.__new__(LoadControllerReplica.func_or_class)
-    controller._controller = LoadController(ControllerConfig())
-    controller._controller.override(Bounds(threshold=0.5), None, 0.0)
-    controller._probes, controller._metrics, controller._count_failure = Probes(), FakeMetrics(), counted.append
-    controller._watching = asyncio.create_task(controller._watch())
-    await until(lambda: len(rounds) >= 4)
-    controller.check_health()
-    controller._watching.cancel()
-    assert counted == ["watch"] * 2
-    assert "the head is restarting" in caplog.text
-
-
-class FakeMetrics:
-    def on_nodes(self, loads: list[NodeLoad]) -> None:
-        pass
 
 
 def test_a_stopped_process_is_killed():
