@@ -143,6 +143,14 @@ class LoadController:
                 parts[name] = scaled
         self._nodes[load.node_id] = _Node(load, now, parts)
 
+    def reconfigure(self, config: ControllerConfig) -> None:
+        """Decide by another configuration from now on; thresholds move on from where they are, overrides stay."""
+        self.config = config
+        for node in list(self._nodes.values()):
+            self.on_node(node.load, node.seen_at)
+        for replica in self._replicas.values():
+            replica.regulator = config.policy.regulator(replica.bounds.threshold, config.lowest_threshold)
+
     def forget_node(self, node_id: str) -> None:
         """The node has left."""
         self._nodes.pop(node_id, None)

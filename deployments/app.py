@@ -27,8 +27,8 @@ def build(args: AppArgs) -> Application:
     """
     check_not_shared()
     health, limits = args.health, args.limits
-    controller, config = None, args.controller_config()
-    if config is not None:
+    controller = None
+    if args.load_controller is not None:
         controller = LoadControllerReplica.options(
             ray_actor_options={"num_cpus": 0},
             max_ongoing_requests=_MAX_HEARTBEATS,
@@ -36,7 +36,7 @@ def build(args: AppArgs) -> Application:
             health_check_timeout_s=health.check_timeout_s,
             # It has no streams to end, and one that is stopped by a signal must not wait for any.
             graceful_shutdown_timeout_s=_CONTROLLER_SHUTDOWN_SECONDS,
-        ).bind(config, args.model_name)
+        ).bind(args.load_controller, args.dspark.confidence.threshold, args.model_name)
     engine = EngineReplica.options(
         ray_actor_options=actor_options(args.placement.replica),
         max_ongoing_requests=args.max_ongoing_requests,

@@ -218,12 +218,15 @@ class LoadControllerArgs(BaseModel):
         """Whether its thresholds depend on the load."""
         return self.config(0.0).policy.regulator(0.0).spent is not None
 
-    def config(self, own_threshold: float) -> ControllerConfig:
-        """`own_threshold` is the engine's: no threshold is below it. Raises ValueError."""
+    def config(self, own_threshold: float, path: str = "load_controller") -> ControllerConfig:
+        """`own_threshold` is the engine's: no threshold is below it. `path` is what errors call this block.
+
+        Raises ValueError.
+        """
         overrides = dict(self.model_extra or {})
         if self.preset is None:
             overrides.setdefault("policy", {"kind": "fixed"})
-        config = controller_config(self.preset, overrides, path="load_controller")
+        config = controller_config(self.preset, overrides, path=path)
         return replace(config, lowest_threshold=max(config.lowest_threshold, own_threshold))
 
 

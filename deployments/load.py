@@ -17,6 +17,7 @@ from ray.serve.schema import LoggingConfig
 from autoscale.controller import Bounds, ControllerConfig, Decision, LoadController
 from autoscale.saturation import ConfigError
 from autoscale.signals import LoadSample
+from deployments.args import LoadControllerArgs
 from deployments.metrics import LoadMetrics, failure_counter
 from deployments.probes import Probes, living_nodes
 
@@ -38,9 +39,15 @@ class LoadControllerReplica:
     Of what it knows, only an operator's bounds are lost: heartbeats and probes bring everything else again.
     """
 
-    async def __init__(self, config: ControllerConfig, model_name: str) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: LoadControllerArgs, own_threshold: float, model_name: str
+    ) -> None:
+        """`own_threshold` is the engines': no threshold is below it."""
         check_alone(serve.get_replica_context()._deployment_config)
-        self._controller = LoadController(config)
+        self._settings, self._own_threshold = settings, own_threshold
+        self._is_running = False
+        self._problem: str | None = None
+        self._controller = LoadController(settings.config(own_threshold))
         self._metrics = LoadMetrics(model_name)
         self._count_failure = failure_counter(model_name)
         self._probes = Probes()
@@ -48,6 +55,31 @@ class LoadControllerReplica:
         self._is_wanted = asyncio.Event()
         self._has_polled = asyncio.Event()
         self._watching = asyncio.create_task(self._watch())
+
+    async def reconfigure(self, user_config: dict[str, Any] | None, rank: Any) -> None:
+        """Decide by `user_config`, which stands in for `load_controller` among the args; None goes back to those.
+
+        Serve calls this at the start and after every `serve deploy` that changes it, also to None because of `rank`.
+        Raises ValueError at the start. Later, what is wrong is shown and logged, and what was in force stays.
+        """
+        try:
+            config = self._config_of(user_config)
+        except ValueError as error:
+            if not self._is_running:
+                raise
+            self._problem = str(error)
+            logger.error("the load controller goes on as it was: %s", error)
+            return
+        if config != self._controller.config:
+            logger.info("the load controller decides by %s", config)
+            self._controller.reconfigure(config)
+        self._problem = None
+
+    def _config_of(self, user_config: dict[str, Any] | None) -> ControllerConfig:
+        if user_config is None:
+            return self._settings.config(self._own_threshold)
+        settings = LoadControllerArgs.model_validate(user_config)
+        return settings.config(self._own_threshold, path="LoadController.user_config")
 
     async def heartbeat(self, sample: LoadSample) -> Decision:
         """What the replica may verify until its next heartbeat, and some time beyond."""
@@ -66,6 +98,7 @@ class LoadControllerReplica:
             "application": serve.get_replica_context().app_name,
             "policy": self._controller.config.policy.kind,
             "lowest_threshold": self._controller.config.lowest_threshold,
+            "problem": self._problem,
             "heartbeat_seconds": self._controller.heartbeat_seconds,
             "num_probes": len(self._probes),
             "probe_errors": self._probes.errors,
@@ -93,7 +126,8 @@ class LoadControllerReplica:
         logger.info("an operator gave %s back to the policy", replica or "all replicas")
 
     def check_health(self) -> None:
-        """Raises when nobody watches the nodes any more."""
+        """Raises when the watch has ended."""
+        self._is_running = True  # Serve asks for the first time after the first `reconfigure`.
         if self._watching.done():
             self._watching.result()
 

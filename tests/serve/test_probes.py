@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,10 +13,10 @@ import pytest
 import torch
 from ray.serve._private.config import DeploymentConfig
 
-from autoscale.controller import Bounds, ControllerConfig, Decision
+from autoscale.controller import Bounds, Decision
 from autoscale.saturation import ConfigError
 from autoscale.signals import LoadSample, NodeLoad, Place
-from autoscale.thresholds import FixedThreshold, LoadCurve
+from deployments.args import LoadControllerArgs
 from deployments.heartbeat import LoadWindow
 from deployments.load import LoadControllerReplica, check_alone
 from deployments.probes import Probes
@@ -166,11 +166,13 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> Fleet:
 
 
 @asynccontextmanager
-async def running_controller(config: ControllerConfig) -> AsyncIterator[Any]:
+async def running_controller(own_threshold: float = 0.0, **settings: object) -> AsyncIterator[Any]:
     """A load controller as its deployment has it, which a replica on node `b` has spoken to."""
     cls = LoadControllerReplica.func_or_class
     controller = cls.__new__(cls)
-    await cls.__init__(controller, config, "model")
+    await cls.__init__(controller, LoadControllerArgs(**settings), own_threshold, "model")
+    await controller.reconfigure(None, 0)
+    controller.check_health()
     sample = LoadWindow("r", 8).take(1.0)
     await controller.heartbeat(replace(sample, places=(Place(node_id="b"),)))
     try:
@@ -180,7 +182,7 @@ async def running_controller(config: ControllerConfig) -> AsyncIterator[Any]:
 
 
 async def test_devices_are_read_while_somebody_looks(fleet, monkeypatch):
-    async with running_controller(ControllerConfig(policy=FixedThreshold(threshold=0.1))) as controller:
+    async with running_controller(policy={"threshold": 0.1}) as controller:
         await asyncio.sleep(0.1)  # Several polls.
         assert fleet.started == []
         view = await controller.view()
@@ -192,10 +194,53 @@ async def test_devices_are_read_while_somebody_looks(fleet, monkeypatch):
 
 
 async def test_a_policy_that_follows_the_load_reads_the_nodes_with_a_gang(fleet):
-    async with running_controller(ControllerConfig(policy=LoadCurve())):
+    async with running_controller(preset="throughput"):
         while not fleet.fakes or fleet.fakes["b"].num_calls < 3:
             await asyncio.sleep(0.01)
         assert fleet.started == ["b"]
+
+
+def threshold_of(controller: Any) -> Awaitable[float]:
+    async def ask() -> float:
+        decision = await controller.heartbeat(LoadWindow("r", 8).take(1.0))
+        return decision.bounds.threshold
+
+    return ask()
+
+
+async def test_a_user_config_stands_in_for_the_args_until_it_is_gone(fleet):
+    async with running_controller(0.1, policy={"threshold": 0.2}) as controller:
+        assert await threshold_of(controller) == 0.2
+        await controller.reconfigure({"policy": {"threshold": 0.4}}, 0)
+        assert await threshold_of(controller) == 0.4
+        await controller.reconfigure({"lowest_threshold": 0.3}, 0)
+        assert await threshold_of(controller) == 0.3
+        await controller.reconfigure({}, 0)
+        assert await threshold_of(controller) == 0.1
+        await controller.reconfigure({"preset": "cost"}, 0)
+        assert (await controller.view())["policy"] == "load_curve"
+        await controller.reconfigure(None, 0)
+        assert await threshold_of(controller) == 0.2
+
+
+async def test_a_bad_user_config_is_shown_and_changes_nothing(fleet, caplog):
+    async with running_controller(policy={"threshold": 0.2}) as controller:
+        await controller.reconfigure({"policy": {"threshold": 1.4}}, 0)
+        assert await threshold_of(controller) == 0.2
+        expected = "LoadController.user_config.policy.threshold=1.4: expected a number in [0, 1]"
+        assert (await controller.view())["problem"] == expected
+        assert expected in caplog.text
+        await controller.reconfigure({"policy": {"threshold": 0.4}}, 0)
+        assert (await controller.view())["problem"] is None
+
+
+async def test_at_the_start_a_bad_user_config_ends_the_deployment(fleet):
+    cls = LoadControllerReplica.func_or_class
+    controller = cls.__new__(cls)
+    await cls.__init__(controller, LoadControllerArgs(), 0.0, "model")
+    with pytest.raises(ConfigError, match=r"LoadController\.user_config\.presets: unknown key"):
+        await controller.reconfigure({"presets": "cost"}, 0)
+    controller._watching.cancel()
 
 
 async def test_a_controller_goes_on_when_the_nodes_cannot_be_listed(fleet, monkeypatch, caplog):
@@ -210,7 +255,7 @@ async def test_a_controller_goes_on_when_the_nodes_cannot_be_listed(fleet, monke
 
     monkeypatch.setattr("deployments.load.living_nodes", fail)
     monkeypatch.setattr("deployments.load.failure_counter", lambda model_name: counted.append)
-    async with running_controller(ControllerConfig(policy=LoadCurve())) as controller:
+    async with running_controller(preset="throughput") as controller:
         await controller.override(Bounds(threshold=0.5), None, None)
         while not fleet.started:
             await asyncio.sleep(0.01)

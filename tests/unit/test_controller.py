@@ -9,7 +9,7 @@ import pytest
 from test_saturation import GPU, IDLE
 
 from autoscale.controller import Bounds, ControllerConfig, LoadController
-from autoscale.saturation import ConfigError
+from autoscale.saturation import ConfigError, SignalScale
 from autoscale.signals import DeviceLoad, LoadSample, NodeLoad, Place
 from autoscale.thresholds import FixedThreshold, LoadCurve
 
@@ -155,6 +155,20 @@ def test_above_the_configured_threshold_a_policy_moves_as_it_does_without():
     boss.on_node(node(SATURATED), 0.0)
     decision = settled(boss, on_gpu("0"))
     assert (decision.bounds, decision.spent) == (Bounds(pytest.approx(0.4)), pytest.approx(1.0))
+
+
+def test_a_new_configuration_moves_on_from_where_thresholds_are():
+    boss = controller(policy=FixedThreshold(threshold=0.3))
+    boss.on_node(node(SATURATED), 0.0)
+    before = boss.on_sample(on_gpu("0"), 0.0)
+    boss.override(Bounds(0.8), 10.0, now=0.0, replica="other")
+    boss.reconfigure(ControllerConfig(policy=replace(CURVE, slew_per_second=0.02)))
+    decision = boss.on_sample(on_gpu("0"), 1.0)
+    assert (decision.bounds, decision.version) == (before.bounds, before.version)
+    assert boss.on_sample(on_gpu("0"), 2.0).bounds.threshold == pytest.approx(0.32)
+    assert boss.on_sample(on_gpu("0", replica="other"), 2.0).bounds == Bounds(0.8)
+    boss.reconfigure(ControllerConfig(policy=CURVE, signals=SignalScale(tensor=None)))
+    assert boss.on_sample(on_gpu("0"), 3.0).saturation.limiting is None
 
 
 def test_while_an_operator_decides_no_threshold_gives_way():
