@@ -42,6 +42,8 @@ class ControllerConfig:
     """A policy expires when so many heartbeats went without an answer."""
     stale_seconds: float = 10.0
     """A node that was not read for so long counts as unknown."""
+    preset: str | None = field(default=None, compare=False)
+    """Which one the others were taken from; the rule for replicas is that of the same preset."""
 
     def __post_init__(self) -> None:
         most, bypass, lowest = self.max_draft_tokens, self.bypass_above, self.lowest_threshold
@@ -89,6 +91,8 @@ class Decision:
     saturation: Saturation
     before: Bounds | None = None
     """The bounds of the answer before, where they were others."""
+    preset: str | None = None
+    """Of the configuration that decided."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,7 @@ class LoadController:
             self._spent(replica, now),
             replica.saturation,
             before,
+            self.config.preset,
         )
 
     def override(self, bounds: Bounds, seconds: float | None, now: float, replica: str | None = None) -> None:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from autoscale.presets import replica_rule
+from autoscale.presets import preset_names, replica_rule
 from autoscale.replicas import ReplicaLoad, ReplicaRule, Wish, wish
 from autoscale.saturation import ConfigError
 
@@ -32,10 +33,11 @@ Metrics = Mapping[str, Mapping[Any, float]]
 class SpeculationAwarePolicy:
     """Serve makes one for a deployment, in its controller, and calls it ten times a second: nothing here may block.
 
-    `policy_kwargs` are a `preset` and fields of autoscale.replicas.ReplicaRule, which replace the preset's; without a
-    preset the fields have that class's defaults. The wish is what Serve applies its delays and bounds to. Serve's
-    upscaling_factor and downscaling_factor belong at 1: they count from running replicas, so while some start, other
-    factors move a wish that is already granted.
+    `policy_kwargs` are a `preset` and fields of autoscale.replicas.ReplicaRule, which replace the preset's. Without a
+    preset that of the load controller counts, as replicas report it, and another one is followed without a restart;
+    where there is none, fields have that class's defaults. The wish is what Serve applies its delays and bounds to.
+    Serve's upscaling_factor and downscaling_factor belong at 1: they count from running replicas, so while some start,
+    other factors move a wish that is already granted.
     """
 
     SECONDS_BETWEEN_LINES = 1.0
@@ -49,6 +51,7 @@ class SpeculationAwarePolicy:
         """
         self.rule: ReplicaRule | None = None
         self.problem: ConfigError | None = None
+        self._kwargs, self._preset = kwargs, kwargs.get("preset")
         try:
             self.rule = check_kwargs(kwargs)
         except ConfigError as error:
@@ -70,6 +73,7 @@ class SpeculationAwarePolicy:
         if self.rule is None:
             return float(ctx.target_num_replicas)
         metrics, queued = ctx.aggregated_metrics or {}, _number(ctx.total_queued_requests) or 0.0
+        self._follow_preset(metrics)
         loads = loads_of(metrics)
         found = wish(self.rule, loads, ctx.target_num_replicas, max(0.0, queued))
         now = _number(ctx.current_time)
@@ -77,6 +81,22 @@ class SpeculationAwarePolicy:
             self._logged, self._logged_at = found, -math.inf if now is None else now
             logger.info("%s", _line(found, ctx, loads, queued, metrics))
         return found.replicas
+
+    def _follow_preset(self, metrics: Metrics) -> None:
+        """Take the rule of the preset that most replicas report, where the kwargs name none."""
+        if self._kwargs.get("preset") is not None:
+            return
+        reported = Counter(metrics.get("preset", {}).values()).most_common(1)
+        preset = preset_of(reported[0][0]) if reported else None
+        if preset is None or preset == self._preset:
+            return
+        try:
+            self.rule, self._preset = check_kwargs({**self._kwargs, "preset": preset}), preset
+        except ConfigError as error:
+            # The kwargs fit other presets than this one; the rule in force stays.
+            self._log_failure(error)
+        else:
+            logger.info("the rule for replicas is that of preset %s", preset)
 
     def _log_failure(self, error: Exception) -> None:
         """Once per kind; ten times a second it would fill the disk."""
@@ -90,6 +110,17 @@ def check_kwargs(kwargs: Mapping[str, Any]) -> ReplicaRule:
     """What `policy_kwargs` say. Raises saturation.ConfigError, which names the key, its value, and what may stand."""
     rule = dict(kwargs)
     return replica_rule(rule.pop("preset", None), rule, path="policy_kwargs")
+
+
+def number_of(preset: str) -> float:
+    """A preset as a number, which is all that replicas can report."""
+    return float(preset_names().index(preset))
+
+
+def preset_of(number: object) -> str | None:
+    """The other way round; None for what is no such number."""
+    names, index = preset_names(), _number(number)
+    return names[int(index)] if index is not None and 0 <= index < len(names) and index == int(index) else None
 
 
 def loads_of(metrics: Metrics) -> list[ReplicaLoad]:

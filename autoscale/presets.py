@@ -54,8 +54,8 @@ def controller_config(
     Of `policy`, other keys stay as long as its kind does; another kind starts from that kind's own defaults. `path`
     is what errors call the mapping. Raises ConfigError.
     """
-    settings = _overridden(preset, "controller", overrides, path)
-    return cast(ControllerConfig, _dataclass(ControllerConfig, settings, path, beside=("preset",)))
+    settings = _overridden(preset, "controller", overrides, path) | {"preset": preset}
+    return cast(ControllerConfig, _dataclass(ControllerConfig, settings, path))
 
 
 def replica_rule(preset: str | None, overrides: Mapping[str, Any], *, path: str = "replicas") -> ReplicaRule:

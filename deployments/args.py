@@ -213,11 +213,6 @@ class LoadControllerArgs(BaseModel):
     preset: str | None = None
     """latency, throughput or cost: a file in autoscale/presets."""
 
-    @property
-    def gives_way(self) -> bool:
-        """Whether its thresholds depend on the load."""
-        return self.config(0.0).policy.regulator(0.0).spent is not None
-
     def config(self, own_threshold: float, path: str = "load_controller") -> ControllerConfig:
         """`own_threshold` is the engine's: no threshold is below it. `path` is what errors call this block.
 

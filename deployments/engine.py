@@ -102,7 +102,11 @@ class EngineReplica:
             return None
         self._window.places = tuple(dict.fromkeys(self._gang.places))
         loop = HeartbeatLoop(
-            self._window, controller.heartbeat.remote, self._channel.set_policy, config.heartbeat_seconds
+            self._window,
+            controller.heartbeat.remote,
+            self._channel.set_policy,
+            config.heartbeat_seconds,
+            rule_preset=rule_preset(serve.get_replica_context()._deployment_config),
         )
         self._tasks.start("heartbeat", loop.run, is_essential=False)
         return loop
@@ -160,14 +164,11 @@ def check_autoscaling(config: DeploymentConfig, load_controller: LoadControllerA
             f"policy_kwargs.preset={theirs!r} of Engine and load_controller.preset={ours!r} among args: expected the"
             " same preset, as its thresholds and its rule for replicas were chosen for each other"
         )
-    if theirs is None:
-        return
-    if load_controller is None:
+    if theirs is not None and load_controller is None:
         logger.warning("policy_kwargs.preset=%r, but load_controller is null: no threshold gives way first", theirs)
-    elif not load_controller.gives_way:
-        logger.warning(
-            "policy_kwargs.preset=%r, but load_controller has no policy that follows the load, so no threshold gives"
-            " way before a replica is added: expected load_controller.preset=%r",
-            theirs,
-            theirs,
-        )
+
+
+def rule_preset(config: DeploymentConfig) -> str | None:
+    """The preset that the autoscaling policy of this deployment is bound to, None where it follows the controller's."""
+    policy = config.autoscaling_config and config.autoscaling_config.policy
+    return policy.policy_kwargs.get("preset") if policy and policy.policy_function == _POLICY else None

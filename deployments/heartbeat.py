@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from autoscale.controller import Decision
+from autoscale.policies import number_of
 from autoscale.signals import LoadSample, Place
 from deployments.channel import Observer
 from dspark_ray.types import StepOutput, StepRecord, VerificationPolicy
@@ -114,11 +115,17 @@ class HeartbeatLoop:
         apply: Callable[[VerificationPolicy], None],
         period: float,
         clock: Callable[[], float] = time.monotonic,
+        rule_preset: str | None = None,
     ) -> None:
-        """`period` is in seconds and holds until the controller says another one."""
+        """`period` is in seconds and holds until the controller says another one.
+
+        `rule_preset` is the one that replicas are added by, where the YAML file binds that to one.
+        """
         self._window, self._ask, self._apply, self._clock = window, ask, apply, clock
         self._period = period
         self._is_answered = True
+        self._rule_preset = rule_preset
+        self._compared: set[str | None] = set()
         self._decision: Decision | None = None
         self._valid_until = 0.0
 
@@ -139,10 +146,23 @@ class HeartbeatLoop:
             self._on_silence(error)
             return
         self._decision, self._period = decision, decision.heartbeat_seconds
+        self._compare_presets(decision.preset)
         self._valid_until = self._clock() + decision.valid_seconds
         if not self._is_answered:
             self._is_answered = True
             logger.info("the load controller answers again")
+
+    def _compare_presets(self, preset: str | None) -> None:
+        """Warn once of each preset that is not the one that replicas are added by."""
+        if self._rule_preset in (None, preset) or preset in self._compared:
+            return
+        self._compared.add(preset)
+        logger.warning(
+            "the autoscaling policy adds replicas by preset %r and the load controller decides by %r: expected the"
+            " same, or no preset in policy_kwargs, which then follow the controller's",
+            self._rule_preset,
+            preset,
+        )
 
     def stats(self) -> dict[str, float]:
         """What the live policy takes away, for Serve's autoscaling policy; empty without one."""
@@ -150,6 +170,8 @@ class HeartbeatLoop:
         if decision is None or self._clock() >= self._valid_until:
             return {}
         stats = {"threshold": decision.bounds.threshold, "saturation": decision.saturation.value}
+        if decision.preset is not None:
+            stats["preset"] = number_of(decision.preset)
         # A policy that never moves says nothing about when replicas should.
         return stats if decision.spent is None else {**stats, "spent": decision.spent}
 

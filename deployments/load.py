@@ -70,7 +70,8 @@ class LoadControllerReplica:
             self._problem = str(error)
             logger.error("the load controller goes on as it was: %s", error)
             return
-        if config != self._controller.config:
+        before = self._controller.config
+        if (config, config.preset) != (before, before.preset):
             logger.info("the load controller decides by %s", config)
             self._controller.reconfigure(config)
         self._problem = None
@@ -97,6 +98,7 @@ class LoadControllerReplica:
         return {
             "application": serve.get_replica_context().app_name,
             "policy": self._controller.config.policy.kind,
+            "preset": self._controller.config.preset,
             "lowest_threshold": self._controller.config.lowest_threshold,
             "problem": self._problem,
             "heartbeat_seconds": self._controller.heartbeat_seconds,

@@ -277,14 +277,9 @@ def test_the_engines_own_threshold_is_a_floor_under_every_policy():
 @pytest.mark.parametrize("name", ["v4_flash.yaml", "v4_pro.yaml"])
 def test_templates_follow_the_load(name):
     (application,) = yaml.safe_load((PACKAGE / name).read_text())["applications"]
-    config = AppArgs.model_validate(application["args"]).controller_config()
+    (controller,) = (each for each in application["deployments"] if each["name"] == "LoadController")
+    config = LoadControllerArgs.model_validate(controller["user_config"]).config(0.0)
     assert config == load_preset("throughput").controller
-
-
-def test_whether_thresholds_give_way_depends_on_the_policy():
-    assert LoadControllerArgs(preset="cost").gives_way
-    assert not LoadControllerArgs().gives_way
-    assert not LoadControllerArgs(policy={"threshold": 0.3}).gives_way
 
 
 def test_keys_beside_a_preset_replace_the_presets():

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from autoscale.controller import Bounds, ControllerConfig, Decision, LoadController
+from autoscale.policies import number_of
 from autoscale.saturation import Saturation
 from autoscale.signals import LoadSample, Place
 from autoscale.thresholds import FixedThreshold
@@ -195,3 +196,16 @@ async def test_a_policy_that_never_moves_says_nothing_about_replicas(window, clo
     loop, _ = loop_of(window, clock, ask)
     await loop.beat()
     assert loop.stats() == {"threshold": 0.3, "saturation": 0.8}
+
+
+async def test_a_preset_other_than_that_of_the_autoscaling_policy_is_warned_of_once(caplog):
+    async def ask(sample: LoadSample) -> Decision:
+        return replace(DECISION, preset=presets.pop(0))
+
+    presets = ["cost", "cost", "latency", "cost"]
+    loop = HeartbeatLoop(LoadWindow("r", 8), ask, lambda policy: None, 1.0, rule_preset="latency")
+    with caplog.at_level("WARNING", logger="ray.serve"):
+        for _ in range(4):
+            await loop.beat()
+    assert caplog.text.count("by preset 'latency' and the load controller decides by 'cost'") == 1
+    assert loop.stats()["preset"] == number_of("cost")

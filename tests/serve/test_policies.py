@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,12 +18,12 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from ray.serve.schema import DeploymentSchema
 
-from autoscale.policies import SpeculationAwarePolicy, check_kwargs
+from autoscale.policies import SpeculationAwarePolicy, check_kwargs, number_of, preset_of
 from autoscale.presets import load_preset
 from autoscale.replicas import ReplicaRule
 from autoscale.saturation import ConfigError
 from deployments.args import LoadControllerArgs
-from deployments.engine import check_autoscaling
+from deployments.engine import check_autoscaling, rule_preset
 
 ENGINE = DeploymentID(name="Engine", app_name="dspark")
 PATH = "autoscale.policies:SpeculationAwarePolicy"
@@ -170,19 +171,51 @@ def test_an_engine_replica_refuses_another_preset_than_the_load_controllers():
     check_autoscaling(with_preset(None), LoadControllerArgs(preset="cost"))
 
 
-@pytest.mark.parametrize(
-    ("load_controller", "expected"),
-    [
-        (None, "load_controller is null: no threshold gives way first"),
-        (LoadControllerArgs(), "expected load_controller.preset='cost'"),
-        (LoadControllerArgs(policy={"threshold": 0.2}), "expected load_controller.preset='cost'"),
-        (LoadControllerArgs(policy={"curve": [[0.0, 0.0], [1.0, 0.5]]}), None),
-    ],
-)
-def test_a_rule_that_waits_for_thresholds_that_never_move_is_warned_of(caplog, load_controller, expected):
+def test_a_rule_that_waits_for_thresholds_that_do_not_exist_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING, logger="ray.serve"):
-        check_autoscaling(with_preset("cost"), load_controller)
-    assert expected in caplog.text if expected else not caplog.records
+        check_autoscaling(with_preset("cost"), LoadControllerArgs())
+        assert not caplog.records
+        check_autoscaling(with_preset("cost"), None)
+    assert "load_controller is null: no threshold gives way first" in caplog.text
+
+
+def test_the_preset_that_a_policy_is_bound_to_is_known():
+    assert rule_preset(with_preset("cost")) == "cost"
+    assert rule_preset(with_preset(None)) is None
+    assert rule_preset(DeploymentConfig()) is None
+
+
+def test_without_a_preset_the_one_that_replicas_report_is_followed():
+    policy = SpeculationAwarePolicy(headroom=0.2)
+    before = policy.rule
+    policy(context({OLD: stats()}))
+    assert policy.rule == before
+    policy(context({OLD: stats(preset=number_of("throughput")), NEW: stats(preset=number_of("throughput"))}))
+    assert policy.rule == replace(load_preset("throughput").replicas, headroom=0.2)
+    policy(context({OLD: stats(preset=number_of("latency"))}))
+    assert policy.rule == replace(load_preset("latency").replicas, headroom=0.2)
+    policy(context({OLD: stats(preset=99.0)}))
+    assert policy.rule == replace(load_preset("latency").replicas, headroom=0.2)
+
+
+def test_a_preset_among_the_kwargs_stays():
+    policy = SpeculationAwarePolicy(preset="cost")
+    policy(context({OLD: stats(preset=number_of("latency"))}))
+    assert policy.rule == load_preset("cost").replicas
+
+
+def test_kwargs_that_do_not_fit_a_reported_preset_leave_the_rule_as_it_was(caplog):
+    policy = SpeculationAwarePolicy(release_below=0.5)
+    before = policy.rule
+    for _ in range(3):
+        policy(context({OLD: stats(preset=number_of("latency"))}))
+    assert policy.rule == before
+    assert caplog.text.count("expected at most spend_first=0.1") == 1
+
+
+@pytest.mark.parametrize("number", [-1.0, 3.0, 0.5, float("nan"), None])
+def test_a_number_that_stands_for_no_preset_is_none(number):
+    assert preset_of(number) is None
 
 
 def test_serve_refuses_a_policy_that_is_not_there_when_it_reads_the_file():

@@ -50,6 +50,7 @@ def test_without_a_preset_the_defaults_hold():
 def test_without_overrides_the_preset_holds(name):
     preset = load_preset(name)
     assert controller_config(name, {}) == preset.controller
+    assert controller_config(name, {}).preset == name
     assert replica_rule(name, {}) == preset.replicas
 
 
@@ -134,7 +135,7 @@ def test_every_field_can_be_set():
         "valid_heartbeats": 3,
         "stale_seconds": 4.5,
     }
-    assert set(whole) == {field.name for field in fields(ControllerConfig)}
+    assert {*whole, "preset"} == {field.name for field in fields(ControllerConfig)}
     config = controller_config(None, whole)
     assert config.policy == GoodputSearch(
         step=0.04, num_pairs=5, rest_seconds=(1.0, 2.0), bound=LoadCurve(curve=((0.0, 0.5),))
