@@ -54,7 +54,7 @@ class DiscountedBandit:
     memory: Memory | None = None
     """Of all replicas; without one each has its own."""
 
-    def regulator(self, threshold: float) -> Player:
+    def regulator(self, threshold: float, floor: float = 0.0) -> Player:
         return Player(self.memory or Memory(self.discount), self.width)
 
 
