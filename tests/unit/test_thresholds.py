@@ -208,6 +208,15 @@ def test_goodput_that_grows_by_itself_is_no_gain_of_the_threshold(growth: float)
     assert found <= {0.2, 0.3, 0.4}, "the base and its neighbours"
 
 
+@pytest.mark.parametrize("best", [0.1, 0.6])
+def test_the_search_goes_on_above_a_floor(best: float) -> None:
+    regulator = GoodputSearch(bound=LoadCurve(curve=((0.0, 0.1), (1.0, 0.8)))).regulator(0.0, 0.3)
+    replica = Replica(best, noise=0.001)
+    found = replica.run(regulator, 600, 0.3, lambda now: 0.0 if now < 60 else 1.0)
+    assert min(found) >= 0.3
+    assert abs(sum(found[-200:]) / 200 - max(best, 0.3)) <= 0.1
+
+
 def test_turns_at_different_loads_are_not_compared() -> None:
     regulator = GoodputSearch(bound=FREE).regulator(0.3)
     replica = Replica(0.3, loss=0.0)
