@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
+from typing import Any
 
 import psutil
 import ray
@@ -12,7 +12,7 @@ from ray._private import state
 from ray.serve.context import _get_global_client
 
 _HA_PROXY = "RAY_SERVE_ENABLE_HA_PROXY"
-_CONFLICTS = (errno.EADDRINUSE,)
+_ALL = ("0.0.0.0", "::")
 
 
 class PortError(RuntimeError):
@@ -20,16 +20,21 @@ class PortError(RuntimeError):
 
 
 def check_free(host: str, port: int) -> None:
-    """Raise PortError where this process could not be the only one that listens there."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    """Raise PortError where this process could not listen there, or not be the only one that does."""
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise PortError(f"http_options.host={host!r}: {error.strerror}") from None
+    taken = [found for found in _listening(port) if _overlap(found.laddr.ip, {str(info[4][0]) for info in infos})]
+    if taken:
+        raise PortError(_taken(host, port, [found.pid for found in taken if found.pid]))
+    family, _, _, _, address = infos[0]
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # Connections that are still closing do not matter; without SO_REUSEPORT a listener does.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # As Serve's proxies bind, so that connections of an earlier one that still close do not matter.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             probe.bind(address)
         except OSError as error:
-            if error.errno in _CONFLICTS:
-                raise PortError(_taken(host, port, listeners(port))) from None
             raise PortError(f"http_options: cannot listen on {host}:{port}: {error.strerror}") from None
 
 
@@ -50,12 +55,21 @@ def check_not_shared() -> None:
 
 def listeners(port: int) -> list[int]:
     """Ids of the processes that listen on this TCP port, of those that this user may look into."""
-    found = {
-        connection.pid
+    return sorted({found.pid for found in _listening(port) if found.pid})
+
+
+def _listening(port: int) -> list[Any]:
+    """psutil's connections; `pid` is None for a process of another user."""
+    return [
+        connection
         for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid
-    }
-    return sorted(found)
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    ]
+
+
+def _overlap(listening: str, wanted: set[str]) -> bool:
+    """Whether a listener on one address gets requests for one of the others."""
+    return listening in wanted or listening in _ALL or not wanted.isdisjoint(_ALL)
 
 
 def _taken(host: str, port: int, pids: list[int]) -> str:
