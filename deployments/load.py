@@ -26,7 +26,7 @@ logger = logging.getLogger("ray.serve")
 POLL_SECONDS = 1.0
 VIEWER_SECONDS = 30.0
 """Devices are read for so long after somebody looked at them."""
-_FIRST_LOOK_SECONDS = 5.0
+_FIRST_LOOK_SECONDS = 2.0
 """Longest that a viewer waits for probes to start."""
 
 
