@@ -199,7 +199,9 @@ class LoadController:
         self._overrides[replica] = _Override(bounds, until)
 
     def end_override(self, replica: str | None = None) -> None:
-        """Back to the policy."""
+        """Back to the policy: one replica, or None for all of them, also those that have bounds of their own."""
+        if replica is None:
+            self._overrides.clear()
         self._overrides.pop(replica, None)
 
     def forget_silent(self, now: float) -> list[str]:

@@ -101,6 +101,12 @@ def test_a_policy_for_all_is_taken_back_as_well(server, controller):
     assert controller.beat() == [Bounds(0.1)] * 2
 
 
+def test_ending_a_policy_for_all_ends_those_of_single_replicas(server, controller):
+    post(server, {"bypass": True, "replica": "replica-2"})
+    httpx.delete(f"{server.url}/admin/policy").raise_for_status()
+    assert controller.beat() == [Bounds(0.1)] * 2
+
+
 def test_an_unknown_replica_is_named(server, controller):
     answer = post(server, {"bypass": True, "replica": "nobody"})
     assert error(answer) == (404, "replica")
@@ -110,7 +116,18 @@ def test_an_unknown_replica_is_named(server, controller):
 
 @pytest.mark.parametrize(
     ("policy", "param"),
-    [({"version": 3}, "version"), ({"confidence_threshold": 1.5}, "confidence_threshold"), ({"replica": 3}, "replica")],
+    [
+        ({"version": 3}, "version"),
+        ({"confidence_threshold": 1.5}, "confidence_threshold"),
+        ({"replica": 3}, "replica"),
+        ({"max_draft_tokens": 9223372036854775808}, "max_draft_tokens"),
+        ({"max_draft_tokens": 1025}, "max_draft_tokens"),
+        ({"max_draft_tokens": -1}, "max_draft_tokens"),
+        ({"max_draft_tokens": 1.5}, "max_draft_tokens"),
+        ({"valid_seconds": 1e300}, "valid_seconds"),
+        ({"valid_seconds": 0}, "valid_seconds"),
+        ({"bypass": 7}, "bypass"),
+    ],
 )
 def test_a_bad_policy_is_named_and_changes_nothing(server, controller, policy, param):
     assert error(post(server, policy)) == (400, param)
