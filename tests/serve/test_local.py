@@ -188,11 +188,10 @@ def named(processes: list[psutil.Process], *words: str) -> psutil.Process | None
     return None
 
 
+# One of each kind; test_processes.py has more, without Ray.
 WAYS = {
     "Ctrl-C in the terminal": (None, signal.SIGINT),
     "SIGTERM to make": ("make serve", signal.SIGTERM),
-    "SIGKILL to make": ("make serve", signal.SIGKILL),
-    "SIGINT to the launcher": ("-m deployments.local", signal.SIGINT),
     "SIGTERM to serve run": ("ray.serve.scripts", signal.SIGTERM),
     "SIGKILL to the launcher": ("-m deployments.local", signal.SIGKILL),
 }
