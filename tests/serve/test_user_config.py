@@ -33,7 +33,7 @@ applications:
       - name: LoadController
         user_config: {{policy: {{threshold: 0.1}}, heartbeat_seconds: 0.2}}
 """
-NUM_TOKENS = 4000
+NUM_TOKENS = 2500
 
 
 @pytest.fixture(scope="module")
