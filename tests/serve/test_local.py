@@ -193,7 +193,6 @@ WAYS = {
     "Ctrl-C in the terminal": (None, signal.SIGINT),
     "SIGTERM to make": ("make serve", signal.SIGTERM),
     "SIGTERM to serve run": ("ray.serve.scripts", signal.SIGTERM),
-    "SIGKILL to the launcher": ("-m deployments.local", signal.SIGKILL),
 }
 
 
