@@ -205,6 +205,7 @@ def _join(spec: GangSpec, rank: int) -> _Meeting:
     Until the gang serves, members may be silent for as long as loading may take: one may still read weights, compile or
     record while another has nothing to say.
     """
+    _sum_in_float32()
     if spec.world_size == 1:
         return _Meeting()
     meeting = _form_groups(spec, rank)
@@ -239,6 +240,11 @@ def _record_together(spec: GangSpec, rank: TargetRank | None) -> None:
     if rank is not None:
         rank.record_graphs()
     _wait_for_all(spec)
+
+
+def _sum_in_float32() -> None:
+    """Keep cuBLAS from adding up parts of a bfloat16 product in bfloat16, which torch allows it by default."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def _wait_for_all(spec: GangSpec) -> None:

@@ -35,6 +35,10 @@ class Weight(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) if self.scale is None else ops.linear_fp8(x, self.weight, self.scale)
 
+    def in_float32(self, x: Tensor) -> Tensor:
+        """As `forward`, but float32 [N, out], and not rounded to x's dtype unless the weight is quantised."""
+        return ops.linear_float32(x, self.weight) if self.scale is None else self(x).float()
+
 
 def hyper_connection(config: ModelConfig) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
     """fn [(2+m)m, m*d], base [(2+m)m], scale [3] of the mHC around one sublayer, all float32.
@@ -62,8 +66,11 @@ class Compressor(nn.Module):
         self.norm = Weight(width)
 
     def raw(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(kv, gate) [N, num_series * width] of each row, the gate still without its position bias."""
-        return self.wkv(hidden), self.wgate(hidden)
+        """(kv, gate) [N, num_series * width] float32 of each row, the gate still without its position bias.
+
+        Not rounded to the rows' dtype: a rounded gate would be wrong by a percent, for as long as its entry is kept.
+        """
+        return self.wkv.in_float32(hidden), self.wgate.in_float32(hidden)
 
     def store_raw(self, hidden: Tensor, positions: Tensor, pool: Tensor, slots: Tensor) -> None:
         """Write raw rows of `hidden` into rows slots [N] of `pool`."""
@@ -259,7 +266,8 @@ class MoE(nn.Module):
             experts.w13_scale,
             experts.w2_scale,
         )
-        return self.group.sum((routed + self.shared_experts(hidden)).to(hidden.dtype))
+        # Rounded once, behind the sum: ranks add up float32.
+        return self.group.sum(routed + self.shared_experts(hidden)).to(hidden.dtype)
 
 
 class Block(nn.Module):

@@ -59,12 +59,10 @@ def draw(logits: Tensor, draws: Draws, stream: int, first_token: int = 0) -> tup
 
     The value is -inf where the shard has no possible token, and NaN where one of its logits is NaN or +inf.
     """
-    values, ids, log_sums = ops.gumbel_argmax(
+    values, ids, _ = ops.gumbel_argmax(
         logits, draws.temperatures, draws.seeds, draws.positions, stream, first_token, lowest_kept(logits, draws)
     )
-    # Comparisons pass over a NaN; a sum does not.
-    broken = log_sums.isnan() | (log_sums == torch.inf) | values.isnan()
-    return values.masked_fill(broken, torch.nan), ids
+    return values, ids
 
 
 def choose_offers(values: Tensor, ids: Tensor) -> Tensor:
@@ -217,8 +215,8 @@ class DraftChooser:
         return self._choose(k, logits)
 
     def _coupled(self, k: int, logits: Tensor) -> Tensor:
-        """With the noise that the target will use at the same position."""
-        return draw(logits, self._draws_at(k), STREAM_SAMPLE)[1]
+        """With the noise that the target will use at the same position; some token where nothing can be drawn."""
+        return draw(logits, self._draws_at(k), STREAM_SAMPLE)[1].clamp_min(0)
 
     def _truncated(self, k: int, logits: Tensor) -> Tensor:
         """From the best K tokens, whose distribution, not the full row, is what the draft comes from."""

@@ -114,7 +114,7 @@ def _entries(
 ) -> Tensor:
     """All entries [B, T/r, D]; entry 0 of an overlapping compressor has no window before it."""
     ratio = compressor.ratio
-    kv, gate = (rows.float() for rows in compressor.raw(hidden))
+    kv, gate = compressor.raw(hidden)
     raw = torch.cat((kv, gate + compressor.ape[positions % ratio]), dim=-1)
     raw = raw.unflatten(0, (num_sequences, -1, ratio))  # [B, K, r, C]
     valid = None

@@ -268,7 +268,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Choose experts: by `hash_experts` [N, top_k] where given, else the best of score + bias.
 
-    Returns (weights [N, top_k] float32, experts [N, top_k]). Source: DeepSeek-V4 specification 2.6.
+    Returns (weights [N, top_k] float32, experts [N, top_k]). Chosen experts are distinct and in range whatever the scores
+    are: NaN counts as one of the best, and makes weights NaN. Source: DeepSeek-V4 specification 2.6.
     """
     scores = F.softplus(F.linear(hidden.float(), gate.float())).sqrt()
     if hash_experts is not None:
@@ -296,7 +297,7 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """x [N, in] times weight [out, in], both as stored, summed and returned in float32: logits and routers."""
+    """x [N, in] times weight [out, in], both as stored, summed and returned in float32."""
     return F.linear(x.float(), weight.float())
 
 
@@ -436,12 +437,14 @@ def lowest_kept_logit(
 
     top_k [n] int64, at most `widest_top_k` of which count; top_p, min_p [n] float64. The best token always stays. A
     filter is a lowest logit: tokens that tie with a kept one stay, and how a device sorts equal logits does not matter.
+    NaN for rows that hold NaN or +inf.
     """
     width = min(widest_top_k, logits.shape[1])
     best = _temper(logits, temperatures).topk(width).values  # [n, width], best first
     last = top_k.clamp(max=width).unsqueeze(1) - 1
     lowest = torch.maximum(best.gather(1, last), _lowest_of_top_p(best, last, top_p.unsqueeze(1)))
-    return torch.maximum(lowest, best[:, :1] + min_p.log().float().unsqueeze(1)).squeeze(1)
+    lowest = torch.maximum(lowest, best[:, :1] + min_p.log().float().unsqueeze(1))
+    return torch.where(best[:, :1] < torch.inf, lowest, torch.nan).squeeze(1)  # NaN is sorted before inf
 
 
 def _lowest_of_top_p(best: Tensor, last: Tensor, top_p: Tensor) -> Tensor:
@@ -468,6 +471,10 @@ def gumbel_argmax(
     x = logits [n, V] / temperature, as it is at temperature 0. The value is the largest x + noise(seed, position,
     token id), without noise at temperature 0, among tokens with x >= lowest [n]; of equal ones the lowest id wins.
     The log-sum-exp is that of all x. Columns stand for token ids from first_id on. Values are float32.
+
+    A row that nothing can be drawn from has id -1. Where some x is NaN or +inf there is no softmax: the value is NaN,
+    which `argmax` over shards takes for the largest, and the log-sum-exp is not finite. Where no token that is kept has
+    x above -inf the value is -inf, and another shard may have a better one.
     """
     tempered = _temper(logits, temperatures)
     kept = tempered if lowest is None else tempered.masked_fill(tempered < lowest.unsqueeze(1), -torch.inf)
@@ -476,7 +483,9 @@ def gumbel_argmax(
         noise = gumbel_noise(seeds, positions, stream, first_id, logits.shape[1])
         kept = kept + noise * sampled.unsqueeze(1)
     values, ids = kept.max(-1)
-    return values, ids + first_id, tempered.logsumexp(-1)
+    log_sums = tempered.logsumexp(-1)
+    values = torch.where(log_sums < torch.inf, values, torch.nan)
+    return values, torch.where(values > -torch.inf, ids + first_id, -1), log_sums
 
 
 def markov_sample(
@@ -496,6 +505,9 @@ def markov_sample(
     of the first drafted token, whose noise is that of the target at the same positions. `filters` are the last four
     arguments of `lowest_kept_logit`, below which no token is taken. Returns (tokens [R, G] int64, log-sum-exp of x_k
     [R, G] float32). Source: DSpark module specification 8.
+
+    Drafts are always token ids 0 .. V - 1, because they are verified: where logits hold NaN or +inf the draft is any of
+    them, and its log-sum-exp is not finite.
     """
     num_requests, num_positions, vocab_size = base_logits.shape
     noise = None
@@ -569,6 +581,8 @@ def accept_coupled(row_tokens: Tensor, target_tokens: Tensor, first_rows: Tensor
     target_tokens [N] (what the target says behind each). A draft stands if it is what the target said before it and
     all drafts before it stand. A request without rows accepts 0 and has next anchor -1.
     """
+    if len(row_tokens) == 0:
+        return _without_rows(first_rows)
     num_accepted, last_rows = _leading(row_tokens[1:] == target_tokens[:-1], first_rows)
     return num_accepted, _unless_empty(target_tokens[last_rows], first_rows)
 
@@ -587,6 +601,11 @@ def _leading(stands: Tensor, first_rows: Tensor) -> tuple[Tensor, Tensor]:
     ends = first_rows[1:].clone().scatter_reduce(0, owner[falls], rows[falls], "amin")
     num_accepted = (ends - first_rows[:-1] - 1).clamp_min(0)
     return num_accepted, (first_rows[:-1] + num_accepted).clamp(max=num_rows - 1)
+
+
+def _without_rows(first_rows: Tensor) -> tuple[Tensor, Tensor]:
+    nothing = torch.zeros_like(first_rows[1:])
+    return nothing, nothing - 1
 
 
 def _unless_empty(tokens: Tensor, first_rows: Tensor) -> Tensor:
@@ -611,7 +630,12 @@ def accept_rejection(
     p(draft); behind the first that falls comes a draw from max(p - q, 0), behind all of them one from p. The test, the
     recovery and the token behind the last draft have a noise stream each, so that none share a number. A request
     without rows accepts 0 and has next anchor -1.
+
+    A row that holds NaN or +inf, or nothing above -inf, has no softmax: no draft behind it stands, and a request that
+    would be drawn from it has next anchor -1. Where a q of a row is NaN the draft falls, and p itself is drawn from.
     """
+    if len(row_tokens) == 0:
+        return _without_rows(first_rows)
     p = logits.double().softmax(-1)
     owners = torch.searchsorted(first_rows, torch.arange(len(p), device=p.device), right=True) - 1
     row_seeds = seeds[owners.clamp(0, len(seeds) - 1)]
@@ -622,6 +646,7 @@ def accept_rejection(
     recovered = _draw(residual, seeds, position, STREAM_RECOVER)
     following = _draw(p_next, seeds, position, STREAM_SAMPLE)
     tokens = torch.where(last_rows + 1 == first_rows[1:], following, recovered)
+    tokens = torch.where(p_next.isnan().any(-1), -1, tokens)
     return num_accepted, _unless_empty(tokens, first_rows)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from gang import gang_spec, run_in_gang
-from small_model import SMALL, request, run, save_small_checkpoint
+from small_model import SMALL, request, run, save_small_checkpoint, small_config
 
 from dspark_ray.config import ConfigError
 from dspark_ray.runtime import GangSpec, build_engine
@@ -57,3 +58,9 @@ def test_a_size_that_does_not_divide_the_groups_is_refused(checkpoint):
 def test_a_gang_without_a_meeting_place_is_refused(checkpoint):
     with pytest.raises(ConfigError, match="init_method is missing: a gang of 2"):
         GangSpec(checkpoint=str(checkpoint), tensor_parallel_size=2)
+
+
+def test_a_rank_lets_no_product_add_up_in_bfloat16(checkpoint):
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    build_engine(checkpoint, small_config())
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False

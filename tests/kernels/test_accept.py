@@ -62,8 +62,10 @@ def test_an_anchor_is_not_judged() -> None:
 
 def test_coupled_results_are_empty_without_requests_and_minus_one_without_rows() -> None:
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    assert [len(result) for result in gpu.accept_coupled(none, none, first_rows_of([]))] == [0, 0]
-    assert [result.tolist() for result in gpu.accept_coupled(none, none, first_rows_of([0, 0]))] == [[0, 0], [-1, -1]]
+    for side in (gpu, reference):
+        assert [len(result) for result in side.accept_coupled(none, none, first_rows_of([]))] == [0, 0]
+        results = side.accept_coupled(none, none, first_rows_of([0, 0]))
+        assert [result.tolist() for result in results] == [[0, 0], [-1, -1]]
 
 
 @dataclass(frozen=True)
@@ -280,14 +282,54 @@ def test_the_first_draft_that_falls_decides() -> None:
     assert anchors.tolist() == [1, -1, -1] * 9
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("places", [slice(0, 1), slice(899, 900), slice(0, 900)])
+def test_a_row_without_a_softmax_is_not_drawn_from(bad: float, places: slice) -> None:
+    """Whether a draft is judged by it or the token behind the last one is drawn; other requests are as always."""
+    rows = rows_of([4, 1, 3, 2], 900, 8)
+    expected = gpu.accept_rejection(*rows.arguments())
+    logits = rows.logits.clone()
+    logits[rows.first_rows[0], places] = bad
+    logits[rows.first_rows[1], places] = bad
+    logits[rows.first_rows[3] + 1, places] = bad
+    for side in (gpu, reference):
+        accepted, anchors = side.accept_rejection(*replace(rows, logits=logits).arguments())
+        assert accepted.tolist() == [0, 0, *expected[0][2:].tolist()]
+        assert anchors[:2].tolist() == [-1, -1]
+        assert anchors[2] == expected[1][2]
+        assert anchors[3] == (-1 if accepted[3] == 1 else expected[1][3])
+
+
+def test_a_row_with_nothing_to_draw_gives_no_token() -> None:
+    rows = rows_of([3, 1], 300, 4)
+    rows = replace(rows, logits=torch.full_like(rows.logits, -torch.inf))
+    for side in (gpu, reference):
+        accepted, anchors = side.accept_rejection(*rows.arguments())
+        assert (accepted.tolist(), anchors.tolist()) == ([0, 0], [-1, -1])
+
+
+def test_a_draft_of_unknown_probability_falls_and_p_is_drawn_from() -> None:
+    rows = rows_of([2] * 12, 300, 4)
+    q_probabilities = rows.q_probabilities.clone()
+    q_probabilities[:, 2] = torch.nan
+    rows = replace(rows, q_probabilities=q_probabilities)
+    results = [side.accept_rejection(*rows.arguments()) for side in (gpu, reference)]
+    p = rows.logits[::2].double().softmax(-1)
+    noise = gumbel_noise(rows.seeds, rows.positions[::2], STREAM_RECOVER, 0, 300)
+    for accepted, anchors in results:
+        assert not accepted.any()
+        assert torch.equal(anchors, (p.log() + noise).argmax(-1))
+
+
 def test_rejection_results_are_empty_without_requests_and_minus_one_without_rows() -> None:
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     floats, ids = torch.zeros(0, 9, device=DEVICE), none.view(0, 9)
-    results = gpu.accept_rejection(none, floats, ids, floats, none, none, first_rows_of([]))
-    assert [len(result) for result in results] == [0, 0]
     seeds = integers(0, 9, 2)
-    results = gpu.accept_rejection(none, floats, ids, floats, seeds, none, first_rows_of([0, 0]))
-    assert [result.tolist() for result in results] == [[0, 0], [-1, -1]]
+    for side in (gpu, reference):
+        results = side.accept_rejection(none, floats, ids, floats, none, none, first_rows_of([]))
+        assert [len(result) for result in results] == [0, 0]
+        results = side.accept_rejection(none, floats, ids, floats, seeds, none, first_rows_of([0, 0]))
+        assert [result.tolist() for result in results] == [[0, 0], [-1, -1]]
 
 
 def test_too_many_ids_in_q_are_refused() -> None:

@@ -125,6 +125,19 @@ def test_the_best_token_stays_whatever_the_filter() -> None:
     assert torch.equal(gpu.lowest_kept_logit(logits, *draws, UNLIMITED), best)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("filter_", [(1.0, UNLIMITED, 1.0, 0.1), (0.7, 3, 1.0, 0.0), (1.0, UNLIMITED, 0.9, 0.0)])
+@pytest.mark.usefixtures("small_blocks")
+def test_rows_without_a_softmax_have_no_limit(bad: float, filter_: tuple[float, int, float, float]) -> None:
+    logits = compare.random(3, 100)
+    logits[0, 57], logits[1] = bad, bad
+    draws = filters(*[filter_] * 3)
+    actual, expected = (side.lowest_kept_logit(logits, *draws, UNLIMITED) for side in (gpu, reference))
+    assert actual[:2].isnan().all()
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual[2], expected[2])
+
+
 def test_a_row_of_many_blocks_is_searched_in_full_size() -> None:
     logits = compare.random(2, 9001, dtype=torch.bfloat16, scale=2.0)
     assert_same_filter(logits, filters((0.8, 50, 0.95, 0.0), (3.0, UNLIMITED, 0.9, 0.0)))

@@ -62,9 +62,28 @@ def test_scores_keep_their_precision_far_from_zero() -> None:
 
 
 def test_of_equal_experts_the_lower_ids_win() -> None:
-    hidden, gate = random(3, 64), random(1, 64).expand(10, 64)
+    # Integers, whose sums are the same in every order.
+    hidden, gate = integers(-3, 4, 3, 64).float(), integers(-3, 4, 1, 64).float().expand(10, 64)
     _, experts = gpu.route(hidden, gate, None, None, 4, 1.0, True)
     assert torch.equal(experts.cpu(), torch.arange(4).expand(3, 4))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("biased", [True, False])
+def test_whatever_rows_hold_experts_are_distinct_and_exist(bad: float, biased: bool) -> None:
+    """Any of 10 experts of which kernels look at 16."""
+    hidden, gate = random(4, 64), random(10, 64)
+    hidden[0, 3], hidden[1] = bad, bad
+    gate[7, 5] = torch.nan  # one expert of every row
+    bias = random(10) if biased else None
+    if bias is not None:
+        bias[4:] = -torch.inf
+    for side in (gpu, reference):
+        weights, experts = side.route(hidden, gate, bias, None, 6, 1.0, True)
+        assert ((experts >= 0) & (experts < 10)).all()
+        assert all(len(set(row)) == 6 for row in experts.tolist())
+        assert (experts[2:] == 7).any(1).all()
+        assert weights[2:].isnan().all()
 
 
 @pytest.mark.parametrize("hashed", [True, False])

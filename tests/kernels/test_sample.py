@@ -83,7 +83,7 @@ def test_shards_decide_as_the_whole_row_does() -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_nothing_kept_is_minus_infinity_and_the_first_id() -> None:
+def test_nothing_kept_is_minus_infinity_and_no_id() -> None:
     logits = compare.random(3, 40)
     logits[0] = -torch.inf
     lowest = torch.tensor([-torch.inf, 1e9, 1e9], device=compare.DEVICE)
@@ -92,7 +92,7 @@ def test_nothing_kept_is_minus_infinity_and_the_first_id() -> None:
         assert_same_draws(logits, drawn, first_id=first_id, lowest=lowest)
         values, ids, _ = gpu.gumbel_argmax(logits, *drawn, STREAM_SAMPLE, first_id, lowest)
         assert values.tolist() == [-torch.inf] * 3
-        assert ids.tolist() == [first_id] * 3
+        assert ids.tolist() == [-1] * 3
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -103,11 +103,34 @@ def test_forbidden_tokens_are_passed_over() -> None:
     assert_same_draws(logits, draws(4))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("places", [slice(0, 1), slice(70, 90, 10), slice(99, 100), slice(0, 100)])
+@pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.usefixtures("small_tiles")
-def test_an_infinite_logit_wins() -> None:
-    logits = compare.random(3, 100)
-    logits[:2, 70:90:10] = torch.inf
-    assert_same_draws(logits, draws(3, 1.0, 0.0, 1.0))
+def test_a_row_without_a_softmax_draws_no_id(bad: float, places: slice, filtered: bool) -> None:
+    """Not the first one in silence; other rows of the same call are drawn from as always."""
+    logits, drawn = compare.random(4, 100), draws(4, 1.0, 0.0)
+    expected = gpu.gumbel_argmax(logits[2:], *(tensor[2:] for tensor in drawn), STREAM_SAMPLE, 40)
+    logits[:2, places] = bad
+    lowest = lowest_of(logits, drawn[0], 100) if filtered else None
+    for side in (gpu, reference):
+        values, ids, sums = side.gumbel_argmax(logits, *drawn, STREAM_SAMPLE, 40, lowest)
+        assert values[:2].isnan().all()
+        assert ids[:2].tolist() == [-1, -1]
+        assert not (sums[:2] < torch.inf).any()
+        assert torch.equal(ids[2:], expected[1])
+        compare.assert_close(values[2:], expected[0])
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_shard_that_is_not_a_number_is_noticed_among_others() -> None:
+    logits, drawn = compare.random(2, 80), draws(2, 1.0, 0.0)
+    logits[:, 50] = torch.nan
+    parts = [
+        gpu.gumbel_argmax(logits[:, begin : begin + 40], *drawn, STREAM_SAMPLE, first_id=begin) for begin in (0, 40)
+    ]
+    values, ids = (torch.stack(column) for column in list(zip(*parts, strict=True))[:2])
+    assert ids.gather(0, values.argmax(0, keepdim=True)).tolist() == [[-1, -1]]
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -225,6 +248,26 @@ def test_filtered_drafts_equal_the_reference(dtype: torch.dtype) -> None:
     filters = (top_k, top_p, min_p, UNLIMITED)
     base = compare.random(3, 2, 100, dtype=dtype, scale=2.0)
     assert_same_drafts(base, markov_head(100, 16, dtype), draws(3, 1.0, 0.7, 1.5), filters)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_drafts_are_tokens_whatever_the_logits_hold(bad: float, filtered: bool, everywhere: bool) -> None:
+    """They are verified, and index the Markov head in the next step."""
+    base, drawn = compare.random(3, 3, 100), draws(3, 1.0, 0.0)
+    base[1, 1, :: 1 if everywhere else 20] = bad
+    filters = None
+    if filtered:
+        ones = torch.ones(3, dtype=torch.float64, device=compare.DEVICE)
+        filters = (torch.full((3,), 5, device=compare.DEVICE), ones * 0.9, ones * 0.01, UNLIMITED)
+    arguments = (base, compare.integers(0, 100, 3), *markov_head(100, 16, torch.float32), *drawn, STREAM_DRAFT, filters)
+    for side in (gpu, reference):
+        tokens, sums = side.markov_sample(*arguments)
+        assert (tokens.min() >= 0) & (tokens.max() < 100)
+        if bad != -torch.inf:
+            assert not (sums[1, 1] < torch.inf)
+        assert sums[0].isfinite().all()
 
 
 def test_strided_base_logits_are_drafted_from() -> None:

@@ -265,7 +265,8 @@ def _test_kernel(
             o_q = o_row[:, None] * K + o_k
             b_ids = tl.load(p_q_ids + o_q, mask=m_k, other=-1)
             b_probabilities = tl.load(p_q_probabilities + o_q, mask=m_k, other=0.0).to(tl.float64)
-            b_q += tl.sum(tl.where(b_ids == b_draft[:, None], b_probabilities, 0.0), axis=1)
+            # NaN at any id reaches the sum: the draft falls.
+            b_q += tl.sum(b_probabilities * (b_ids == b_draft[:, None]).to(tl.float64), axis=1)
 
         b_position = tl.load(p_positions + o_row, mask=m_row, other=0)
         b_uniform = uniform(philox_bits(seed, b_position, STREAM, tl.zeros((BLOCK_N,), tl.int32)))
@@ -313,12 +314,16 @@ def _draw_kernel(
     lowest = tl.max(b_maxima) - UNDERFLOW
 
     best = tl.full((), float("-inf"), tl.float64)
-    best_id = tl.full((), 0, tl.int32)
+    best_id = tl.full((), -1, tl.int32)
     first_block = i_split * blocks_each
     for i_block in range(first_block, tl.minimum(first_block + blocks_each, tl.cdiv(V, BLOCK_V))):
         first_id = i_block * BLOCK_V
         o_v = first_id + tl.arange(0, BLOCK_V)
         b_x = tl.load(p_logits + row * stride_n + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
+        # NaN and inf leave nothing to draw from: no other token is better than inf.
+        if tl.min((b_x < float("inf")).to(tl.int32)) == 0:
+            best = tl.full((), float("inf"), tl.float64)
+            best_id = tl.full((), -1, tl.int32)
         b_x = tl.where(b_x >= lowest, b_x, float("-inf"))
         # Few of the K ids lie in one block: they are taken out one after the other.
         m_inside = (b_q_ids >= first_id) & (b_q_ids < first_id + BLOCK_V)
@@ -411,8 +416,9 @@ def _finish_kernel(
         # Other tokens' scores are x + noise: log(weight) is moved to where log(p) is x.
         b_weight = tl.log(tl.where(m_left, b_left, 1.0)) + maximum + tl.log(total)
         b_score = tl.where(m_left, b_weight + b_noise, float("-inf"))
-        if (best == float("-inf")) & (tl.max(b_score) == float("-inf")):
-            # Nothing of p is left, so all of it is at these ids: drawn from p itself.
+        nothing_left = (best == float("-inf")) & (tl.max(b_score) == float("-inf"))
+        if nothing_left | (tl.max((b_q != b_q).to(tl.int32)) > 0):
+            # Nothing of p is left, so all of it is at these ids, or q is NaN: drawn from p itself.
             b_score = tl.where(m_k & (b_p > 0.0), b_x + b_noise, float("-inf"))
         score = tl.max(b_score)
         q_id = tl.min(tl.where(m_k & (b_score == score), b_ids, 2147483647))

@@ -161,7 +161,9 @@ def _lowest_kept_kernel(
             lowest = tl.maximum(lowest, _logit(low))
     # log(0) is -inf, of which not every library is sure.
     ratio = tl.where(min_p > 0, tl.log(tl.where(min_p > 0, min_p, 1.0)).to(tl.float32), float("-inf"))
-    tl.store(p_lowest + i_row, tl.maximum(lowest, top + ratio))
+    # The masses notice NaN and inf, which comparisons pass over.
+    b_is_number = tl.sum(b_masses) < float("inf")
+    tl.store(p_lowest + i_row, tl.where(b_is_number, tl.maximum(lowest, top + ratio), float("nan")))
 
 
 def lowest_kept_logit(

@@ -17,6 +17,7 @@ from .weights import numbers
 _FEW_ROWS = 16
 """Rows up to which a program takes as many; beyond, 64."""
 _MAX_SPLITS = 32
+_LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit(do_not_specialize=["num_rows", "width"])
@@ -94,6 +95,8 @@ def _choose_kernel(
     b_left = b_scores
     if p_bias is not None:
         b_left += tl.load(p_bias + o_experts, mask=o_experts < E, other=0.0).to(tl.float32)
+    # NaN counts as one of the best. Only what is chosen or no expert is -inf, so that choices differ.
+    b_left = tl.where(b_left == b_left, tl.maximum(b_left, _LEAST), float("inf"))
     b_left = tl.where(o_experts < E, b_left, float("-inf"))
     b_weights = tl.zeros((BLOCK_K,), tl.float32)
     for i_choice in tl.static_range(TOP_K):

@@ -217,15 +217,13 @@ def _reduce_kernel(
     p_total_sums,
     num_rows,
     num_splits,
+    ANY_ID: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     o_rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_rows = o_rows < num_rows
     b_values, b_ids = _winners(p_values, p_ids, o_rows, m_rows, num_rows, num_splits, BLOCK_R, BLOCK_S)
-    tl.store(p_best_values + o_rows, b_values, mask=m_rows)
-    tl.store(p_best_ids + o_rows, b_ids.to(tl.int64), mask=m_rows)
-
     b_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, num_splits, BLOCK_S):
@@ -237,7 +235,14 @@ def _reduce_kernel(
         b_shift = tl.where(tl.abs(b_top) == float("inf"), 0.0, b_top)
         b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_sums - b_shift[None, :]), 0)
         b_max = b_top
-    tl.store(p_total_sums + o_rows, b_max + _log(b_sum), mask=m_rows)
+    b_total = b_max + _log(b_sum)
+    # The sum notices NaN and inf, which comparisons pass over.
+    b_values = tl.where(b_total < float("inf"), b_values, float("nan"))
+    if not ANY_ID:
+        b_ids = tl.where(b_values > float("-inf"), b_ids, -1)
+    tl.store(p_best_values + o_rows, b_values, mask=m_rows)
+    tl.store(p_best_ids + o_rows, b_ids.to(tl.int64), mask=m_rows)
+    tl.store(p_total_sums + o_rows, b_total, mask=m_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
@@ -271,8 +276,7 @@ def _gumbel_argmax_kernel(
         b_lowest = tl.load(p_lowest + o_row)
 
     b_rough = tl.full([1], float("-inf"), tl.float32)
-    # The first id, which a row without a leader answers.
-    b_ids = tl.full([1], OFFSET, tl.int32) + 4 * first_block
+    b_ids = tl.full([1], -1, tl.int32)
     b_at = tl.zeros([1], tl.float32)
     b_max = tl.full([1], float("-inf"), tl.float32)
     b_sum = tl.zeros([1], tl.float32)
@@ -460,15 +464,15 @@ def _markov_tiles(num_requests: int, weight: Tensor) -> _Tiles:
     return _Tiles(64, 32, rank, splits=32, per_processor=2 if rank <= 256 else 1)
 
 
-def _reduce(values: Tensor, ids: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three results [n] of partial ones [S, n]."""
+def _reduce(values: Tensor, ids: Tensor, sums: Tensor, any_id: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The three results [n] of partial ones [S, n]; with `any_id` an id also where there is nothing to draw from."""
     num_splits, num_rows = values.shape
     best_values, total_sums = values.new_empty(num_rows), sums.new_empty(num_rows)
     best_ids = ids.new_empty(num_rows, dtype=torch.int64)
     grid = (triton.cdiv(num_rows, _REDUCED_ROWS),)
     block_s = min(triton.next_power_of_2(num_splits), _REDUCED_SPLITS)
     _reduce_kernel[grid](
-        values, ids, sums, best_values, best_ids, total_sums, num_rows, num_splits, _REDUCED_ROWS, block_s
+        values, ids, sums, best_values, best_ids, total_sums, num_rows, num_splits, any_id, _REDUCED_ROWS, block_s
     )
     return best_values, best_ids, total_sums
 
@@ -579,7 +583,7 @@ def markov_sample(
             num_warps=4,
             num_stages=tiles.num_stages,
         )
-    _, tokens, log_sums = _reduce(values, ids, sums)
+    _, tokens, log_sums = _reduce(values, ids, sums, any_id=True)
     return tokens.view(shape), log_sums.view(shape)
 
 
@@ -601,5 +605,6 @@ def _markov_sample_filtered(
         logits = linear_float32(w1[previous], w2).add_(base_logits[:, k])
         lowest = lowest_kept_logit(logits, temperatures, *filters)
         _, previous, sums = gumbel_argmax(logits, temperatures, seeds, positions + k, stream, lowest=lowest)
+        previous = previous.clamp_min(0)
         tokens[:, k], log_sums[:, k] = previous, sums
     return tokens, log_sums
