@@ -268,8 +268,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Choose experts: by `hash_experts` [N, top_k] where given, else the best of score + bias.
 
-    Returns (weights [N, top_k] float32, experts [N, top_k]). Chosen experts are distinct and in range whatever the scores
-    are: NaN counts as one of the best, and makes weights NaN. Source: DeepSeek-V4 specification 2.6.
+    Returns (weights [N, top_k] float32, experts [N, top_k]). Chosen experts are distinct and in range whatever the
+    scores are: NaN counts as one of the best, and makes weights NaN. Source: DeepSeek-V4 specification 2.6.
     """
     scores = F.softplus(F.linear(hidden.float(), gate.float())).sqrt()
     if hash_experts is not None:
