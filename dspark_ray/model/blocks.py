@@ -192,7 +192,7 @@ class Gate(nn.Module):
         else:
             self.bias = empty(config.n_routed_experts, dtype=torch.float32)
 
-    def forward(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, token_ids: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
         config = self.config
         chosen = None if self.tid2eid is None else self.tid2eid[token_ids]
         return ops.route(
@@ -203,6 +203,7 @@ class Gate(nn.Module):
             config.num_experts_per_tok,
             config.routed_scaling_factor,
             config.norm_topk_prob,
+            padding,
         )
 
 
@@ -251,8 +252,9 @@ class MoE(nn.Module):
         self.experts = Experts(config, group)
         self.shared_experts = SharedExpert(config, group)
 
-    def forward(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        weights, chosen = self.gate(hidden, token_ids)
+    def forward(self, hidden: Tensor, token_ids: Tensor, padding: Tensor | None = None) -> Tensor:
+        """[N, d] -> [N, d]. Rows that `padding` [N] marks have no experts read for them."""
+        weights, chosen = self.gate(hidden, token_ids, padding)
         experts = self.experts
         routed = ops.moe(
             hidden,
@@ -283,8 +285,17 @@ class Block(nn.Module):
         self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale = hyper_connection(config)
         self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale = hyper_connection(config)
 
-    def forward(self, streams: Tensor, token_ids: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """streams [N, m, d] -> [N, m, d]; `attend` is the attention sublayer on normed rows [N, d]."""
+    def forward(
+        self,
+        streams: Tensor,
+        token_ids: Tensor,
+        attend: Callable[[Tensor], Tensor],
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """streams [N, m, d] -> [N, m, d]; `attend` is the attention sublayer on normed rows [N, d].
+
+        `padding` [N] (bool) marks rows whose results are not used.
+        """
         config = self.config
 
         def read(fn: Tensor, base: Tensor, scale: Tensor, norm: Weight) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,4 +306,4 @@ class Block(nn.Module):
         streams = ops.mhc_write(attend(hidden), streams, post, comb)
 
         hidden, post, comb = read(self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, self.ffn_norm)
-        return ops.mhc_write(self.ffn(hidden, token_ids), streams, post, comb)
+        return ops.mhc_write(self.ffn(hidden, token_ids, padding), streams, post, comb)

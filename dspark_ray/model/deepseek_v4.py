@@ -73,7 +73,7 @@ class DeepSeekV4(nn.Module):
             assert isinstance(block, Block)
             ratio = block.attn.ratio
             layer = _CachedAttention(block.attn, rows.window, rows.compressed.get(ratio), angles[ratio], layer_cache)
-            streams = block(streams, rows.token_ids, layer.forward_at(rows.positions))
+            streams = block(streams, rows.token_ids, layer.forward_at(rows.positions), rows.padding)
             if number in tapped:
                 taps[number] = streams.mean(dim=1)
         features = torch.cat([taps[number] for number in tapped], dim=-1) if taps else None

@@ -91,6 +91,8 @@ class Rows:
     window: PoolIndex
     compressed: dict[int, CompressIndex]
     """By compression ratio."""
+    padding: Tensor | None = None
+    """[N] bool: rows that only fill up a recorded step, and need no experts; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ class Layout:
     staged_from: Tensor | None
     """[N] position from which on the row's sequence is in staging, beyond every position for a block; None if all
     are blocks."""
+    padding: Tensor | None = None
+    """[N] bool: rows of no sequence; None where there are none."""
 
 
 def build_rows(segments: SequenceOf[Segment], shape: CacheShape, device: torch.device | str = "cpu") -> Rows:

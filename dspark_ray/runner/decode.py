@@ -50,12 +50,13 @@ class _Blocks:
         self.table.copy_(torch.from_numpy(host))
 
     def layout(self, num_rows: int) -> Layout:
-        """Flattened to `num_rows` rows; those of nobody write into staging and see themselves alone."""
+        """Flattened to `num_rows` rows; padding rows write into staging and see themselves alone."""
         length, anchor, start, slot = self.table[:, :4].unbind(1)
         drafts, pages = self.table[:, 4 : 4 + self.gamma], self.table[:, 4 + self.gamma :]
         token_ids, positions, owners, _ = ops.pack_rows(length, anchor, drafts, start, num_rows)
-        nobody, owners = owners < 0, owners.clamp_min(0)
-        return Layout(token_ids, positions, slot[owners], owners, pages, torch.where(nobody, 0, NEVER))
+        padding, owners = owners < 0, owners.clamp_min(0)
+        staged_from = torch.where(padding, 0, NEVER)
+        return Layout(token_ids, positions, slot[owners], owners, pages, staged_from, padding)
 
 
 def fixed_rows(layout: Layout, shape: CacheShape, max_length: int) -> Rows:
@@ -67,7 +68,8 @@ def fixed_rows(layout: Layout, shape: CacheShape, max_length: int) -> Rows:
     compressed = {
         ratio: compress_index(layout, shape, ratio, closing, max_length // ratio, None) for ratio in shape.raw_rings
     }
-    return Rows(layout.token_ids, layout.positions, window_index(layout, shape, None), compressed)
+    window = window_index(layout, shape, None)
+    return Rows(layout.token_ids, layout.positions, window, compressed, layout.padding)
 
 
 class TargetGraphs:

@@ -4,6 +4,10 @@ FP8 weight   E4M3, one power-of-two scale per block of 128 x 128 (output x input
 FP4 weight   two E2M1 codes per byte, low nibble first, one power-of-two scale per output channel and 32 inputs
 packed key   bytes: E4M3 outside the rotary part, the rotary part as bfloat16, one E8M0 scale per 64 of the former
 activation   E4M3 with one power-of-two scale per row and 128 channels; never stored, only rounded to
+
+Scales are E8M0 bytes. Kernels shift a byte into the exponent of a float32 (or bfloat16), which is what `decode_scale`
+does for the bytes 1 .. 254 that checkpoints hold. Byte 0 is 2^-127 here and 0 in kernels, byte 255 NaN here and inf
+there.
 """
 
 from __future__ import annotations

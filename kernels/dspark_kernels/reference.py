@@ -265,8 +265,11 @@ def route(
     top_k: int,
     scale: float,
     norm: bool,
+    padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose experts: by `hash_experts` [N, top_k] where given, else the best of score + bias.
+
+    Rows that `padding` [N] (bool) marks choose expert -1, which is none; their weights may be anything.
 
     Returns (weights [N, top_k] float32, experts [N, top_k]). Chosen experts are distinct and in range whatever the
     scores are: NaN counts as one of the best, and makes weights NaN. Source: DeepSeek-V4 specification 2.6.
@@ -279,7 +282,7 @@ def route(
     weights = scores.gather(1, experts)
     if norm:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights * scale, experts
+    return weights * scale, experts if padding is None else experts.masked_fill(padding.unsqueeze(1), -1)
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -379,7 +382,7 @@ def _moe_dense(
     local = experts - first_expert
     mine = (local >= 0) & (local < num_experts)
     mix = weights.new_zeros(hidden.shape[0], num_experts)
-    mix = mix.scatter_add(1, local.clamp(0, num_experts - 1), weights * mine)  # [N, E]
+    mix = mix.scatter_add(1, local.clamp(0, num_experts - 1), weights.where(mine, 0.0))  # [N, E]
     rows = hidden.unsqueeze(0).expand(num_experts, -1, -1)
     gate, up = torch.bmm(rows, w13.transpose(1, 2)).float().chunk(2, dim=-1)
     inner = swiglu(gate, up, limit) * mix.t().unsqueeze(-1)

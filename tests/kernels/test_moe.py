@@ -133,8 +133,9 @@ def test_rows_that_choose_no_expert_add_nothing(kind: str, num_rows: int) -> Non
     padding = torch.arange(num_rows, device=DEVICE) % 3 == 1
     weights[padding], experts[padding] = torch.nan, -1
     dtype = torch.bfloat16
-    actual = check(random(num_rows, 128, dtype=dtype), weights, experts, experts_of(kind, 4, 128, 128, dtype), 8)
-    assert not actual[padding].any()
+    hidden, stored = random(num_rows, 128, dtype=dtype), experts_of(kind, 4, 128, 128, dtype)
+    assert not check(hidden, weights, experts, stored, 8)[padding].any()
+    assert not reference.moe(hidden, weights, experts, *stored[:2], LIMIT, 8, 0, *stored[2:])[padding].any()
 
 
 def test_experts_that_the_layer_has_not_are_refused() -> None:

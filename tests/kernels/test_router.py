@@ -87,6 +87,21 @@ def test_whatever_rows_hold_experts_are_distinct_and_exist(bad: float, biased: b
 
 
 @pytest.mark.parametrize("hashed", [True, False])
+def test_padding_rows_choose_no_expert(hashed: bool) -> None:
+    hidden, gate = random(7, 64), random(8, 64)
+    table = integers(0, 8, 7, 2) if hashed else None
+    padding = integers(0, 2, 7) == 1
+    weights, experts = gpu.route(hidden, gate, random(8), table, 2, 1.5, True, padding)
+    expected_weights, expected = reference.route(hidden, gate, None, table, 2, 1.5, True)
+    if hashed:
+        assert torch.equal(experts[~padding], expected[~padding])
+        assert_close(weights[~padding], expected_weights[~padding])
+    assert (experts[padding] == -1).all()
+    assert (experts[~padding] >= 0).all()
+    assert torch.equal(reference.route(hidden, gate, None, table, 2, 1.5, True, padding)[1] == -1, experts == -1)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
 def test_no_rows_give_no_choices(hashed: bool) -> None:
     table = integers(0, 8, 0, 2) if hashed else None
     weights, experts = gpu.route(random(0, 64), random(8, 64), None, table, 2, 1.0, True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from dspark_kernels.formats import KEY_GROUP, packed_key_bytes
 
 from .norm import check_rotary, load_angles, normed, rows_of, turned
+from .weights import scaled_groups
 
 
 @triton.jit
@@ -42,14 +43,10 @@ def make_key(
 def round_fp8(b_groups):
     """(E4M3 values [GROUPS, GROUP], biased exponents [GROUPS] of their scales) of float32 groups [GROUPS, GROUP].
 
-    As `formats.round_fp8`. The scale's exponent is ceil(log2(amax / 448)): 448 is 1.75 * 2^8, so the exponent of amax
-    less 8, and one more where its mantissa is above 1.75. No value exceeds 448 times that scale: nothing is clipped.
+    As `formats.round_fp8`.
     """
-    b_bits = tl.maximum(tl.max(tl.abs(b_groups), axis=1), 1e-4).to(tl.int32, bitcast=True)
-    b_exponents = ((b_bits + 0x1FFFFF) >> 23) - 8
-    # A power of two is divided by through its reciprocal, exactly.
-    b_reciprocals = ((254 - b_exponents) << 23).to(tl.float32, bitcast=True)
-    return (b_groups * b_reciprocals[:, None]).to(tl.float8e4nv), b_exponents
+    b_scaled, b_exponents = scaled_groups(b_groups)
+    return b_scaled.to(tl.float8e4nv), b_exponents
 
 
 @triton.jit

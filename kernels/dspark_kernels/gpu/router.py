@@ -75,6 +75,7 @@ def _choose_kernel(
     p_logits,
     p_bias,
     p_hash_experts,
+    p_padding,
     p_weights,
     p_experts,
     num_rows,
@@ -99,15 +100,19 @@ def _choose_kernel(
     b_left = tl.where(b_left == b_left, tl.maximum(b_left, _LEAST), float("inf"))
     b_left = tl.where(o_experts < E, b_left, float("-inf"))
     b_weights = tl.zeros((BLOCK_K,), tl.float32)
+    if p_padding is not None:
+        is_padding = tl.load(p_padding + i_row) != 0
     for i_choice in tl.static_range(TOP_K):
         if p_hash_experts is not None:
             i_expert = tl.load(p_hash_experts + i_row * TOP_K + i_choice)
         else:
             i_expert = tl.argmax(b_left, axis=0)
             b_left = tl.where(o_experts == i_expert, float("-inf"), b_left)
-            tl.store(p_experts + i_row * TOP_K + i_choice, i_expert.to(tl.int64))
         score = tl.sum(tl.where(o_experts == i_expert, b_scores, 0.0))
         b_weights = tl.where(o_choices == i_choice, score, b_weights)
+        if p_padding is not None:
+            i_expert = tl.where(is_padding, -1, i_expert)
+        tl.store(p_experts + i_row * TOP_K + i_choice, i_expert.to(tl.int64))
     if NORM:
         b_weights /= tl.sum(b_weights)
     tl.store(p_weights + i_row * TOP_K + o_choices, b_weights * scale, mask=o_choices < TOP_K)
@@ -121,6 +126,7 @@ def route(
     top_k: int,
     scale: float,
     norm: bool,
+    padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.route`."""
     (num_rows, d), num_experts = hidden.shape, len(gate)
@@ -128,10 +134,7 @@ def route(
         raise ValueError(f"top {top_k} of {num_experts} experts: expected at least one and no more than there are")
     hidden, gate = hidden.contiguous(), gate.contiguous()
     weights = hidden.new_empty(num_rows, top_k, dtype=torch.float32)
-    if hash_experts is None:
-        experts = hidden.new_empty(num_rows, top_k, dtype=torch.int64)
-    else:
-        bias, experts = None, hash_experts.contiguous()
+    experts = hidden.new_empty(num_rows, top_k, dtype=torch.int64)
     if num_rows == 0:
         return weights, experts
 
@@ -160,8 +163,9 @@ def route(
     )
     _choose_kernel[(num_rows,)](
         logits,
-        bias,
-        hash_experts if hash_experts is None else experts,
+        None if hash_experts is not None else bias,
+        None if hash_experts is None else hash_experts.contiguous(),
+        None if padding is None else padding.contiguous().view(torch.uint8),
         weights,
         experts,
         num_rows,

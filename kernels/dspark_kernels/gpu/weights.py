@@ -227,16 +227,24 @@ def whole_sum(b_sum, FORMAT: tl.constexpr, SLICES: tl.constexpr):
 
 
 @triton.jit
-def round_activations(b_groups):
-    """(E4M3 numbers [GROUPS, GROUP], scales [GROUPS]) of groups [GROUPS, GROUP], all as float32: `formats.round_fp8`.
+def scaled_groups(b_groups):
+    """(float32 groups / scales, biased exponents [GROUPS] of the scales) of float32 groups [GROUPS, GROUP].
 
-    The scale's exponent is ceil(log2(amax / 448)). As 448 is 1.75 * 2^8 that is the exponent of amax, less 8, and one
-    more where its mantissa is above 1.75. Nothing exceeds 448 then, and nothing has to be clipped.
+    Scales are those of `formats.round_fp8`: the exponent is ceil(log2(amax / 448)). As 448 is 1.75 * 2^8 that is the
+    exponent of amax, less 8, and one more where its mantissa is above 1.75. Nothing exceeds 448 then, and nothing has
+    to be clipped.
     """
     b_bits = tl.maximum(tl.max(tl.abs(b_groups), axis=1), _AMAX_FLOOR).to(tl.int32, bitcast=True)
     b_exponents = ((b_bits + 0x1FFFFF) >> 23) - 8
     # A power of two is divided by through its reciprocal, exactly.
-    b_numbers = b_groups * ((254 - b_exponents) << 23).to(tl.float32, bitcast=True)[:, None]
+    b_reciprocals = ((254 - b_exponents) << 23).to(tl.float32, bitcast=True)
+    return b_groups * b_reciprocals[:, None], b_exponents
+
+
+@triton.jit
+def round_activations(b_groups):
+    """(E4M3 numbers [GROUPS, GROUP], scales [GROUPS]) of groups [GROUPS, GROUP], all float32: `formats.round_fp8`."""
+    b_numbers, b_exponents = scaled_groups(b_groups)
     # Adding 1.5 * 2^23 steps leaves float32 no room for fractions of a step. There are 8 steps between a power of two
     # and the next, and as many below the lowest one. Not a cast to FP8: the interpreter rounds that wrong.
     b_bits = tl.maximum(tl.abs(b_numbers), 0.015625).to(tl.int32, bitcast=True) & 0x7F800000
