@@ -44,14 +44,16 @@ def _moe(num_rows: int, kind: str) -> object:
     experts = torch.empty(num_rows, _TOP_K, dtype=torch.int64)
     shapes = [(_EXPERTS, 2 * _INNER, _D), (_EXPERTS, _D, _INNER)]
     if kind == "plain":
-        return gpu.moe(hidden, weights, experts, *(torch.empty(*shape, dtype=_BFLOAT16) for shape in shapes), 10.0)
+        return gpu.moe(
+            hidden, weights, experts, *(torch.empty(*shape, dtype=_BFLOAT16) for shape in shapes), 10.0, _EXPERTS
+        )
     if kind == "fp8":
         w13, w2 = (torch.empty(*shape, dtype=torch.float8_e4m3fn) for shape in shapes)
         scales = [_scale(e, rows // 128, columns // 128) for e, rows, columns in shapes]
     else:
         w13, w2 = (torch.empty(e, rows, columns // 2, dtype=torch.int8) for e, rows, columns in shapes)
         scales = [_scale(e, rows, columns // 32) for e, rows, columns in shapes]
-    return gpu.moe(hidden, weights, experts, w13, w2, 10.0, 0, *scales)
+    return gpu.moe(hidden, weights, experts, w13, w2, 10.0, _EXPERTS, 0, *scales)
 
 
 def _linear(num_rows: int, out_channels: int, in_channels: int) -> object:
