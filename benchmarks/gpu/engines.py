@@ -41,12 +41,13 @@ def build(
     replayed: bool,
     speculation: bool,
     verification: VerificationMode = "coupled",
+    max_num_seqs: int | None = None,
 ) -> Engine:
-    """An engine that verifies every draft; in a dry run it drafts for fewer requests."""
+    """An engine that verifies every draft, for MAX_REQUESTS at once unless `max_num_seqs` says otherwise."""
     return build_engine(
         TINY,
         EngineConfig(
-            max_num_seqs=4 if device.is_dry else MAX_REQUESTS,
+            max_num_seqs=max_num_seqs or (4 if device.is_dry else MAX_REQUESTS),
             max_num_batched_tokens=128 if device.is_dry else 256,
             max_model_len=512,
             dtype=dtype,
