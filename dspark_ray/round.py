@@ -1,4 +1,4 @@
-"""The parts of one round: what was drafted, what each sequence runs, and what came of it."""
+"""The parts of one round: what was drafted, what each sequence runs, and what was accepted."""
 
 from __future__ import annotations
 
