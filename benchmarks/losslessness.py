@@ -45,14 +45,16 @@ def measure() -> list[dict[str, Any]]:
             plain, speculative = (texts(device, dtype, at_once, speculation) for speculation in (False, True))
             found = compared(SPECULATIVE, speculative, PLAIN, plain)
             lines.append({"dtype": dtype, "at_once": at_once, "texts": found.texts, "places": found.places})
-            print(f"{dtype}, {at_once} at once: {found.parted} of {found.texts} texts part, at {found.places}", flush=True)
+            told = f"{found.parted} of {found.texts} texts part, at {found.places}"
+            print(f"{dtype}, {at_once} at once: {told}", flush=True)
     return lines
 
 
 def table(content: dict[str, Any]) -> str:
     """Texts that part, in Markdown."""
     counts = " | ".join(str(at_once) for at_once in AT_ONCE)
-    lines = [f"| texts of {MAX_TOKENS} tokens that part, by requests at once | {counts} |", f"|---|{'---|' * len(AT_ONCE)}"]
+    title = f"texts of {MAX_TOKENS} tokens that part, by requests at once"
+    lines = [f"| {title} | {counts} |", f"|---|{'---|' * len(AT_ONCE)}"]
     for dtype in DTYPES:
         cells = [f"{len(one['places'])} of {one['texts']}" for one in content["lines"] if one["dtype"] == dtype]
         lines.append(f"| {dtype} | {' | '.join(cells)} |")
