@@ -155,8 +155,8 @@ class EngineChannel:
     def lose(self, reason: str) -> None:
         """End every stream with EngineLost, now and from now on."""
         self.lost = reason
-        for reader in self._readers.values():
-            reader.put(EngineLost(reason, reader.is_submitted))
+        for request_id, reader in self._readers.items():
+            reader.put(EngineLost(reason, reader.is_submitted, self._trials.is_trying(request_id)))
 
     async def until_unread(self) -> None:
         """Wait until every stream has been read to its end."""

@@ -25,10 +25,11 @@ RefusalReason = Literal["invalid", "queue_full", "failed"]
 class EngineLost(Exception):
     """The engine that had this request died or cannot be reached; another one can go on with it."""
 
-    def __init__(self, reason: str, in_flight: bool = False) -> None:
-        """`in_flight`: the engine had begun with the request, so the request may be why it died."""
-        super().__init__(reason, in_flight)
-        self.reason, self.in_flight = reason, in_flight
+    def __init__(self, reason: str, in_flight: bool = False, on_trial: bool | None = None) -> None:
+        """`in_flight`: the engine had begun with the request, so the request may be why it died. `on_trial`: it was the
+        suspect that the engine tried at that moment; None where the engine could not say."""
+        super().__init__(reason, in_flight, on_trial)
+        self.reason, self.in_flight, self.on_trial = reason, in_flight, on_trial
 
     def __str__(self) -> str:
         return self.reason

@@ -27,6 +27,10 @@ class TrialQueue:
         self._waiting.append(request)
         self._go_on()
 
+    def is_trying(self, request_id: str) -> bool:
+        """Whether the request is the suspect that runs now."""
+        return request_id == self._current
+
     def leave(self, request_id: str) -> None:
         """The request needs no trial any more; unknown ids need none."""
         self._waiting = deque(request for request in self._waiting if request.request_id != request_id)

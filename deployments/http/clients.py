@@ -100,7 +100,7 @@ def _translated(error: Exception) -> Exception:
     """A dead process is a lost engine; an exception of living code is a failure of its own."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, EngineLost):
-        return EngineLost(cause.reason, cause.in_flight)
+        return EngineLost(cause.reason, cause.in_flight, cause.on_trial)
     if isinstance(error, BackPressureError):
         return EngineBusy(error.message)
     if isinstance(error, (DeploymentUnavailableError, ReplicaUnavailableError)):

@@ -435,7 +435,7 @@ async def test_a_suspect_that_still_waits_was_not_in_flight(channel, engine):
     channel.lose("the gang died")
     engine.step_gate.set()
     results = await asyncio.gather(first, second, return_exceptions=True)
-    assert [result.in_flight for result in results] == [True, False]
+    assert [(result.in_flight, result.on_trial) for result in results] == [(True, True), (False, False)]
 
 
 async def collect(events: AsyncGenerator[EngineEvent]) -> list[EngineEvent]:

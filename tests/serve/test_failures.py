@@ -135,6 +135,7 @@ def test_a_request_that_kills_takes_two_gangs_and_no_third(app, seed):
             with contextlib.suppress(LookupError):
                 engines.add(process_of("Engine", APP))
             time.sleep(0.1)
+    assert innocent.result().status_code == 200, innocent.result().text
     assert innocent.result().json()["choices"][0]["text"] == text
     assert poison.result().status_code == 500
     error = poison.result().json()["error"]["message"]

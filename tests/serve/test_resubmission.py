@@ -112,6 +112,18 @@ async def test_a_suspect_whose_engine_dies_again_is_given_up(clock):
     assert len(client.attempts) == 2
 
 
+async def test_a_suspect_whose_trial_was_over_where_it_ran_is_not_given_up(clock):
+    """The tokens that ended its trial did not arrive before the next suspect killed the engine."""
+    client = ScriptedClient(
+        [accepted(), EngineLost("died", True)],
+        [accepted(), tokens(TRIAL_TOKENS - 1), EngineLost("died", True, on_trial=False)],
+        [accepted(), tokens(1), EngineLost("died", True, on_trial=True)],
+    )
+    with pytest.raises(EngineFailed):
+        await run(client, clock)
+    assert len(client.attempts) == 3
+
+
 async def test_a_suspect_that_waits_for_its_trial_does_not_count_a_loss(clock):
     client = ScriptedClient(
         [accepted(), EngineLost("died", True)],
