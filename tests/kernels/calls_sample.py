@@ -1,4 +1,4 @@
-"""Sampling at DeepSeek-V4-Flash shapes, for the compile check."""
+"""Calls of sampling, to compile."""
 
 from __future__ import annotations
 
@@ -6,33 +6,35 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from model_shapes import GAMMA, MODELS, ROWS, VOCABULARY
 
 from dspark_kernels import gpu
 from dspark_kernels.philox import STREAM_SAMPLE
 
-_VOCAB, _SHARD, _RANK, _GAMMA = 129280, 16160, 256, 5
+_SHARD = VOCABULARY // 8
 
 
-def flash_calls() -> dict[str, Callable[[], object]]:
-    """Calls by name, for one request and for 256."""
-    calls: dict[str, Callable[[], object]] = {}
-    for num_rows, num_requests in ((6, 1), (1536, 256)):
+def calls() -> dict[str, Callable[[], object]]:
+    """By name and rows: what to call. Rows are blocks of six, or one row alone."""
+    found: dict[str, Callable[[], object]] = {}
+    for num_rows in ROWS:
         case = f"N={num_rows}"
         for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
-            logits = torch.empty(num_rows, _VOCAB, dtype=dtype)
-            calls[f"gumbel_argmax {name} [{case}]"] = partial(
+            logits = torch.empty(num_rows, VOCABULARY, dtype=dtype)
+            found[f"gumbel_argmax {name} [{case}]"] = partial(
                 gpu.gumbel_argmax, logits, *_draws(num_rows), STREAM_SAMPLE
             )
-            calls[f"lowest_kept_logit {name} [{case}]"] = partial(_lowest_kept_logit, logits)
-        base = torch.empty(num_requests, _GAMMA, _VOCAB)
-        calls[f"markov_sample [{case}]"] = partial(_markov_sample, base)
+            found[f"lowest_kept_logit {name} [{case}]"] = partial(_lowest_kept_logit, logits)
+        base = torch.empty(-(-num_rows // (1 + GAMMA)), GAMMA, VOCABULARY)
+        for model in MODELS:
+            found[f"markov_sample {model.name} [{case}]"] = partial(_markov_sample, base, model.markov_rank)
         shard = torch.empty(num_rows, _SHARD, dtype=torch.bfloat16)
         lowest = torch.zeros(num_rows)
-        calls[f"gumbel_argmax shard with filter [{case}]"] = partial(
+        found[f"gumbel_argmax shard with filter [{case}]"] = partial(
             gpu.gumbel_argmax, shard, *_draws(num_rows), STREAM_SAMPLE, first_id=3 * _SHARD, lowest=lowest
         )
-        calls[f"edit_logits [{case}]"] = partial(_edit_logits, shard)
-    return calls
+        found[f"edit_logits [{case}]"] = partial(_edit_logits, shard)
+    return found
 
 
 def _draws(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,8 +42,8 @@ def _draws(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.ones(num_rows, dtype=torch.float64), integers[0], integers[1]
 
 
-def _markov_sample(base: torch.Tensor) -> object:
-    weights = torch.empty(_VOCAB, _RANK, dtype=torch.bfloat16)
+def _markov_sample(base: torch.Tensor, rank: int) -> object:
+    weights = torch.empty(VOCABULARY, rank, dtype=torch.bfloat16)
     anchors = torch.zeros(len(base), dtype=torch.int64)
     return gpu.markov_sample(base, anchors, weights, weights, *_draws(len(base)), STREAM_SAMPLE)
 

@@ -1,32 +1,32 @@
-"""Planning and acceptance at DeepSeek-V4-Flash shapes: one request with five drafts, and 256 of them."""
+"""Calls of planning and acceptance, to compile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from model_shapes import GAMMA, ROWS, VOCABULARY
 
 from dspark_kernels import gpu
 
-_GAMMA, _VOCABULARY, _Q_IDS = 5, 129280, 64
+_Q_IDS = 64
 
 
-def flash_calls() -> dict[str, Callable[[], object]]:
-    """Calls by name; the tensors' values mean nothing."""
-    calls: dict[str, Callable[[], object]] = {}
-    for num_requests in (1, 256):
-        calls.update(_calls(num_requests))
-    return calls
+def calls() -> dict[str, Callable[[], object]]:
+    """By name and rows: what to call. Rows are blocks of six, or one row alone."""
+    found: dict[str, Callable[[], object]] = {}
+    for num_rows in ROWS:
+        found |= _calls(num_rows, -(-num_rows // (1 + GAMMA)))
+    return found
 
 
-def _calls(num_requests: int) -> dict[str, Callable[[], object]]:
-    num_rows = num_requests * (1 + _GAMMA)
+def _calls(num_rows: int, num_requests: int) -> dict[str, Callable[[], object]]:
     requests = torch.zeros(num_requests, dtype=torch.int64)
     rows = torch.zeros(num_rows, dtype=torch.int64)
     first_rows = torch.zeros(num_requests + 1, dtype=torch.int64)
-    confidences = torch.empty(num_requests, _GAMMA)
-    drafts = torch.empty(num_requests, _GAMMA, dtype=torch.int64)
-    logits = torch.empty(num_rows, _VOCABULARY)
+    confidences = torch.empty(num_requests, GAMMA)
+    drafts = torch.empty(num_requests, GAMMA, dtype=torch.int64)
+    logits = torch.empty(num_rows, VOCABULARY)
     q_ids = torch.empty(num_rows, _Q_IDS, dtype=torch.int64)
     q_probabilities = torch.empty(num_rows, _Q_IDS)
     thresholds, budget = torch.empty(num_requests), torch.tensor(num_rows)
