@@ -3,7 +3,8 @@
     python tests/kernels/test_compiles.py          all calls of all calls_*.py, a line per kernel
     python tests/kernels/test_compiles.py mhc      those whose name begins so
 
-All numbers of rows are compiled: with few, many kernels are other code than with many.
+The tests compile, of each operation, the call with most rows, and of operations that are other code with fewer rows
+those calls too. The whole list takes seven minutes and is for when a launcher changes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ MAY_SPILL = {
 """By kernel: bytes that it may spill, and why they do not matter."""
 
 
-pytestmark = pytest.mark.timeout(1500)  # two cores take some minutes for all kernels
+OTHER_CODE = {"linear_fp8": (1, 6), "moe": (1, 6), "sparse_attention": (1, 6), "mhc_read": (24,)}
+"""Numbers of rows, beside the most, at which operations launch other kernels, or kernels with other tiles."""
+
+pytestmark = pytest.mark.timeout(1500)  # two cores take some minutes
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,26 @@ class Report:
     error: str | None
 
 
+def sample(calls: list[str]) -> list[str]:
+    """Those that the tests compile of names that are the same but for the `[N=rows]` at their end."""
+    by_variant: dict[str, dict[int, str]] = {}
+    for call in calls:
+        variant, _, rows = call.partition(" [")
+        found = re.search(r"\d+", rows)
+        by_variant.setdefault(variant, {})[int(found[0]) if found else 0] = call
+    kept = []
+    for variant, by_rows in by_variant.items():
+        wanted = {max(by_rows), *OTHER_CODE.get(variant.partition(" ")[0], ())}
+        kept += [by_rows[rows] for rows in sorted(wanted & by_rows.keys())]
+    return kept
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
     """From a process of its own: kernels are either compiled or interpreted as long as a process lives."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(KERNELS)}
-    command = [sys.executable, __file__, "--json"]
+    command = [sys.executable, __file__, "--sample", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return [Report(**json.loads(line)) for line in done.stdout.splitlines()]
@@ -113,12 +131,14 @@ def main() -> None:
     """Compile, with as many processes as there are cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("start", nargs="?", default="", help="of the names of the calls to compile; all without it")
+    parser.add_argument("--sample", action="store_true", help="those that the tests compile")
     parser.add_argument("--json", action="store_true", help="a line per call, to be read by a program")
     arguments = parser.parse_args()
     sys.path.insert(0, str(KERNELS))
     for file in sorted(HERE.glob("calls_*.py")):
         _calls.update(importlib.import_module(file.stem).calls())
     names = [name for name in _calls if name.startswith(arguments.start)]
+    names = sample(names) if arguments.sample else names
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         for report in pool.map(_compile, names):
             print(json.dumps(asdict(report)) if arguments.json else _described(report), flush=True)
