@@ -144,7 +144,8 @@ class _Progress:
                 raise error
         now = self._clock()
         self._avoid = self._replica or self._avoid
-        if self._deadline is None:
+        # An engine that could say this had the request, perhaps waiting for its trial: the search begins anew.
+        if self._deadline is None or error.on_trial is not None:
             self._deadline = now + self._policy.deadline_seconds
         if now >= self._deadline:
             raise error

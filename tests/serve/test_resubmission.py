@@ -124,6 +124,17 @@ async def test_a_suspect_whose_trial_was_over_where_it_ran_is_not_given_up(clock
     assert len(client.attempts) == 3
 
 
+async def test_a_suspect_that_waited_in_an_engine_that_died_has_the_whole_deadline_again(clock):
+    """The engine took longer to start than the deadline, and another suspect killed it."""
+    client = ScriptedClient(
+        [accepted(), EngineLost("died", True, on_trial=False)],
+        *[[EngineLost("died", False, on_trial=False)]] * 60,
+        [accepted(), END],
+    )
+    await run(client, clock)
+    assert len(client.attempts) == 62
+
+
 async def test_a_suspect_that_waits_for_its_trial_does_not_count_a_loss(clock):
     client = ScriptedClient(
         [accepted(), EngineLost("died", True)],
