@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(dspark_kernels, "has_kernels", lambda tensor: True)
     for name in OPERATIONS:
         monkeypatch.setattr(dspark_kernels, name, dspark_kernels._operation(counted(name, found.references)))
-    assert torch.is_grad_enabled(), "a serving process records gradients unless it is told not to"
+    assert torch.is_grad_enabled(), "gradient mode is on by default, as in a serving process"
     return found
 
 
