@@ -45,7 +45,7 @@ $(RAY_TOKEN):
 
 serve: $(INSTALLED) $(RAY_TOKEN) ## Start a local Ray and the application of CONFIG, until Ctrl-C.
 	RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$(CURDIR)/$(RAY_TOKEN) \
-		exec $(BIN)/python -m deployments.local --with-parent $(CONFIG)
+		exec $(BIN)/python -m deployments.launch.local --with-parent $(CONFIG)
 
 generate: $(INSTALLED) ## Continue PROMPT in the terminal, without Ray.
 	$(BIN)/dspark-ray generate "$$PROMPT" $(ARGS)
@@ -75,7 +75,7 @@ bench-controller: $(INSTALLED) ## Simulate load control and autoscaling; writes 
 	$(BIN)/python -m benchmarks.controller --readme $(ARGS)
 
 bench-kernels: $(INSTALLED) ## Measure every kernel against its floor and a compiled reference (needs a GPU).
-	$(BIN)/python -m benchmarks.kernels $(ARGS)
+	$(BIN)/python -m benchmarks.gpu.kernels $(ARGS)
 
 chaos: $(INSTALLED) ## Kill, stop and break every process while streams run; writes benchmarks/results/chaos* and goes on where it stopped.
 	$(BIN)/python -m benchmarks.chaos $(ARGS)

@@ -1,0 +1,1 @@
+"""Load control: NVML probes, saturation, thresholds, and the autoscaling policy."""

@@ -20,14 +20,14 @@ from typing import Any
 import httpx
 import yaml
 
-from benchmarks import report
-from benchmarks.application import Answer, all_together, one_after_the_other, running
-from benchmarks.gang import Gang, Job, Outcome, free_port
-from benchmarks.notebook import Notebook, fingerprint_of
+from benchmarks.harness import report
+from benchmarks.harness.application import Answer, all_together, one_after_the_other, running
+from benchmarks.harness.gang import Gang, Job, Outcome, free_port
+from benchmarks.harness.notebook import Notebook, fingerprint_of
 from deployments.args import AppArgs
 from dspark_ray.config import VerificationMode
-from dspark_ray.runtime import GangSpec
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.ranks.gang import GangSpec
+from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.training.corpus import KINDS, held_out_prompts
 from dspark_ray.types import Request, SamplingParams, SpeculationStats, SpeculativeParams
 

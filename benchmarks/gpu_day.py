@@ -35,19 +35,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
 from benchmarks.gpu.claims import verdicts
 from benchmarks.gpu.comparisons import comparisons
 from benchmarks.gpu.records import STAGE_KINDS, Record, to_json
 from benchmarks.gpu.stage import Job, Stage, StageResult, StageRun, read_records
 from benchmarks.gpu.tables import markdown
 from benchmarks.gpu.timings import kernel_times, round_times
+from benchmarks.harness import report
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / ".build" / "gpu_day"
 FIGURES = "gpu_day.json"
 KERNELS, ROUND = "kernels.json", "round.json"
-"""As benchmarks.kernels and benchmarks.round write them, for the tables that they make."""
+"""As benchmarks.gpu.kernels and benchmarks.gpu.round write them, for the tables that they make."""
 
 LIMITS = {"tests": 150.0, "checks": 90.0, "texts": 120.0, "nvml": 40.0, "benchmarks": 130.0}
 """Seconds of a stage; each may also use what those before it left."""
@@ -127,7 +127,9 @@ class Plan:
         jobs = [self._job(name, LIMITS["texts"], cache if name.startswith("start-up") else {}) for name in names]
         # What benchmarks will need is compiled while cores are idle.
         rounds = ("--shape", "tiny", "--requests", "1", "--context", "128") if self._is_dry else ROUNDS
-        jobs.append(self._python("compile-round", "benchmarks.round", *rounds, "--compile", seconds=LIMITS["texts"]))
+        jobs.append(
+            self._python("compile-round", "benchmarks.gpu.round", *rounds, "--compile", seconds=LIMITS["texts"])
+        )
         return [jobs, [self._job("start-up:warm", 40, cache)]]
 
     def _nvml(self) -> list[list[Job]]:
@@ -146,11 +148,11 @@ class Plan:
             compared = [*kernels, *workers, "--ops", COMPARED_OPS, "--requests", "8", "--minutes", "1.5"]
             kernels += [*workers, "--requests", "1,32", "--minutes", "1.3", "--without-baseline"]
         jobs = [
-            self._python("kernels", "benchmarks.kernels", *kernels, seconds=85),
-            self._python("round", "benchmarks.round", *rounds, seconds=60),
+            self._python("kernels", "benchmarks.gpu.kernels", *kernels, seconds=85),
+            self._python("round", "benchmarks.gpu.round", *rounds, seconds=60),
         ]
         if compared:
-            jobs.append(self._python("compiled references", "benchmarks.kernels", *compared, seconds=100))
+            jobs.append(self._python("compiled references", "benchmarks.gpu.kernels", *compared, seconds=100))
         return [[job] for job in jobs]
 
     def _job(self, name: str, seconds: float, environment: dict[str, str] | None = None) -> Job:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
 from benchmarks.gpu.comparisons import PLAIN, SPECULATIVE, compared
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.engines import DTYPES, MAX_REQUESTS, DType, build, held_out_requests, run
+from benchmarks.harness import report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "losslessness.json"

@@ -1,0 +1,1 @@
+"""The Serve application: HTTP edge, engine replicas, load controller, command line."""

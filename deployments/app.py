@@ -7,12 +7,12 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from deployments.args import AppArgs
-from deployments.engine import EngineReplica
-from deployments.gang import actor_options
-from deployments.ingress import Ingress
-from deployments.load import LoadControllerReplica
-from deployments.ports import check_not_shared
-from deployments.routing import AvoidingRouter
+from deployments.http.ingress import Ingress
+from deployments.launch.ports import check_not_shared
+from deployments.load_controller import LoadControllerReplica
+from deployments.replica.engine import EngineReplica
+from deployments.replica.gang import actor_options
+from deployments.replica.routing import AvoidingRouter
 
 _MAX_HEARTBEATS = 10_000
 """At once: each is answered in microseconds, and none should wait for another."""

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from autoscale.controller import ControllerConfig
 from autoscale.presets import controller_config
-from deployments.keys import KeySource, read_keys
+from deployments.http.keys import KeySource, read_keys
 from dspark_ray.config import CacheDType, ConfigError, DType, EngineConfig, ModelConfig, ScheduleKind, VerificationMode
 from dspark_ray.types import MAX_DRAFT_TOKENS
 

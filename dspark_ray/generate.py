@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from dspark_ray.config import EngineConfig
-from dspark_ray.engine import Engine
-from dspark_ray.records import explain
-from dspark_ray.runtime import build_engine
-from dspark_ray.text import TextStream
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.engine.records import explain
+from dspark_ray.engine.step_loop import Engine
+from dspark_ray.ranks.gang import build_engine
+from dspark_ray.text.stream import TextStream
+from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.types import Request, SamplingParams, SpeculationStats, SpeculativeParams, StepRecord
 
 

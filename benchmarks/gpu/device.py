@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.kernel_floors import FLASH, TINY, Shapes
+from benchmarks.gpu.floors import FLASH, TINY, Shapes
 from dspark_ray.runner.graphs import Capture, CudaCapture, Outputs, Replay
 
 _FLUSH_BYTES = 256 * 2**20
@@ -34,7 +34,7 @@ class Device:
             started = time.perf_counter()
             function()
             return 1e6 * (time.perf_counter() - started)
-        from benchmarks.kernels import Clock, Recorded
+        from benchmarks.gpu.kernels import Clock, Recorded
 
         clock, recorded = Clock(self.torch), Recorded(lambda *_: function(), [()])
         clock.warm_up([recorded])

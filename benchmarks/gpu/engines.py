@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.gpu.device import Device
 from dspark_ray.config import EngineConfig, VerificationMode
-from dspark_ray.engine import Engine
+from dspark_ray.engine.step_loop import Engine
 from dspark_ray.evaluation.accepted_length import KINDS, AcceptedLength, held_out_token_ids
-from dspark_ray.runtime import build_engine
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.ranks.gang import build_engine
+from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.types import Request, SamplingParams, SpeculationStats
 
 TINY = Path(__file__).resolve().parents[2] / "deployments" / "tiny"

@@ -49,7 +49,7 @@ def interpret_as_a_gpu() -> None:
     """Let the interpreter round as a GPU does, until the process ends."""
     import pytest
 
-    from benchmarks.kernels import of_tests
+    from benchmarks.gpu.kernels import of_tests
 
     of_tests("interpreting").compute_as_a_gpu(pytest.MonkeyPatch())
 

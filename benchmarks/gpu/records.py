@@ -152,7 +152,7 @@ class SignalReading:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One operation at V4-Flash's shapes, from benchmarks.kernels."""
+    """One operation at V4-Flash's shapes, from benchmarks.gpu.kernels."""
 
     op: str
     requests: int
@@ -168,7 +168,7 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class RoundTime:
-    """One round of a V4-Flash-shaped model, from benchmarks.round."""
+    """One round of a V4-Flash-shaped model, from benchmarks.gpu.round."""
 
     requests: int
     rows: int

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.device import Device
+from benchmarks.gpu.floors import CASES, EDITS_PER_ROW, FLASH, OPERATIONS, Case
+from benchmarks.gpu.inputs import Args, Inputs
+from benchmarks.gpu.kernels import WRITTEN, results_of
 from benchmarks.gpu.records import RowBits
-from benchmarks.kernel_floors import CASES, EDITS_PER_ROW, FLASH, OPERATIONS, Case
-from benchmarks.kernel_inputs import Args, Inputs
-from benchmarks.kernels import WRITTEN, results_of
 
 MOST_ROWS, FEW_ROWS = 263, 11
 """Primes, so that no other dimension of an argument is as large; FEW_ROWS in a dry run."""

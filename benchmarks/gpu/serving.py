@@ -14,9 +14,9 @@ from torch import Tensor
 import dspark_kernels
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.engines import build, held_out_requests, run
+from benchmarks.gpu.floors import OPERATIONS
+from benchmarks.gpu.kernels import of_tests as kernel_tests
 from benchmarks.gpu.records import NanDraw, RecordedStep, ServedBy
-from benchmarks.kernel_floors import OPERATIONS
-from benchmarks.kernels import of_tests as kernel_tests
 from dspark_kernels import reference
 from dspark_kernels.philox import STREAM_SAMPLE
 from dspark_ray.config import VerificationMode

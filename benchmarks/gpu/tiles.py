@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.device import Device
+from benchmarks.gpu.floors import Case
+from benchmarks.gpu.inputs import Inputs
 from benchmarks.gpu.records import TileTime
-from benchmarks.kernel_floors import Case
-from benchmarks.kernel_inputs import Inputs
 
 CHOSEN = "as chosen"
 JOBS = ("mhc_read", "moe")

@@ -1,4 +1,4 @@
-"""Figures of benchmarks.kernels and benchmarks.round, read from the files that they write."""
+"""Figures of benchmarks.gpu.kernels and benchmarks.gpu.round, read from the files that they write."""
 
 from __future__ import annotations
 

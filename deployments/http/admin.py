@@ -11,14 +11,14 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ConfigDict, Field
 
 from autoscale.controller import Bounds
-from deployments.generation import EngineClient
 from deployments.http.answers import StepsAnswer
 from deployments.http.auth import BEARER
 from deployments.http.errors import ApiError, as_api_errors, documented, invalid, request_id_of
 from deployments.http.fields import DraftTokens, Finite, Schema, Seed, Share
+from deployments.http.generation import EngineClient
 from deployments.http.service import ControllerClient, Service
-from deployments.messages import MAX_STEPS
-from dspark_ray.records import to_json
+from deployments.replica.messages import MAX_STEPS
+from dspark_ray.engine.records import to_json
 from dspark_ray.types import MAX_POLICY_SECONDS, VerificationPolicy
 
 _REPLICA = "^[!-~]{1,256}$"

@@ -14,9 +14,9 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 from starlette.types import Receive, Scope, Send
 
-from deployments.generation import Piece, generate_text, merge
 from deployments.http.answers import Metrics, SpeculationMetrics, Usage, join_stats
 from deployments.http.errors import ApiError, as_api_errors
+from deployments.http.generation import Piece, generate_text, merge
 from deployments.http.jobs import Job
 from deployments.http.service import Service
 from dspark_ray.types import SpeculationStats

@@ -67,7 +67,7 @@ def _having(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 class Message(Schema):
-    """One message; `dspark_ray.chat` checks what each role needs of it."""
+    """One message; `dspark_ray.text.messages.deepseek_v4` checks what each role needs of it."""
 
     _IGNORED = frozenset(
         {"annotations", "cache_control", "id", "images", "name", "provider_specific_fields", "thinking_blocks"}
@@ -93,7 +93,7 @@ class Message(Schema):
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """For `dspark_ray.chat`. OpenAI's `developer` is what older models call `system`."""
+        """For `dspark_ray.text.messages.deepseek_v4`. OpenAI's `developer` is what older models call `system`."""
         message = self.model_dump(exclude_none=True)
         return message | {"role": "system"} if self.role == "developer" else message
 
@@ -139,14 +139,14 @@ class Conversation(Schema):
         return self
 
     def message_dicts(self) -> list[dict[str, Any]]:
-        """For `dspark_ray.chat`."""
+        """For `dspark_ray.text.messages.deepseek_v4`."""
         messages = [message.as_dict() for message in self.messages or ()]
         if self.continue_final_message:
             messages[-1]["wo_eos"] = True
         return messages
 
     def chat_options(self) -> dict[str, Any]:
-        """Arguments of `dspark_ray.chat.render_parts`."""
+        """Arguments of `dspark_ray.text.messages.deepseek_v4.render_parts`."""
         opens = self.add_generation_prompt
         return {"add_generation_prompt": not self.continue_final_message if opens is None else opens}
 

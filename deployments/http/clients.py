@@ -19,8 +19,8 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from autoscale.controller import Bounds
-from deployments.generation import EngineBusy, EngineFailed, EngineLost
-from deployments.messages import EngineEvent, StepLog
+from deployments.http.generation import EngineBusy, EngineFailed, EngineLost
+from deployments.replica.messages import EngineEvent, StepLog
 from dspark_ray.types import Request, VerificationPolicy
 
 _CONTROLLER_SECONDS = 5.0

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 from starlette.types import Scope
 
-from deployments.generation import EngineBusy, EngineFailed, EngineLost, RequestRefused
+from deployments.http.generation import EngineBusy, EngineFailed, EngineLost, RequestRefused
 from dspark_ray.types import RequestError
 
 logger = logging.getLogger("ray.serve")

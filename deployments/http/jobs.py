@@ -11,8 +11,8 @@ from deployments.http.requests import CompletionRequest, GenerationRequest, choi
 from deployments.http.service import Service
 from deployments.http.tokenizing import too_long
 from deployments.http.writers import AnswerWriter, ChatWriter, CompletionWriter
-from dspark_ray.chat import render_parts
-from dspark_ray.text import TextStream
+from dspark_ray.text.messages.deepseek_v4 import render_parts
+from dspark_ray.text.stream import TextStream
 from dspark_ray.types import MAX_CHOICES, Request, SamplingParams
 
 

@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from autoscale.controller import Bounds
-from deployments.generation import EngineClient
+from deployments.http.generation import EngineClient
 from deployments.http.readiness import Readiness
+from deployments.http.resubmission import ResubmissionPolicy
 from deployments.http.tokenizing import TokenizerPool
-from deployments.resubmission import ResubmissionPolicy
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("ray.serve")
 

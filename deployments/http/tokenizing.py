@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from deployments.http.errors import CONTEXT_LENGTH_EXCEEDED, ApiError, invalid, overloaded
-from dspark_ray.chat import PromptPart
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.messages.deepseek_v4 import PromptPart
+from dspark_ray.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from deployments.generation import Piece
 from deployments.http.answers import (
     AssistantMessage,
     ChatChoice,
@@ -26,7 +25,8 @@ from deployments.http.answers import (
     ShownToken,
     TokenChance,
 )
-from dspark_ray.tokenizer import Tokenizer
+from deployments.http.generation import Piece
+from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.types import TokenLogprobs
 
 _LOWEST_LOGPROB = -9999.0

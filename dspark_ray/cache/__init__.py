@@ -1,0 +1,1 @@
+"""Pages of the KV cache, and the tensors they index."""

@@ -1,0 +1,1 @@
+"""Drafters: the DSpark module, its heads, its context, and the link to a drafter in another process."""

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from dspark_ray.config import EngineConfig, VerificationMode
-from dspark_ray.engine import Engine
-from dspark_ray.runtime import build_engine
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.engine.step_loop import Engine
+from dspark_ray.ranks.gang import build_engine
+from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.training.corpus import held_out_prompts
 from dspark_ray.types import Request, SamplingParams
 

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from dspark_ray.config import ConfigError, EngineConfig, ModelConfig
-from dspark_ray.engine import Engine
+from dspark_ray.engine.step_loop import Engine
 from dspark_ray.evaluation.accepted_length import held_out_token_ids
 from dspark_ray.evaluation.pictures import ReliabilityPanel, draw_reliability
-from dspark_ray.runtime import STS_FILE, build_engine
+from dspark_ray.ranks.gang import STS_FILE, build_engine
 from dspark_ray.speculative.calibration import (
     Reliability,
     Temperatures,
@@ -37,7 +37,7 @@ from dspark_ray.speculative.calibration import (
     reliability,
 )
 from dspark_ray.speculative.prefix_schedule import survival
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.types import Request, RequestError, SamplingParams
 
 TokenIds = tuple[int, ...]

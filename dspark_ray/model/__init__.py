@@ -1,0 +1,1 @@
+"""The DeepSeek-V4 target: its layers, the rows of a step, and the ranks that share a layer."""

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from dspark_ray.config import EngineConfig
-from dspark_ray.engine import Engine
-from dspark_ray.runtime import build_engine
+from dspark_ray.engine.step_loop import Engine
+from dspark_ray.ranks.gang import build_engine
 from dspark_ray.types import Request, SamplingParams
 
 PROMPT_TOKENS, TOTAL_TOKENS = 96, 512

@@ -15,7 +15,7 @@ from echo_engine import EchoEngine
 from http_server import running_server
 from test_admin import LocalController
 
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.tokenizer import Tokenizer
 
 if __name__ == "__main__":
     stop = threading.Event()

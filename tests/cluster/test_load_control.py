@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from ray_application import Application, live_actors, running_yaml, wait_until
 from small_checkpoint import save_small_checkpoint, tokens_in_process
 
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.tokenizer import Tokenizer
 
 PROMPT = "two replicas, one text"
 MAX_TOKENS = 60

@@ -11,7 +11,7 @@ from nodes import node, running_cluster
 from ray_application import live_actors, num_placement_groups, running_application, wait_until
 from small_checkpoint import save_small_checkpoint, tokens_in_process
 
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.tokenizer import Tokenizer
 
 PROMPT = "three nodes, one text"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_model import SMALL, build_small_engine
 
-from dspark_ray.engine import Engine
+from dspark_ray.engine.step_loop import Engine
 
 torch.set_num_threads(1)
 

@@ -10,8 +10,8 @@ import torch.multiprocessing as multiprocessing
 from small_model import run
 
 from dspark_ray.config import EngineConfig
-from dspark_ray.engine import Engine
-from dspark_ray.runtime import GangSpec, join_as_drafter, join_as_follower, join_as_leader, leave_gang
+from dspark_ray.engine.step_loop import Engine
+from dspark_ray.ranks.gang import GangSpec, join_as_drafter, join_as_follower, join_as_leader, leave_gang
 from dspark_ray.types import Request
 
 

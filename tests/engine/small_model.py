@@ -14,11 +14,11 @@ from dspark_ray.checkpoint.writer import save_checkpoint
 from dspark_ray.config import EngineConfig, ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
 from dspark_ray.drafters.protocol import Drafter
-from dspark_ray.drafters.worker import DraftWorker, InlineDrafter
-from dspark_ray.engine import Engine
+from dspark_ray.engine.step_loop import Engine
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
-from dspark_ray.model.executor import LocalTarget, TargetRank
 from dspark_ray.model.rows import CacheShape
+from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
+from dspark_ray.ranks.executor import LocalTarget, TargetRank
 from dspark_ray.runner.decode import TargetGraphs
 from dspark_ray.runner.graphs import Capture
 from dspark_ray.training.initial import initialise

@@ -11,12 +11,12 @@ import pytest
 from small_model import build_small_engine
 
 import deployments
-from dspark_ray.cli import main
+from deployments.console.cli import main
 from dspark_ray.config import ConfigError
 from dspark_ray.evaluation import calibrate
 from dspark_ray.evaluation.calibrate import Rounds, collect, prompts_from_file, report, split_prompts, table
 from dspark_ray.speculative.calibration import Temperatures
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.types import SamplingParams
 
 TINY = Path(deployments.__file__).parent / "tiny"

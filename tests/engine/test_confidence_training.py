@@ -16,7 +16,7 @@ from dspark_ray.checkpoint.reader import CheckpointError
 from dspark_ray.config import ConfigError, EngineConfig
 from dspark_ray.drafters.heads import ConfidenceHead
 from dspark_ray.evaluation.calibrate import collect
-from dspark_ray.runtime import STS_FILE, build_engine
+from dspark_ray.ranks.gang import STS_FILE, build_engine
 from dspark_ray.speculative.calibration import Temperatures
 from dspark_ray.training import confidence
 from dspark_ray.training.confidence import HeadRounds, StoredHead, choose_weights, fit_weights, record, recording

@@ -1,4 +1,4 @@
-"""The round of benchmarks/device_round.py says what the engine says."""
+"""The round of benchmarks/gpu/device_round.py says what the engine says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_model import SMALL, build_small_engine, request, run, small_config, small_modules
 
-from benchmarks.device_round import DeviceRound, Requests
+from benchmarks.gpu.device_round import DeviceRound, Requests
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.drafters.pools import DraftPools
 from dspark_ray.model.rows import CacheShape, Segment, build_rows

@@ -14,11 +14,11 @@ import torch
 from small_model import SMALL, build_small_engine, request, run, run_outputs, small_config, small_modules, tokens_of
 
 from dspark_ray.drafters.protocol import DraftProposal
-from dspark_ray.drafters.worker import DraftWorker, InlineDrafter
-from dspark_ray.engine import Engine
+from dspark_ray.engine.sequence import Sequence
+from dspark_ray.engine.step_loop import Engine
+from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
 from dspark_ray.sampling.rows import SamplingRows
 from dspark_ray.sampling.sampler import Sampler
-from dspark_ray.sequence import Sequence
 from dspark_ray.speculative.cost import CostTable, Curve
 from dspark_ray.speculative.planner import Planner
 from dspark_ray.types import Request, RequestError, SamplingParams, SequenceOutput, StepRecord

@@ -10,7 +10,7 @@ from gang import gang_spec, run_in_gang
 from small_model import SMALL, request, run, save_small_checkpoint, small_config
 
 from dspark_ray.config import ConfigError
-from dspark_ray.runtime import GangSpec, build_engine
+from dspark_ray.ranks.gang import GangSpec, build_engine
 
 PROMPT = tuple((11 * n + 5) % SMALL.vocab_size for n in range(70))
 REQUESTS = [

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.drafters.protocol import ContextUpdate, DraftRequest
-from dspark_ray.drafters.worker import DraftWorker
 from dspark_ray.model.rows import CacheShape, Segment, build_rows
+from dspark_ray.ranks.draft_worker import DraftWorker
 from dspark_ray.runner.decode import TargetGraphs
 from dspark_ray.runner.graphs import GraphSet, Outputs, Replay, graph_sizes, holding
 from dspark_ray.sampling.sampler import DraftSampling

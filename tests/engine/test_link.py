@@ -6,9 +6,9 @@ from typing import Any
 
 from small_model import SMALL, build_small_engine, request, run, small_config, small_modules
 
-from dspark_ray.drafters.link import Close, DraftServer, KeepAlive, RemoteDrafter
 from dspark_ray.drafters.protocol import DraftRequest
-from dspark_ray.drafters.worker import DraftWorker
+from dspark_ray.ranks.draft_link import Close, DraftServer, KeepAlive, RemoteDrafter
+from dspark_ray.ranks.draft_worker import DraftWorker
 
 PROMPT = tuple((3 * n + 2) % SMALL.vocab_size for n in range(15))
 

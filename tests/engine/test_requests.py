@@ -20,7 +20,7 @@ from small_model import (
 )
 
 from dspark_ray.drafters.protocol import ContextUpdate, DraftProposal, DraftRequest
-from dspark_ray.drafters.worker import DraftWorker, InlineDrafter
+from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
 from dspark_ray.types import QueueFullError, Request, RequestError, SamplingParams
 
 PROMPT = tuple((5 * n + 1) % SMALL.vocab_size for n in range(19))

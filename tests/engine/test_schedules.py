@@ -10,9 +10,9 @@ from small_model import SMALL, build_small_engine, request, run, run_outputs, sm
 
 from dspark_ray.config import ConfigError, EngineConfig
 from dspark_ray.drafters.protocol import DraftProposal, DraftRequest
-from dspark_ray.drafters.worker import DraftWorker, InlineDrafter
-from dspark_ray.engine import Engine
-from dspark_ray.profiler import load_or_profile, profile
+from dspark_ray.engine.profiler import load_or_profile, profile
+from dspark_ray.engine.step_loop import Engine
+from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
 from dspark_ray.speculative.cost import CostTable, Curve
 from dspark_ray.speculative.planner import Batch, Planner
 from dspark_ray.types import SequenceOutput, StepRecord, VerificationPolicy

@@ -13,9 +13,9 @@ import torch.multiprocessing as multiprocessing
 from gang import gang_spec
 from small_model import request, run, save_small_checkpoint
 
-from dspark_ray import runtime
-from dspark_ray.model.executor import TargetRank
-from dspark_ray.runtime import GangSpec, build_engine, join_as_drafter, join_as_follower, join_as_leader, leave_gang
+from dspark_ray.ranks import gang as runtime
+from dspark_ray.ranks.executor import TargetRank
+from dspark_ray.ranks.gang import GangSpec, build_engine, join_as_drafter, join_as_follower, join_as_leader, leave_gang
 from dspark_ray.speculative.cost import CostTable, Curve
 
 PEER_TIMEOUT = 5.0

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 import deployments
+from deployments.console.cli import main
 from dspark_ray.checkpoint.inspect import describe
-from dspark_ray.cli import main
 from dspark_ray.config import EngineConfig, ModelConfig
 from dspark_ray.evaluation.accepted_length import held_out_token_ids, measure
 from dspark_ray.evaluation.calibrate import collect, report
-from dspark_ray.runtime import STS_FILE, build_engine
+from dspark_ray.ranks.gang import STS_FILE, build_engine
 from dspark_ray.speculative.calibration import Temperatures
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.types import SamplingParams
 
 TINY = Path(deployments.__file__).parent / "tiny"

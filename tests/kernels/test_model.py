@@ -34,10 +34,10 @@ from dspark_kernels import gpu, reference
 from dspark_ray.config import EngineConfig
 from dspark_ray.drafters.dspark import BlockOutput, DSparkModule, FeatureProjector
 from dspark_ray.drafters.pools import DraftPools
-from dspark_ray.drafters.worker import DraftWorker, InlineDrafter
-from dspark_ray.engine import Engine
+from dspark_ray.engine.step_loop import Engine
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
-from dspark_ray.model.executor import LocalTarget, TargetRank
+from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
+from dspark_ray.ranks.executor import LocalTarget, TargetRank
 from dspark_ray.runner.decode import DraftGraphs, TargetGraphs
 from dspark_ray.runner.graphs import Capture, CudaCapture, Outputs, Replay
 from dspark_ray.types import Request, SamplingParams, SpeculativeParams

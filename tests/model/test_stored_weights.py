@@ -23,7 +23,7 @@ from dspark_ray.drafters.pools import DraftPools
 from dspark_ray.model.blocks import Weight
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.parallel import ParallelGroup
-from dspark_ray.runtime import build_engine
+from dspark_ray.ranks.gang import build_engine
 from dspark_ray.training.initial import initialise
 from dspark_ray.types import Request, SamplingParams, SpeculativeParams
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dspark_ray.chat import SPECIAL
+from dspark_ray.text.messages.deepseek_v4 import SPECIAL
 
 BOS, EOS, NOISE = 0, 1, 2
 _MARKERS = (SPECIAL.user, SPECIAL.assistant, SPECIAL.think_start, SPECIAL.think_end)

@@ -17,7 +17,7 @@ from byte_tokenizer import EOS, NUM_TOKENS, save_byte_tokenizer
 from echo_engine import EchoEngine
 from http_server import Server, running_server
 
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

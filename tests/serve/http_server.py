@@ -16,14 +16,14 @@ import zmq
 from byte_tokenizer import BOS
 from echo_engine import EchoEngine
 
-from deployments.channel import MAX_FRAMES, EngineChannel
-from deployments.generation import EngineBusy, EngineLost
+from deployments.http.generation import EngineBusy, EngineLost
+from deployments.http.resubmission import ResubmissionPolicy
 from deployments.http.routes import build_http
 from deployments.http.service import ControllerClient, Service
-from deployments.messages import EngineEvent, Ready, StepLog, encode
-from deployments.resubmission import ResubmissionPolicy
-from deployments.workers import StepLoop
-from dspark_ray.tokenizer import Tokenizer
+from deployments.replica.channel import MAX_FRAMES, EngineChannel
+from deployments.replica.messages import EngineEvent, Ready, StepLog, encode
+from deployments.replica.workers import StepLoop
+from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.types import Request, SequenceOutput, VerificationPolicy
 
 MAX_MODEL_LEN = 256

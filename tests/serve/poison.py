@@ -6,8 +6,8 @@ import os
 import signal
 from typing import NoReturn
 
-from benchmarks import chaos_faults
-from deployments.workers import StepLoop
+from benchmarks.chaos import faults as chaos_faults
+from deployments.replica.workers import StepLoop
 from dspark_ray.types import Request
 
 KILLS, RAISES = 666, 667

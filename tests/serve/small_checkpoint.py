@@ -11,7 +11,7 @@ from dspark_ray.checkpoint.writer import save_checkpoint
 from dspark_ray.config import EngineConfig, ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
-from dspark_ray.runtime import build_engine
+from dspark_ray.ranks.gang import build_engine
 from dspark_ray.training.initial import initialise
 from dspark_ray.types import Request, SamplingParams
 

@@ -16,11 +16,11 @@ from http_server import HTTP, Server, running_server
 from pydantic import ValidationError
 
 from deployments.args import AppArgs
-from deployments.generation import EngineBusy, EngineFailed, EngineLost
+from deployments.console.cli import main
 from deployments.http.auth import KeyGuard
-from dspark_ray.cli import main
+from deployments.http.generation import EngineBusy, EngineFailed, EngineLost
 from dspark_ray.config import ConfigError
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.tokenizer import Tokenizer
 
 USER_ROUTES = [
     ("POST", "/v1/completions"),

@@ -15,9 +15,9 @@ from http_server import HTTP, Server, running_server
 from autoscale.controller import Bounds, ControllerConfig, LoadController
 from autoscale.signals import DeviceLoad, NodeLoad
 from autoscale.thresholds import FixedThreshold
-from deployments.generation import EngineBusy
-from deployments.heartbeat import LoadWindow
-from dspark_ray.tokenizer import Tokenizer
+from deployments.http.generation import EngineBusy
+from deployments.replica.heartbeat import LoadWindow
+from dspark_ray.text.tokenizer import Tokenizer
 
 SAMPLE = LoadWindow("replica-1", 8).take(1.0)
 GPU = DeviceLoad(kind="gpu", index=0, uuid="GPU-0", name="a GPU", tensor_activity=0.5)

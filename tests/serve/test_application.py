@@ -27,7 +27,7 @@ from ray_application import (
 )
 from small_checkpoint import ENGINE, save_small_checkpoint, tokens_in_process
 
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.tokenizer import Tokenizer
 
 WORKERS = ("VerifierWorker", "DrafterWorker")
 PROMPT = "def main(arguments):"

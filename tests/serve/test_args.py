@@ -17,7 +17,7 @@ import deployments
 from autoscale.presets import load_preset
 from autoscale.thresholds import FixedThreshold
 from deployments.args import AppArgs, LoadControllerArgs
-from deployments.gang import actor_options, bundle_order
+from deployments.replica.gang import actor_options, bundle_order
 from dspark_ray.config import EngineConfig
 
 PACKAGE = Path(deployments.__file__).parent

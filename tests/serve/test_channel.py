@@ -21,8 +21,8 @@ from echo_engine import EchoEngine
 from http_server import running_loop
 from pydantic import ValidationError
 
-from deployments.channel import EngineChannel, Observer
-from deployments.messages import (
+from deployments.replica.channel import EngineChannel, Observer
+from deployments.replica.messages import (
     MAX_STEPS,
     TRIAL_TOKENS,
     Accepted,
@@ -36,7 +36,7 @@ from deployments.messages import (
     decode,
     encode,
 )
-from deployments.workers import StepLoop
+from deployments.replica.workers import StepLoop
 from dspark_ray.types import (
     Request,
     SamplingParams,

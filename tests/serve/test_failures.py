@@ -23,7 +23,7 @@ from ray_application import local_ray, wait_until
 from small_checkpoint import ENGINE, save_small_checkpoint
 
 from benchmarks.chaos import APP, Chaos, Fault, Limits, Streams, served
-from benchmarks.chaos_faults import is_running, process_of
+from benchmarks.chaos.faults import is_running, process_of
 
 HEALTH = {
     "check_period_s": 1,

@@ -13,7 +13,7 @@ from autoscale.policies import number_of
 from autoscale.saturation import Saturation
 from autoscale.signals import LoadSample, Place
 from autoscale.thresholds import FixedThreshold
-from deployments.heartbeat import HeartbeatLoop, LoadWindow
+from deployments.replica.heartbeat import HeartbeatLoop, LoadWindow
 from dspark_ray.types import SequenceOutput, StepOutput, StepRecord, VerificationPolicy
 
 RECORD = StepRecord(

@@ -14,9 +14,9 @@ import pytest
 from byte_tokenizer import EOS
 from http_server import HTTP, MAX_MODEL_LEN, Server
 
-from deployments.messages import TRIAL_TOKENS
-from dspark_ray.chat import SPECIAL
-from dspark_ray.cli import main
+from deployments.console.cli import main
+from deployments.replica.messages import TRIAL_TOKENS
+from dspark_ray.text.messages.deepseek_v4 import SPECIAL
 from dspark_ray.types import StepRecord, VerificationPolicy
 
 
@@ -608,6 +608,6 @@ def test_explain_says_in_one_line_what_went_wrong(server, capsys, arguments, exp
 
 
 def test_explain_knows_another_servers_answer_when_it_sees_one(server, capsys, monkeypatch):
-    monkeypatch.setattr("dspark_ray.cli._get_json", lambda url, key: {"steps": [{"step": 1}]})
+    monkeypatch.setattr("deployments.console.cli._get_json", lambda url, key: {"steps": [{"step": 1}]})
     assert main(["explain", "--url", server.url]) == 2
     assert "not the answer of a dspark-ray" in capsys.readouterr().err

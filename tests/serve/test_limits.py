@@ -19,8 +19,8 @@ from deployments.http.chat_requests import ChatRequest
 from deployments.http.errors import ApiError
 from deployments.http.requests import CompletionRequest
 from deployments.http.tokenizing import TokenizerPool
-from dspark_ray.chat import PromptPart
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.messages.deepseek_v4 import PromptPart
+from dspark_ray.text.tokenizer import Tokenizer
 
 BODY_LIMIT = 4000
 

@@ -19,8 +19,8 @@ import pytest
 from ray_application import free_port, wait_until
 from test_processes import ROOT, is_running, wait_until_gone
 
-from deployments import local, ports
-from deployments.ports import PortError, check_free, check_not_shared, listeners
+from deployments.launch import local, ports
+from deployments.launch.ports import PortError, check_free, check_not_shared, listeners
 
 HELLO = """
 proxy_location: HeadOnly

@@ -6,12 +6,12 @@ from collections import defaultdict
 
 import pytest
 
-import deployments.metrics
+import deployments.replica.metrics
 from autoscale.controller import Bounds, Decision
 from autoscale.saturation import Saturation
 from autoscale.signals import DeviceLoad, NodeLoad
-from deployments.heartbeat import LoadWindow
-from deployments.metrics import EngineMetrics, LoadMetrics
+from deployments.replica.heartbeat import LoadWindow
+from deployments.replica.metrics import EngineMetrics, LoadMetrics
 from dspark_ray.types import SequenceOutput, SpeculationStats, StepOutput, StepRecord
 
 
@@ -48,7 +48,7 @@ class Recorder:
 def recorders(monkeypatch: pytest.MonkeyPatch) -> None:
     Recorder.all = {}
     for name in ("Counter", "Gauge", "Histogram"):
-        monkeypatch.setattr(deployments.metrics, name, Recorder)
+        monkeypatch.setattr(deployments.replica.metrics, name, Recorder)
 
 
 @pytest.fixture

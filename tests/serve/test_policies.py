@@ -23,7 +23,7 @@ from autoscale.presets import load_preset
 from autoscale.replicas import ReplicaRule
 from autoscale.saturation import ConfigError
 from deployments.args import LoadControllerArgs
-from deployments.engine import check_autoscaling, rule_preset
+from deployments.replica.engine import check_autoscaling, rule_preset
 
 ENGINE = DeploymentID(name="Engine", app_name="dspark")
 PATH = "autoscale.policies:SpeculationAwarePolicy"

@@ -17,10 +17,10 @@ from autoscale.controller import Bounds, Decision
 from autoscale.saturation import ConfigError
 from autoscale.signals import LoadSample, NodeLoad, Place
 from deployments.args import LoadControllerArgs
-from deployments.heartbeat import LoadWindow
-from deployments.load import LoadControllerReplica, check_alone
+from deployments.load_controller import LoadControllerReplica, check_alone
 from deployments.probes import Probes
-from deployments.workers import named_by_driver
+from deployments.replica.heartbeat import LoadWindow
+from deployments.replica.workers import named_by_driver
 
 HOSTS = {"a": "host-a", "b": "host-b", "c": "host-c"}
 
@@ -156,12 +156,12 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> Fleet:
     async def living_nodes() -> dict[str, str]:
         return HOSTS
 
-    monkeypatch.setattr("deployments.load.serve.get_replica_context", lambda: context)
-    monkeypatch.setattr("deployments.load.LoadMetrics", Metrics)
-    monkeypatch.setattr("deployments.load.failure_counter", lambda model_name: lambda task: None)
-    monkeypatch.setattr("deployments.load.Probes", lambda: fleet.probes)
-    monkeypatch.setattr("deployments.load.living_nodes", living_nodes)
-    monkeypatch.setattr("deployments.load.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("deployments.load_controller.serve.get_replica_context", lambda: context)
+    monkeypatch.setattr("deployments.load_controller.LoadMetrics", Metrics)
+    monkeypatch.setattr("deployments.load_controller.failure_counter", lambda model_name: lambda task: None)
+    monkeypatch.setattr("deployments.load_controller.Probes", lambda: fleet.probes)
+    monkeypatch.setattr("deployments.load_controller.living_nodes", living_nodes)
+    monkeypatch.setattr("deployments.load_controller.POLL_SECONDS", 0.01)
     return fleet
 
 
@@ -187,7 +187,7 @@ async def test_devices_are_read_while_somebody_looks(fleet, monkeypatch):
         assert fleet.started == []
         view = await controller.view()
         assert [node["node_id"] for node in view["nodes"]] == ["b"] == fleet.started
-        monkeypatch.setattr("deployments.load.VIEWER_SECONDS", 0.0)
+        monkeypatch.setattr("deployments.load_controller.VIEWER_SECONDS", 0.0)
         while len(fleet.probes):
             await asyncio.sleep(0.01)
         assert fleet.started == ["b"]
@@ -253,8 +253,8 @@ async def test_a_controller_goes_on_when_the_nodes_cannot_be_listed(fleet, monke
             return HOSTS
         raise ConnectionError("the head is restarting")
 
-    monkeypatch.setattr("deployments.load.living_nodes", fail)
-    monkeypatch.setattr("deployments.load.failure_counter", lambda model_name: counted.append)
+    monkeypatch.setattr("deployments.load_controller.living_nodes", fail)
+    monkeypatch.setattr("deployments.load_controller.failure_counter", lambda model_name: counted.append)
     async with running_controller(preset="throughput") as controller:
         await controller.override(Bounds(threshold=0.5), None, None)
         while not fleet.started:

@@ -51,7 +51,7 @@ class Family:
     def __init__(self, folder: Path, how: str = "polite", wrap: Callable[[list[str]], list[str]] = list) -> None:
         script, pids = folder / "family.py", folder / "pids"
         script.write_text(FAMILY)
-        command = [sys.executable, "-m", "deployments.processes", sys.executable, str(script), how, str(pids)]
+        command = [sys.executable, "-m", "deployments.launch.processes", sys.executable, str(script), how, str(pids)]
         self.top = subprocess.Popen(wrap(command), cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while not pids.exists():
@@ -143,7 +143,7 @@ def test_the_end_of_a_parent_ends_all_where_it_is_asked_for(
     def below_another(command: list[str]) -> list[str]:
         program = f"""
 import subprocess, sys
-code = "import sys; from deployments.processes import supervise; supervise(sys.argv[1:], ends_with_parent=True)"
+code = "import sys; from deployments.launch.processes import supervise; supervise(sys.argv[1:], ends_with_parent=True)"
 subprocess.run([sys.executable, "-c", code, *{command[3:]!r}])
 """
         return [sys.executable, "-c", program]

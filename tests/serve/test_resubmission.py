@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from deployments import resubmission, routing
-from deployments.messages import TRIAL_TOKENS, Accepted, EngineEvent, EngineLost, Refusal
-from deployments.resubmission import EngineBusy, EngineFailed, RequestRefused, ResubmissionPolicy, events_of
-from deployments.routing import AvoidingRouter
+from deployments.http import resubmission
+from deployments.http.resubmission import EngineBusy, EngineFailed, RequestRefused, ResubmissionPolicy, events_of
+from deployments.replica import routing
+from deployments.replica.messages import TRIAL_TOKENS, Accepted, EngineEvent, EngineLost, Refusal
+from deployments.replica.routing import AvoidingRouter
 from dspark_ray.types import Request, SamplingParams, SequenceOutput
 
 REQUEST = Request(request_id="r", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=1000))

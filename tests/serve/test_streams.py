@@ -9,7 +9,7 @@ from byte_tokenizer import EOS, NUM_TOKENS
 from echo_engine import EchoEngine
 from http_server import HTTP, Server, running_server
 
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.tokenizer import Tokenizer
 
 BODY = {"model": "echo", "prompt": "abc", "max_tokens": 6, "stream": True}
 

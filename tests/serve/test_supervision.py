@@ -17,11 +17,11 @@ import pytest
 import zmq
 from http_server import running_loop
 
-from deployments.channel import EngineChannel
-from deployments.engine import end_streams, find_silence
-from deployments.messages import EngineLost, Ping, encode
-from deployments.supervision import BackgroundTasks, Watchdog
-from deployments.workers import ReplicaProcess, ReplicaSilent, StepLoop
+from deployments.replica.channel import EngineChannel
+from deployments.replica.engine import end_streams, find_silence
+from deployments.replica.messages import EngineLost, Ping, encode
+from deployments.replica.supervision import BackgroundTasks, Watchdog
+from deployments.replica.workers import ReplicaProcess, ReplicaSilent, StepLoop
 from dspark_ray.types import Request, SamplingParams
 
 

@@ -20,7 +20,7 @@ from openai.types.chat.chat_completion_content_part_text_param import ChatComple
 from deployments.http.chat_requests import ChatRequest, Message, TextPart
 from deployments.http.fields import Schema, note_ignored
 from deployments.http.requests import CompletionRequest, StreamOptions
-from dspark_ray.chat import SPECIAL
+from dspark_ray.text.messages.deepseek_v4 import SPECIAL
 
 HI = [{"role": "user", "content": "hi"}]
 

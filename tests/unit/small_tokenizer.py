@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from dspark_ray.chat import SPECIAL
+from dspark_ray.text.messages.deepseek_v4 import SPECIAL
 
 BOS_ID, EOS_ID = 256, 257
 MARKERS = (SPECIAL.user, SPECIAL.assistant, SPECIAL.think_start, SPECIAL.think_end, SPECIAL.dsml)

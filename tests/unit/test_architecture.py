@@ -40,7 +40,7 @@ EXTRA: dict[str, set[str]] = {
     "autoscale/policies.py": {"ray"},
     "autoscale/presets.py": {"yaml"},
     "dspark_ray/evaluation/pictures.py": {"matplotlib"},
-    "dspark_ray/top.py": {"rich"},
+    "deployments/console/top.py": {"rich"},
 }
 REASONS = {
     "dspark_ray": "the engine runs on machines that have only torch, transformers and numpy",
@@ -50,21 +50,21 @@ REASONS = {
 
 # Whoever decides what runs in a step is imported by nobody below.
 DECIDING = (
-    "dspark_ray.engine",
-    "dspark_ray.round",
-    "dspark_ray.scheduler",
-    "dspark_ray.profiler",
-    "dspark_ray.runtime",
-    "dspark_ray.cli",
+    "dspark_ray.engine.step_loop",
+    "dspark_ray.engine.round",
+    "dspark_ray.engine.scheduler",
+    "dspark_ray.engine.profiler",
+    "dspark_ray.ranks.gang",
+    "deployments.console.cli",
     "dspark_ray.generate",
 )
 MAY_DECIDE = (
-    "dspark_ray/engine.py",
-    "dspark_ray/round.py",
-    "dspark_ray/scheduler.py",
-    "dspark_ray/profiler.py",
-    "dspark_ray/runtime.py",
-    "dspark_ray/cli.py",
+    "dspark_ray/engine/step_loop.py",
+    "dspark_ray/engine/round.py",
+    "dspark_ray/engine/scheduler.py",
+    "dspark_ray/engine/profiler.py",
+    "dspark_ray/ranks/gang.py",
+    "deployments/console/cli.py",
     "dspark_ray/generate.py",
     "dspark_ray/evaluation/accepted_length.py",
     "dspark_ray/evaluation/calibrate.py",
@@ -72,9 +72,9 @@ MAY_DECIDE = (
     "dspark_ray/training/regenerate.py",
 )
 
-MAY_COMMUNICATE = ("dspark_ray/model/parallel.py", "dspark_ray/model/channel.py", "dspark_ray/runtime.py")
+MAY_COMMUNICATE = ("dspark_ray/model/parallel.py", "dspark_ray/ranks/channel.py", "dspark_ray/ranks/gang.py")
 
-MAY_ASK = ("dspark_ray/cli.py",)
+MAY_ASK = ("deployments/console/cli.py",)
 """The environment: a user's settings are a command line's business."""
 
 MAKES_ROUTES = {"fastapi.FastAPI", "fastapi.APIRouter"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from benchmarks.chaos import Round, _keep, _kept, table
-from benchmarks.chaos_faults import FAULTS, schedule
+from benchmarks.chaos.faults import FAULTS, schedule
+from benchmarks.chaos.rounds import Round, _keep, _kept, table
 
 
 def test_every_fault_comes_equally_often_in_an_order_that_the_seed_names():

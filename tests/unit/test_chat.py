@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dspark_ray.chat import render, render_parts
+from dspark_ray.text.messages.deepseek_v4 import render, render_parts
 from dspark_ray.types import RequestError
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

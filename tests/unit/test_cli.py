@@ -17,15 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark_ray.cli import main
-from dspark_ray.device import check_device
+from deployments.console.cli import main
+from dspark_ray.ranks.device import check_device
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "deployments" / "tiny"
 WEIGHTS = "model-00001-of-00001.safetensors"
 INDEX = "model.safetensors.index.json"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), "OMP_NUM_THREADS": "1"}
-COMMAND = [sys.executable, "-m", "dspark_ray.cli"]
+COMMAND = [sys.executable, "-m", "deployments.console.cli"]
 
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -47,7 +47,7 @@ def said(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 @pytest.mark.parametrize("command", ["top", "explain"])
 def test_what_talks_to_a_server_imports_no_torch(command: str) -> None:
     program = (
-        "import sys; from dspark_ray.cli import main\n"
+        "import sys; from deployments.console.cli import main\n"
         f"main([{command!r}, '--url', 'http://127.0.0.1:9'])\n"
         "print([name for name in ('torch', 'numpy', 'tokenizers') if name in sys.modules])"
     )

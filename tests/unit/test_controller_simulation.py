@@ -1,4 +1,4 @@
-"""The simulated world of benchmarks/controller.py keeps its books, on worlds small enough to see through."""
+"""The simulated world of benchmarks/controller/__main__.py keeps its books, on worlds small enough to see through."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 
 from autoscale.replicas import ReplicaLoad, ReplicaRule
 from autoscale.thresholds import FixedThreshold, LoadCurve
-from benchmarks import controller_replicas, controller_steady
-from benchmarks.controller_book import Book
-from benchmarks.controller_replicas import Delay, ServeDefault, SpeculationAware
-from benchmarks.controller_signals import Controlled, Reporter
-from benchmarks.controller_traffic import (
+from benchmarks.controller import replicas as controller_replicas
+from benchmarks.controller import steady as controller_steady
+from benchmarks.controller.book import Book
+from benchmarks.controller.replicas import Delay, ServeDefault, SpeculationAware
+from benchmarks.controller.signals import Controlled, Reporter
+from benchmarks.controller.traffic import (
     MEAN_TOKENS,
     NO_FAULTS,
     FaultConfig,
@@ -21,7 +22,7 @@ from benchmarks.controller_traffic import (
     TrafficConfig,
     shares_at,
 )
-from benchmarks.controller_world import Costs, Fleet, Observed, World, _share
+from benchmarks.controller.world import Costs, Fleet, Observed, World, _share
 
 BUSY = TrafficConfig(low=0.8, high=0.8, burst=(1.0, 1.0), nominal_replicas=8.0)
 EVERYTHING = FaultConfig(deaths_per_day=200.0, death_seconds=60.0)

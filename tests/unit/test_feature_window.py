@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dspark_ray.drafters.window import Committed, FeatureWindow
+from dspark_ray.engine.feature_window import Committed, FeatureWindow
 
 NUM_SLOTS, WINDOW, WIDTH = 3, 8, 2
 

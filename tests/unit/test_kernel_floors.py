@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import dspark_kernels
-from benchmarks import kernels
-from benchmarks.kernel_floors import CASES, FLASH, H100, H200, OPERATIONS, REQUESTS, TINY, Floor, distinct_experts
-from benchmarks.kernel_inputs import Inputs
-from benchmarks.kernels import num_bytes, results_of
+from benchmarks.gpu import kernels
+from benchmarks.gpu.floors import CASES, FLASH, H100, H200, OPERATIONS, REQUESTS, TINY, Floor, distinct_experts
+from benchmarks.gpu.inputs import Inputs
+from benchmarks.gpu.kernels import num_bytes, results_of
 from dspark_kernels import reference
 
 # Not all of their inputs is read: chosen experts and entries, single rows of pools and embeddings.
@@ -107,7 +107,7 @@ def test_the_readme_has_the_tables_that_the_program_prints(mark: str) -> None:
     readme = kernels.README.read_text()
     shown = re.search(f"<!-- {mark}:start -->\n(.*?)\n<!-- {mark}:end -->", readme, re.DOTALL)
     assert shown is not None, f"kernels/README.md has no marks {mark}"
-    assert shown[1] == kernels.tables(kernels.RESULT)[mark], "python -m benchmarks.kernels --readme writes it anew"
+    assert shown[1] == kernels.tables(kernels.RESULT)[mark], "python -m benchmarks.gpu.kernels --readme writes it anew"
 
 
 def test_a_measurement_becomes_a_cell() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from dspark_ray.records import explain, from_json, to_json
+from dspark_ray.engine.records import explain, from_json, to_json
 from dspark_ray.types import StepRecord
 
 SPECULATING = StepRecord(

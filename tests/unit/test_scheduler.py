@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dspark_ray.config import EngineConfig
-from dspark_ray.scheduler import Scheduler
-from dspark_ray.sequence import Sequence
+from dspark_ray.engine.scheduler import Scheduler
+from dspark_ray.engine.sequence import Sequence
 from dspark_ray.types import Request
 
 VOCAB = 61

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from small_tokenizer import SIZE, write_tokenizer
 
-from dspark_ray.text import TextStream
-from dspark_ray.tokenizer import Tokenizer
+from dspark_ray.text.stream import TextStream
+from dspark_ray.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

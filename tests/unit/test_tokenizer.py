@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from small_tokenizer import BOS_ID, EOS_ID, SIZE, write_tokenizer
 
-from dspark_ray.chat import SPECIAL
-from dspark_ray.tokenizer import Tokenizer, TokenizerError
+from dspark_ray.text.messages.deepseek_v4 import SPECIAL
+from dspark_ray.text.tokenizer import Tokenizer, TokenizerError
 
 
 @pytest.fixture(scope="module")

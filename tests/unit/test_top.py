@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import dspark_ray
+import deployments.console
 from autoscale.controller import Bounds, ControllerConfig, LoadController
 from autoscale.saturation import THROTTLING
 from autoscale.signals import DeviceLoad, LoadSample, NodeLoad
-from dspark_ray import top
-from dspark_ray.cli import main
+from deployments.console import top
+from deployments.console.cli import main
 
 GIB = 2**30
 GPU = DeviceLoad(
@@ -617,8 +617,8 @@ def test_an_interval_is_positive(server, capsys, interval):
 
 
 def test_without_rich_it_says_what_to_install(server, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "dspark_ray.top")
-    monkeypatch.delattr(dspark_ray, "top")
+    monkeypatch.delitem(sys.modules, "deployments.console.top")
+    monkeypatch.delattr(deployments.console, "top")
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["top", "--url", server.url, "--once"]) == 2
     assert "pip install rich" in capsys.readouterr().err
@@ -631,7 +631,7 @@ def test_ctrl_c_ends_it_well(server, capsys, monkeypatch):
         assert seconds == 0.25
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dspark_ray.top.time.sleep", interrupt)
+    monkeypatch.setattr("deployments.console.top.time.sleep", interrupt)
     assert main(["top", "--url", server.url, "--interval", "0.25"]) == 0
     out = capsys.readouterr().out
     assert out.count(ENTER) == 1

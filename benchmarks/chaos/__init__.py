@@ -1,0 +1,1 @@
+"""Kill, stop and break processes of a live application while streams run."""

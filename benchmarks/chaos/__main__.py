@@ -1,0 +1,3 @@
+from benchmarks.chaos.rounds import main
+
+main()

@@ -1,0 +1,1 @@
+"""Load control and autoscaling in a simulated fleet."""

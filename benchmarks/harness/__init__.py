@@ -1,0 +1,1 @@
+"""Shared by benchmarks: gangs, applications, saved results, provenance."""

@@ -1,0 +1,1 @@
+"""Schedules against fixed draft lengths, measured and simulated."""

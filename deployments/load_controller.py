@@ -1,0 +1,204 @@
+"""The load controller as a deployment: heartbeats in, bounds out, and probes while somebody wants to know."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from ray import serve
+from ray.serve._private.config import DeploymentConfig
+from ray.serve.schema import LoggingConfig
+
+from autoscale.controller import Bounds, ControllerConfig, Decision, LoadController
+from autoscale.saturation import ConfigError
+from autoscale.signals import LoadSample
+from deployments.args import LoadControllerArgs
+from deployments.probes import Probes, living_nodes
+from deployments.replica.metrics import LoadMetrics, failure_counter
+
+logger = logging.getLogger("ray.serve")
+
+POLL_SECONDS = 1.0
+VIEWER_SECONDS = 30.0
+"""Devices are read for so long after somebody looked at them."""
+_FIRST_LOOK_SECONDS = 2.0
+"""Longest that a viewer waits for probes to start."""
+
+
+# Its calls are heartbeats: a line of the access log for each would bury the decisions.
+@serve.deployment(name="LoadController", logging_config=LoggingConfig(enable_access_log=False))
+class LoadControllerReplica:
+    """Answers every replica's heartbeat with what it may verify; one for the whole application.
+
+    When it dies, policies expire in the engines, and the next one goes on from the thresholds that replicas report.
+    Of what it knows, only an operator's bounds are lost: heartbeats and probes bring everything else again.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: LoadControllerArgs, own_threshold: float, model_name: str
+    ) -> None:
+        """`own_threshold` is the engines': no threshold is below it."""
+        check_alone(serve.get_replica_context()._deployment_config)
+        self._settings, self._own_threshold = settings, own_threshold
+        self._is_running = False
+        self._problem: str | None = None
+        self._controller = LoadController(settings.config(own_threshold))
+        self._metrics = LoadMetrics(model_name)
+        self._count_failure = failure_counter(model_name)
+        self._probes = Probes()
+        self._viewed_at = -math.inf
+        self._is_wanted = asyncio.Event()
+        self._has_polled = asyncio.Event()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def reconfigure(self, user_config: dict[str, Any] | None, rank: Any) -> None:
+        """Decide by `user_config`, which stands in for `load_controller` among the args; None goes back to those.
+
+        Serve calls this at the start and after every `serve deploy` that changes it, also to None because of `rank`.
+        Raises ValueError at the start. Later, what is wrong is shown and logged, and what was in force stays.
+        """
+        try:
+            config = self._config_of(user_config)
+        except ValueError as error:
+            if not self._is_running:
+                raise
+            self._problem = str(error)
+            logger.error("the load controller goes on as it was: %s", error)
+            return
+        before = self._controller.config
+        if (config, config.preset) != (before, before.preset):
+            logger.info("the load controller decides by %s", config)
+            self._controller.reconfigure(config)
+        self._problem = None
+
+    def _config_of(self, user_config: dict[str, Any] | None) -> ControllerConfig:
+        if user_config is None:
+            return self._settings.config(self._own_threshold)
+        settings = LoadControllerArgs.model_validate(user_config)
+        return settings.config(self._own_threshold, path="LoadController.user_config")
+
+    async def heartbeat(self, sample: LoadSample) -> Decision:
+        """What the replica may verify until its next heartbeat, and some time beyond."""
+        decision = self._controller.on_sample(sample, time.monotonic())
+        self._metrics.on_decision(sample, decision)
+        if decision.before is not None:
+            logger.info(_sentence(sample, decision.before, decision))
+        return decision
+
+    async def view(self) -> dict[str, Any]:
+        """All that is known of nodes and replicas, as JSON has it; devices are read while somebody looks."""
+        self._viewed_at = time.monotonic()
+        if not len(self._probes):
+            await self._first_look()
+        return {
+            "application": serve.get_replica_context().app_name,
+            "policy": self._controller.config.policy.kind,
+            "preset": self._controller.config.preset,
+            "lowest_threshold": self._controller.config.lowest_threshold,
+            "problem": self._problem,
+            "heartbeat_seconds": self._controller.heartbeat_seconds,
+            "num_probes": len(self._probes),
+            "probe_errors": self._probes.errors,
+            **self._controller.view(time.monotonic()),
+        }
+
+    async def _first_look(self) -> None:
+        """Wake the watch, and wait for what the first probes say."""
+        self._has_polled.clear()
+        self._is_wanted.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._has_polled.wait(), _FIRST_LOOK_SECONDS)
+
+    async def override(self, bounds: Bounds, seconds: float | None, replica: str | None) -> list[str]:
+        """Let an operator's bounds stand in for the policy's; the replicas that they are for, none if it is unknown."""
+        if replica is not None and replica not in self._controller.replicas:
+            return []
+        self._controller.override(bounds, seconds, time.monotonic(), replica)
+        logger.info("an operator set %s for %s, for %s s", bounds, replica or "all replicas", seconds)
+        return self._controller.replicas if replica is None else [replica]
+
+    async def end_override(self, replica: str | None) -> None:
+        """Back to the policy."""
+        self._controller.end_override(replica)
+        logger.info("an operator gave %s back to the policy", replica or "all replicas")
+
+    def check_health(self) -> None:
+        """Raises when the watch has ended."""
+        self._is_running = True  # Serve asks for the first time after the first `reconfigure`.
+        if self._watching.done():
+            self._watching.result()
+
+    async def _watch(self) -> None:
+        """Poll probes while a policy or a viewer wants to know, and drop what is out of date, until cancelled.
+
+        Ray's view of the nodes cannot be had while its head restarts; operators' bounds have to outlive that, so a
+        failed round is logged and counted, and the next one is tried.
+        """
+        while True:
+            self._is_wanted.clear()
+            started = time.monotonic()
+            try:
+                await self._poll()
+            except Exception:
+                logger.exception("the nodes could not be polled")
+                self._count_failure("watch")
+                await asyncio.sleep(POLL_SECONDS)
+            rest = max(0.0, POLL_SECONDS - (time.monotonic() - started))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_wanted.wait(), rest)
+
+    async def _poll(self) -> None:
+        now = time.monotonic()
+        for replica in self._controller.forget_silent(now):
+            logger.info("replica %s is silent: forgotten", replica)
+        if not self._controller.wants_devices and now - self._viewed_at > VIEWER_SECONDS:
+            for node_id in self._probes.end():
+                self._controller.forget_node(node_id)
+            return
+        loads, ended = await self._probes.poll(await living_nodes(), self._controller.node_ids)
+        for load in loads:
+            self._controller.on_node(load, time.monotonic())
+        for node_id in ended:
+            logger.info("node %s has left, or has no actor of a replica any more", node_id)
+            self._controller.forget_node(node_id)
+        self._metrics.on_nodes(loads)
+        if loads or not self._controller.node_ids:
+            self._has_polled.set()
+
+
+def check_alone(config: DeploymentConfig) -> None:
+    """Raise saturation.ConfigError where the YAML file asks for several load controllers."""
+    if config.autoscaling_config is not None:
+        raise ConfigError("LoadController.autoscaling_config: expected none: one controller decides for all replicas")
+    if config.num_replicas not in (None, 1):
+        raise ConfigError(
+            f"LoadController.num_replicas={config.num_replicas}: expected 1: each would know a part of the replicas"
+        )
+
+
+def _sentence(sample: LoadSample, before: Bounds, decision: Decision) -> str:
+    """A decision and its inputs in one line."""
+    bounds, saturation = decision.bounds, decision.saturation
+    parts = " ".join(f"{name}={value:.2f}" for name, value in _sorted(saturation.parts.items()))
+    return (
+        f"policy {decision.version} for {sample.replica}: threshold {before.threshold:.3f} -> {bounds.threshold:.3f},"
+        f" max_draft_tokens={bounds.max_draft_tokens}, bypass={bounds.bypass}, spent={_share(decision.spent)};"
+        f" saturation={saturation.value:.2f} by {saturation.limiting} ({parts});"
+        f" running={sample.num_running:.1f}/{sample.max_running} waiting={sample.num_waiting:.1f}"
+        f" cache={sample.cache_usage:.2f} slowness={sample.slowness:.2f}"
+        f" budget={sample.budget_per_request:.2f} accepted_length={sample.accepted_length:.2f}"
+        f" tokens/s={sample.tokens_per_second:.1f}"
+    )
+
+
+def _share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
+
+
+def _sorted(parts: Iterable[tuple[Any, float]]) -> list[tuple[Any, float]]:
+    return sorted(parts, key=lambda part: -part[1])

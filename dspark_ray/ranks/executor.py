@@ -1,0 +1,176 @@
+"""One forward on every rank: rank 0 says what to run, all run it, rank 0 has the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark_ray.cache.tensors import CacheTensors
+from dspark_ray.drafters.dspark import FeatureProjector
+from dspark_ray.model.deepseek_v4 import DeepSeekV4, TargetOutput
+from dspark_ray.model.rows import Segment, build_rows
+from dspark_ray.ranks.channel import Broadcast
+from dspark_ray.runner.decode import TargetGraphs
+from dspark_ray.sampling.rows import SamplingRows
+from dspark_ray.sampling.sampler import Sampler, Samples
+
+
+@dataclass(frozen=True)
+class ForwardCommand:
+    """Segments to run, and the flattened rows whose next token is wanted."""
+
+    segments: tuple[Segment, ...]
+    sampled_rows: np.ndarray
+    """[n]"""
+    sampling: SamplingRows
+    """How the n rows become tokens."""
+    wants_features: bool
+    """Whether rank 0 needs the features of the rows."""
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """What rank 0 knows after a forward."""
+
+    samples: Samples
+    features: Tensor | None
+    """[N, T*d] of all rows, where the command wants them; on the model's device."""
+
+
+class Target(Protocol):
+    """A target that can run a command, however many ranks it has."""
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]: ...
+
+    def run(self, command: ForwardCommand) -> ForwardResult: ...
+
+    def project(self, features: Tensor) -> Tensor: ...
+
+    def start(self) -> None: ...
+
+    def keep_alive(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TargetRank:
+    """One rank's model and cache."""
+
+    def __init__(
+        self,
+        model: DeepSeekV4,
+        cache: CacheTensors,
+        projector: FeatureProjector | None,
+        graphs: TargetGraphs | None = None,
+    ) -> None:
+        """`graphs` of the same model and cache run the steps that fit them."""
+        self.model, self.cache, self._project, self._graphs = model, cache, projector, graphs
+        self._sampler = Sampler(model.group, model.first_token, model.config.vocab_size)
+
+    @torch.inference_mode()
+    def run(self, command: ForwardCommand) -> ForwardResult | None:
+        """Forward and sample; the result is rank 0's."""
+        device = self.model.norm.weight.device
+        output = self._forward(command.segments)
+        sampled = torch.from_numpy(command.sampled_rows).to(device)
+        samples = self._sampler.sample(self.model.logits(output.hidden[sampled]), command.sampling)
+        if samples is None:
+            return None
+        return ForwardResult(samples, output.features if command.wants_features else None)
+
+    def _forward(self, segments: tuple[Segment, ...]) -> TargetOutput:
+        if self._graphs is not None and self._graphs.fits(segments):
+            return self._graphs.run(segments)
+        return self.model(build_rows(segments, self.cache.shape, self.model.norm.weight.device), self.cache)
+
+    @torch.inference_mode()
+    def record_graphs(self) -> None:
+        """Record all decode steps. Every rank at the same time: their sums are recorded with them."""
+        if self._graphs is not None:
+            self._graphs.record_all()
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Rows to which decode steps are filled up; empty where every step runs with its own."""
+        return self._graphs.sizes if self._graphs is not None else ()
+
+    @torch.inference_mode()
+    def project(self, features: Tensor) -> Tensor:
+        """main_x [n, d], on the CPU, of features [n, T*d]; rank 0 alone can."""
+        assert self._project is not None, "the model has no drafter, or this is not rank 0"
+        return self._project(features).cpu()
+
+
+class LocalTarget:
+    """A target of one rank."""
+
+    def __init__(self, rank: TargetRank) -> None:
+        self._rank = rank
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        return self._rank.graph_sizes
+
+    def run(self, command: ForwardCommand) -> ForwardResult:
+        result = self._rank.run(command)
+        assert result is not None
+        return result
+
+    def project(self, features: Tensor) -> Tensor:
+        return self._rank.project(features)
+
+    def start(self) -> None:
+        """No other rank has to know that serving starts."""
+
+    def keep_alive(self) -> None:
+        """No other rank is waiting."""
+
+    def close(self) -> None:
+        """No other rank is waiting."""
+
+
+class LeadingTarget(LocalTarget):
+    """Rank 0 of several: tells the others first."""
+
+    def __init__(self, rank: TargetRank, channel: Broadcast) -> None:
+        super().__init__(rank)
+        self._channel = channel
+
+    def run(self, command: ForwardCommand) -> ForwardResult:
+        self._channel.send(command)
+        return super().run(command)
+
+    def start(self) -> None:
+        """Tell the others that serving starts: from now on long silence means that rank 0 is gone."""
+        self._channel.send(_START)
+
+    def keep_alive(self) -> None:
+        self._channel.send(_KEEP_ALIVE)
+
+    def close(self) -> None:
+        self._channel.send(_CLOSE)
+
+
+class Follower:
+    """A rank other than 0: does what rank 0 says until it closes."""
+
+    def __init__(self, rank: TargetRank, channel: Broadcast, on_start: Callable[[], None]) -> None:
+        """`on_start` is called when rank 0 begins to serve."""
+        self._rank, self._channel, self._on_start = rank, channel, on_start
+
+    def run(self) -> None:
+        """Serve until rank 0 closes; raises when rank 0 is gone or silent beyond the gang's timeout."""
+        while (message := self._channel.receive()) != _CLOSE:
+            if message == _START:
+                self._on_start()
+            elif message != _KEEP_ALIVE:
+                self._rank.run(message)
+
+
+_START, _KEEP_ALIVE, _CLOSE = "start", "keep alive", "close"
