@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.device_round import DeviceRound, Requests
 from benchmarks.harness import report
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.checkpoint.layout import FP8_WEIGHTS, local_name
 from dspark_ray.checkpoint.stored import keep_stored
@@ -38,7 +39,6 @@ from dspark_ray.drafters.dspark import DSparkModule
 from dspark_ray.drafters.pools import DraftPools
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.parallel import ParallelGroup
-from dspark_ray.model.rows import CacheShape
 from dspark_ray.runner.graphs import CudaCapture
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -38,7 +38,7 @@ import numpy as np
 
 from benchmarks.harness import report
 from dspark_ray.config import EngineConfig, ScheduleKind
-from dspark_ray.speculative.cost import CostTable, Curve
+from dspark_ray.speculative.cost_table import CostTable, Curve
 from dspark_ray.speculative.planner import Batch, DraftedRows, Planner, StepOutcome
 from dspark_ray.types import BypassReason
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dspark_kernels.formats import packed_key_bytes
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.config import CSA_RATIO, ModelConfig
-from dspark_ray.model.rows import CacheShape
 
 
 class LayerCache:

@@ -25,7 +25,7 @@ from dspark_ray.config import ConfigError, EngineConfig, ModelConfig
 from dspark_ray.engine.sequence import Sequence
 from dspark_ray.engine.step_loop import Engine
 from dspark_ray.engine.timing import StepTiming
-from dspark_ray.speculative.cost import CostTable, Curve
+from dspark_ray.speculative.cost_table import CostTable, Curve
 from dspark_ray.types import Request, SamplingParams, SpeculativeParams
 
 logger = logging.getLogger(__name__)

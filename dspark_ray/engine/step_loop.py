@@ -23,9 +23,9 @@ from dspark_ray.engine.feature_window import Committed, FeatureWindow, Missing
 from dspark_ray.engine.round import Drafted, Outcome, Work, batch_of, computed_of, mean_length, slots_of, thresholds_of
 from dspark_ray.engine.scheduler import PrefillChunk, Scheduler, StepPlan
 from dspark_ray.engine.sequence import Sequence
+from dspark_ray.engine.target import ForwardCommand, ForwardResult, Target
 from dspark_ray.engine.timing import StepTiming, Stopwatch
 from dspark_ray.model.rows import Segment
-from dspark_ray.ranks.executor import ForwardCommand, ForwardResult, Target
 from dspark_ray.sampling.rows import RowContext, build_sampling_rows
 from dspark_ray.sampling.sampler import NO_TOKEN, DraftSampling, Samples
 from dspark_ray.speculative.acceptance import Acceptance, DraftSource, VerifiedBlock, build_verification

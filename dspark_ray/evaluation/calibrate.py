@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from dspark_ray.config import ConfigError, EngineConfig, ModelConfig
+from dspark_ray.engine.offline import TokenIds, serve
 from dspark_ray.engine.step_loop import Engine
 from dspark_ray.evaluation.accepted_length import held_out_token_ids
 from dspark_ray.evaluation.pictures import ReliabilityPanel, draw_reliability
@@ -38,9 +39,8 @@ from dspark_ray.speculative.calibration import (
 )
 from dspark_ray.speculative.prefix_schedule import survival
 from dspark_ray.text.tokenizer import Tokenizer
-from dspark_ray.types import Request, RequestError, SamplingParams
+from dspark_ray.types import RequestError, SamplingParams
 
-TokenIds = tuple[int, ...]
 Progress = Callable[[int, int], None]
 """(requests finished, requests in all)"""
 
@@ -171,27 +171,6 @@ def collect(
     serve(engine, prompts, samplings, progress)
     engine.planner.listener = None
     return recorder.rounds()
-
-
-def serve(
-    engine: Engine, prompts: Sequence[TokenIds], samplings: Sequence[SamplingParams], progress: Progress | None = None
-) -> None:
-    """Run every prompt with every sampling to its end, each request with a seed of its own."""
-    total, done = len(samplings) * len(prompts), 0
-    for number in range(total):
-        sampling = samplings[number // len(prompts)]
-        engine.add_request(
-            Request(
-                request_id=f"prompt-{number}",
-                prompt_token_ids=prompts[number % len(prompts)],
-                sampling=replace(sampling, seed=sampling.seed + number),
-            )
-        )
-    while engine.has_unfinished():
-        finished = sum(output.finish_reason is not None for output in engine.step().sequences)
-        done += finished
-        if finished and progress is not None:
-            progress(done, total)
 
 
 def report(temperatures: Temperatures, rounds: Rounds) -> list[PositionReport]:

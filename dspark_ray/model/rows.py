@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_ray.config import CSA_RATIO, ModelConfig
+from dspark_ray.cache.shape import CacheShape
 
 
 @dataclass(frozen=True)
@@ -93,48 +93,6 @@ class Rows:
     """By compression ratio."""
     padding: Tensor | None = None
     """[N] bool: rows that only fill up a recorded step, and need no experts; None where there are none."""
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """Ring lengths, staging and paging, from the model and the longest block (specification 3.2)."""
-
-    window: int
-    window_ring: int
-    raw_rings: dict[int, int]
-    """Ring length of raw compressor rows by ratio."""
-    pooled_rows: dict[int, int]
-    """Raw rows under one entry: 2r where windows overlap (CSA), else r."""
-    page_size: int
-    block: int
-    """Longest segment that may write its rows before it reads."""
-    num_slots: int
-    max_rows: int
-    """Rows of the largest forward."""
-
-    @staticmethod
-    def of(config: ModelConfig, gamma: int, page_size: int, num_slots: int, max_rows: int) -> CacheShape:
-        """The tight lengths: one slot fewer and a block's last row would overwrite a row still needed.
-
-        The youngest row of a block of 1+gamma is `gamma` positions ahead of the first, which itself looks back over
-        a whole window.
-        """
-        ratios = sorted(set(config.compress_ratios) - {0})
-        pooled = {ratio: 2 * ratio if ratio == CSA_RATIO else ratio for ratio in ratios}
-        return CacheShape(
-            window=config.sliding_window,
-            window_ring=config.sliding_window + gamma,
-            raw_rings={ratio: pooled[ratio] + gamma for ratio in ratios},
-            pooled_rows=pooled,
-            page_size=page_size,
-            block=1 + gamma,
-            num_slots=num_slots,
-            max_rows=max_rows,
-        )
-
-    def pool_rows(self, ring: int) -> int:
-        """Rows of a pool with rings of this length."""
-        return self.num_slots * ring + self.max_rows
 
 
 @dataclass(frozen=True)

@@ -3,60 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.drafters.dspark import FeatureProjector
+from dspark_ray.engine.target import ForwardCommand, ForwardResult
 from dspark_ray.model.deepseek_v4 import DeepSeekV4, TargetOutput
 from dspark_ray.model.rows import Segment, build_rows
 from dspark_ray.ranks.channel import Broadcast
 from dspark_ray.runner.decode import TargetGraphs
-from dspark_ray.sampling.rows import SamplingRows
-from dspark_ray.sampling.sampler import Sampler, Samples
-
-
-@dataclass(frozen=True)
-class ForwardCommand:
-    """Segments to run, and the flattened rows whose next token is wanted."""
-
-    segments: tuple[Segment, ...]
-    sampled_rows: np.ndarray
-    """[n]"""
-    sampling: SamplingRows
-    """How the n rows become tokens."""
-    wants_features: bool
-    """Whether rank 0 needs the features of the rows."""
-
-
-@dataclass(frozen=True)
-class ForwardResult:
-    """What rank 0 knows after a forward."""
-
-    samples: Samples
-    features: Tensor | None
-    """[N, T*d] of all rows, where the command wants them; on the model's device."""
-
-
-class Target(Protocol):
-    """A target that can run a command, however many ranks it has."""
-
-    @property
-    def graph_sizes(self) -> tuple[int, ...]: ...
-
-    def run(self, command: ForwardCommand) -> ForwardResult: ...
-
-    def project(self, features: Tensor) -> Tensor: ...
-
-    def start(self) -> None: ...
-
-    def keep_alive(self) -> None: ...
-
-    def close(self) -> None: ...
+from dspark_ray.sampling.sampler import Sampler
 
 
 class TargetRank:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.checkpoint.reader import Checkpoint, load_drafter, load_projector, load_target
 from dspark_ray.config import ConfigError, EngineConfig, ModelConfig
@@ -27,7 +28,6 @@ from dspark_ray.engine.profiler import Progress, load_or_profile
 from dspark_ray.engine.step_loop import Engine
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.parallel import ParallelGroup
-from dspark_ray.model.rows import CacheShape
 from dspark_ray.ranks.channel import Broadcast, Pair, limit_silence
 from dspark_ray.ranks.device import check_device
 from dspark_ray.ranks.draft_link import DraftServer, RemoteDrafter
@@ -36,7 +36,7 @@ from dspark_ray.ranks.executor import Follower, LeadingTarget, LocalTarget, Targ
 from dspark_ray.runner.decode import TargetGraphs
 from dspark_ray.runner.graphs import Capture, CudaCapture
 from dspark_ray.speculative.calibration import Temperatures
-from dspark_ray.speculative.cost import CostTable
+from dspark_ray.speculative.cost_table import CostTable
 from dspark_ray.speculative.planner import Planner
 
 DrafterPlacement = Literal["inline", "actor"]

@@ -10,20 +10,13 @@ import torch
 from torch import Tensor
 
 import dspark_kernels as ops
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.config import CSA_RATIO
 from dspark_ray.drafters.dspark import DSparkModule
 from dspark_ray.drafters.pools import DraftPools
 from dspark_ray.model.deepseek_v4 import DeepSeekV4, TargetOutput
-from dspark_ray.model.rows import (
-    NEVER,
-    CacheShape,
-    Layout,
-    Rows,
-    Segment,
-    compress_index,
-    window_index,
-)
+from dspark_ray.model.rows import NEVER, Layout, Rows, Segment, compress_index, window_index
 from dspark_ray.runner.graphs import Capture, GraphSet, Outputs, graph_sizes, holding
 
 

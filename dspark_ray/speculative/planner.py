@@ -14,7 +14,8 @@ import numpy as np
 
 from dspark_ray.config import EngineConfig
 from dspark_ray.speculative.calibration import OnlineCalibration, Temperatures
-from dspark_ray.speculative.cost import CostModel, CostTable, lower_hull
+from dspark_ray.speculative.cost import CostModel, lower_hull
+from dspark_ray.speculative.cost_table import CostTable
 from dspark_ray.speculative.depth import DraftDepth
 from dspark_ray.speculative.prefix_schedule import (
     PLACES,

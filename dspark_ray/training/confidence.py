@@ -32,8 +32,8 @@ from dspark_ray.checkpoint.layout import local_name
 from dspark_ray.checkpoint.reader import Checkpoint, CheckpointError, StoredTensor
 from dspark_ray.config import ConfigError, EngineConfig
 from dspark_ray.drafters.heads import ConfidenceHead
+from dspark_ray.engine.offline import TokenIds, serve
 from dspark_ray.engine.step_loop import Engine
-from dspark_ray.evaluation.calibrate import TokenIds, serve
 from dspark_ray.ranks.gang import build_engine
 from dspark_ray.speculative.calibration import Temperatures, survival_errors
 from dspark_ray.text.tokenizer import Tokenizer

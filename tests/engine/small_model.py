@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.checkpoint.writer import save_checkpoint
 from dspark_ray.config import EngineConfig, ModelConfig
@@ -16,7 +17,6 @@ from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
 from dspark_ray.drafters.protocol import Drafter
 from dspark_ray.engine.step_loop import Engine
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
-from dspark_ray.model.rows import CacheShape
 from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
 from dspark_ray.ranks.executor import LocalTarget, TargetRank
 from dspark_ray.runner.decode import TargetGraphs

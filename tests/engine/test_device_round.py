@@ -7,9 +7,10 @@ import torch
 from small_model import SMALL, build_small_engine, request, run, small_config, small_modules
 
 from benchmarks.gpu.device_round import DeviceRound, Requests
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.drafters.pools import DraftPools
-from dspark_ray.model.rows import CacheShape, Segment, build_rows
+from dspark_ray.model.rows import Segment, build_rows
 
 NUM_REQUESTS, NUM_TOKENS = 3, 30
 PROMPTS = [tuple((5 * n + 7 * r + 1) % SMALL.vocab_size for n in range(9 + 4 * r)) for r in range(NUM_REQUESTS)]

@@ -14,9 +14,10 @@ import torch
 from small_model import SMALL, build_small_engine, request, run, small_config, small_modules
 from torch import Tensor
 
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.drafters.protocol import ContextUpdate, DraftRequest
-from dspark_ray.model.rows import CacheShape, Segment, build_rows
+from dspark_ray.model.rows import Segment, build_rows
 from dspark_ray.ranks.draft_worker import DraftWorker
 from dspark_ray.runner.decode import TargetGraphs
 from dspark_ray.runner.graphs import GraphSet, Outputs, Replay, graph_sizes, holding

@@ -13,7 +13,7 @@ from dspark_ray.drafters.protocol import DraftProposal, DraftRequest
 from dspark_ray.engine.profiler import load_or_profile, profile
 from dspark_ray.engine.step_loop import Engine
 from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
-from dspark_ray.speculative.cost import CostTable, Curve
+from dspark_ray.speculative.cost_table import CostTable, Curve
 from dspark_ray.speculative.planner import Batch, Planner
 from dspark_ray.types import SequenceOutput, StepRecord, VerificationPolicy
 

@@ -16,7 +16,7 @@ from small_model import request, run, save_small_checkpoint
 from dspark_ray.ranks import gang as runtime
 from dspark_ray.ranks.executor import TargetRank
 from dspark_ray.ranks.gang import GangSpec, build_engine, join_as_drafter, join_as_follower, join_as_leader, leave_gang
-from dspark_ray.speculative.cost import CostTable, Curve
+from dspark_ray.speculative.cost_table import CostTable, Curve
 
 PEER_TIMEOUT = 5.0
 LONGER = 1.6 * PEER_TIMEOUT

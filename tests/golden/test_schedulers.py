@@ -18,7 +18,7 @@ import pytest
 from golden_files import case_files, case_name
 
 from dspark_ray.speculative.calibration import calibrated
-from dspark_ray.speculative.cost import CostTable, Curve
+from dspark_ray.speculative.cost_table import CostTable, Curve
 from dspark_ray.speculative.prefix_schedule import (
     CausalSchedule,
     FullSchedule,

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Module
 
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.dspark import BlockOutput, Draft, DSparkModule, along, greedy
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
-from dspark_ray.model.rows import CacheShape, Segment, build_rows
+from dspark_ray.model.rows import Segment, build_rows
 
 TOLERANCE = 1e-4
 # The same in cases whose keys are rounded to FP8, although there a sum in another order may push a key over

@@ -19,6 +19,7 @@ if find_spec("dspark_ray") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dspark_kernels.formats import quantise_fp4, quantise_fp8, unpack_keys
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.checkpoint.layout import FP8_WEIGHTS, local_name
 from dspark_ray.checkpoint.stored import is_quantised, keep_stored, scale_attribute
@@ -27,7 +28,7 @@ from dspark_ray.drafters.dspark import DSparkModule
 from dspark_ray.model.blocks import Gate
 from dspark_ray.model.deepseek_v4 import DeepSeekV4, TargetOutput
 from dspark_ray.model.parallel import ParallelGroup
-from dspark_ray.model.rows import CacheShape, Segment, build_rows
+from dspark_ray.model.rows import Segment, build_rows
 from dspark_ray.training.initial import initialise
 
 VOCAB_SIZE = 301

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.model.deepseek_v4 import DeepSeekV4, TargetOutput
-from dspark_ray.model.rows import CacheShape, Segment, build_rows
+from dspark_ray.model.rows import Segment, build_rows
 
 
 class Serving:

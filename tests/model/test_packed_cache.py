@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dspark_kernels import formats
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.config import KEY_GROUP, CacheDType, ConfigError, EngineConfig, ModelConfig
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
-from dspark_ray.model.rows import CacheShape, Segment, build_rows
+from dspark_ray.model.rows import Segment, build_rows
 from dspark_ray.training.initial import initialise
 
 RAW = {

@@ -12,7 +12,7 @@ from serving import Serving, random_tokens
 from small_targets import TargetPair, build_pair
 from torch import Tensor
 
-from dspark_ray.model.rows import CacheShape
+from dspark_ray.cache.shape import CacheShape
 
 TOLERANCE = 1e-4
 PAGE_SIZE = 16

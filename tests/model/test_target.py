@@ -9,9 +9,9 @@ import torch
 from serving import Serving, random_tokens
 from small_targets import BASE, CSA, HASH, HCA, LEARNED, SLIDING, TargetPair, build_pair
 
+from dspark_ray.cache.shape import CacheShape
 from dspark_ray.config import ConfigError, ModelConfig
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
-from dspark_ray.model.rows import CacheShape
 
 TOLERANCE = 1e-4  # logits have a deviation near 1; the two sum in different orders
 LENGTH = 150

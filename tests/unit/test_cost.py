@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dspark_ray.config import ConfigError
-from dspark_ray.speculative.cost import NO_COST, CostModel, CostTable, Curve, lower_hull
+from dspark_ray.speculative.cost import CostModel, lower_hull
+from dspark_ray.speculative.cost_table import NO_COST, CostTable, Curve
 
 # Curves
 

@@ -10,7 +10,7 @@ import pytest
 
 from dspark_ray.config import EngineConfig, ScheduleKind
 from dspark_ray.speculative.calibration import Temperatures
-from dspark_ray.speculative.cost import CostTable, Curve
+from dspark_ray.speculative.cost_table import CostTable, Curve
 from dspark_ray.speculative.planner import Batch, DraftedRows, Planner, StepOutcome
 from dspark_ray.types import StepRecord, VerificationPolicy
 
