@@ -22,7 +22,7 @@ from ray import serve
 from ray_application import local_ray, wait_until
 from small_checkpoint import ENGINE, save_small_checkpoint
 
-from benchmarks.chaos import APP, Chaos, Fault, Limits, Streams, served
+from benchmarks.chaos.rounds import APP, Chaos, Fault, Limits, Streams, served
 from benchmarks.chaos.faults import is_running, process_of
 
 HEALTH = {
