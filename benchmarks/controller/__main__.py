@@ -40,7 +40,7 @@ HEADLINE_ENGINE = "full"
 
 _CORE = ("autoscale/controller.py", "autoscale/saturation.py", "autoscale/signals.py", "autoscale/thresholds.py")
 _WORLD = ("traffic", "world", "signals", "bandit", "book", "days")
-_CODE = (*_CORE, "benchmarks/schedule/simulation.py", *(f"benchmarks/controller_{name}.py" for name in _WORLD))
+_CODE = (*_CORE, "benchmarks/schedule/simulation.py", *(f"benchmarks/controller/{name}.py" for name in _WORLD))
 _STEADY = (*_CODE, "benchmarks/controller/steady.py")
 _REPLICAS = (
     *_CODE,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from autoscale.replicas import ReplicaLoad, ReplicaRule
 from autoscale.thresholds import FixedThreshold, LoadCurve
+from benchmarks.controller import __main__ as controller_main
 from benchmarks.controller import replicas as controller_replicas
 from benchmarks.controller import steady as controller_steady
 from benchmarks.controller.book import Book
@@ -321,3 +323,22 @@ def test_equal_hardware_is_never_less_and_takes_the_better_of_smaller_fleets() -
     assert default_at(10.5) == 115.0
     assert default_at(12.0) == 130.0
     assert default_at(5.0) == 100.0
+
+
+# Finished parts of the benchmark
+
+
+def test_a_finished_part_is_kept_for_the_files_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest reads every file, so a file that was moved is noticed here and not at the next measurement."""
+    monkeypatch.setattr(controller_main, "SCRATCH", tmp_path)
+    notebook = controller_main._notebook(controller_main._REPLICAS)
+    calls = []
+
+    def run(progress: object) -> dict[str, float]:
+        calls.append(progress)
+        return {"tokens": 1.0}
+
+    for _ in range(2):
+        assert controller_main._kept(notebook, "a part", run) == {"tokens": 1.0}
+    assert len(calls) == 1
+    assert controller_main._notebook(controller_main._STEADY).entries("a part") == []
