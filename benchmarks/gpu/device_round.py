@@ -21,7 +21,7 @@ from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.drafters.dspark import DSparkModule
 from dspark_ray.drafters.pools import DraftPools
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
-from dspark_ray.model.rows import NEVER, Layout
+from dspark_ray.model.rows import NOT_STAGED, Layout
 from dspark_ray.runner.decode import fixed_rows
 
 
@@ -103,7 +103,7 @@ class DeviceRound:
     def _verify(self, token_ids: Tensor, positions: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
         """(the target's token behind each row [N], features [N, T*d])"""
         requests, nobody, owner = self.requests, owners < 0, owners.clamp_min(0)
-        staged_from = torch.where(nobody, 0, NEVER)
+        staged_from = torch.where(nobody, 0, NOT_STAGED)
         layout = Layout(token_ids, positions, requests.slots[owner], owner, requests.pages, staged_from)
         output = self.target(fixed_rows(layout, self.cache.shape, self.max_length), self.cache)
         assert output.features is not None
@@ -123,5 +123,5 @@ class DeviceRound:
         trash = pools.num_slots * pools.window + torch.arange(self.num_rows, device=owners.device) % (
             pools.num_slots * pools.gamma
         )
-        slots = torch.where(committed, pools.context_slots(requests.slots[owner], positions), trash)
-        self.drafter.store_context(self.drafter.project(features), positions, pools.tensors, slots)
+        slot_mapping = torch.where(committed, pools.context_slot_mapping(requests.slots[owner], positions), trash)
+        self.drafter.store_context(self.drafter.project(features), positions, pools.tensors, slot_mapping)

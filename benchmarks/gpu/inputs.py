@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.floors import CSA_RATIO, EDITS_PER_ROW, HCA_RATIO, Q_IDS, Case, Shapes
-from dspark_kernels.formats import FP4_BLOCK, FP8_BLOCK, pack_keys
+from dspark_kernels.formats import FP4_SCALE_TILE, FP8_SCALE_TILE, pack_keys
 from dspark_kernels.philox import STREAM_SAMPLE
 
 Args = tuple[Any, ...]
@@ -96,7 +96,11 @@ class Inputs:
 
     def linear_fp8(self, variant: str) -> Args:
         inputs, outputs = self.shapes.linear(variant)
-        return self._normal(self.rows, inputs), self._fp8(outputs, inputs), self._scales(FP8_BLOCK, outputs, inputs)
+        return (
+            self._normal(self.rows, inputs),
+            self._fp8(outputs, inputs),
+            self._scales(FP8_SCALE_TILE, outputs, inputs),
+        )
 
     def lowest_kept_logit(self, variant: str) -> Args:
         logits = self._normal(self.rows, self.shapes.vocabulary, dtype=torch.float32, scale=3.0)
@@ -139,7 +143,7 @@ class Inputs:
             stored = [self._fp8(*shape) for shape in (w13, w2)]
         else:
             stored = [self._bytes(0, 256, *shape[:-1], shape[-1] // 2).view(torch.int8) for shape in (w13, w2)]
-        block = FP8_BLOCK if variant == "FP8" else FP4_BLOCK
+        block = FP8_SCALE_TILE if variant == "FP8" else FP4_SCALE_TILE
         scales = (self._scales(block, *w13), self._scales(block, *w2))
         return hidden, weights, experts, *stored, 10.0, shapes.experts, 0, *scales
 

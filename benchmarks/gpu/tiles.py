@@ -22,7 +22,7 @@ _MHC_ROWS = (1, 6, 8, 12, 16, 17, 24, 32, 33, 48, 64, 96, 128, 192)
 _MHC_TILES: dict[str, tuple[int, int] | None] = {CHOSEN: None, "16 rows": (16, 128), "64 rows": (64, 128)}
 """(rows, columns) of a step of the projection."""
 _MOE_ROWS = (6, 12, 24, 32, 40, 48, 96, 192, 256, 384)
-_MOE_TILES: dict[str, str | None] = {CHOSEN: None, "few": "_FEW_BLOCKS", "many": "_MANY_BLOCKS"}
+_MOE_TILES: dict[str, str | None] = {CHOSEN: None, "few": "_FEW_TILINGS", "many": "_MANY_TILINGS"}
 """Tables of `dspark_kernels.gpu.moe`."""
 _RANKS = 8
 _DRY_ROWS = (1, 3)
@@ -79,7 +79,7 @@ def _moe_calls(device: Device) -> Iterator[Call]:
         for name, table in _MOE_TILES.items():
             # The moe of FP4 weights alone: its blocks are those of that format.
             blocks = _always(getattr(module, table)[module.FP4]) if table else None
-            with _replaced(module, "_blocks_of", blocks):
+            with _replaced(module, "_tiling_of", blocks):
                 yield rows, name, partial(gpu.moe, *args)
 
 

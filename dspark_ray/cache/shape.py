@@ -18,7 +18,7 @@ class CacheShape:
     pooled_rows: dict[int, int]
     """Raw rows under one entry: 2r where windows overlap (CSA), else r."""
     page_size: int
-    block: int
+    block_length: int
     """Longest segment that may write its rows before it reads."""
     num_slots: int
     max_rows: int
@@ -39,7 +39,7 @@ class CacheShape:
             raw_rings={ratio: pooled[ratio] + gamma for ratio in ratios},
             pooled_rows=pooled,
             page_size=page_size,
-            block=1 + gamma,
+            block_length=1 + gamma,
             num_slots=num_slots,
             max_rows=max_rows,
         )

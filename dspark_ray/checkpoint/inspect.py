@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dspark_ray.checkpoint.headers import StoredTensor
-from dspark_ray.checkpoint.layout import local_name, pieces_of
+from dspark_ray.checkpoint.layout import local_name, parts_of
 from dspark_ray.checkpoint.reader import MAX_PROBLEMS, Checkpoint
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule
@@ -160,10 +160,8 @@ def _compare(checkpoint: Checkpoint) -> tuple[set[str], list[str]]:
     config = checkpoint.config
     with torch.device("meta"):
         modules = [DeepSeekV4(config)] + ([DSparkModule(config)] if config.dspark else [])
-    pieces = [
-        piece for module in modules for _, piece in pieces_of(module, config, ParallelGroup(), checkpoint.tensors)
-    ]
-    return {piece.name for piece in pieces}, checkpoint.validate(pieces)
+    parts = [part for module in modules for _, part in parts_of(module, config, ParallelGroup(), checkpoint.tensors)]
+    return {part.name for part in parts}, checkpoint.validate(parts)
 
 
 def _architecture(config: ModelConfig) -> dict[str, int]:

@@ -63,7 +63,7 @@ def official_name(name: str) -> str:
 
 
 def scale_name(name: str) -> str:
-    """The tensor of block scales beside a quantised weight."""
+    """The tensor of tile scales beside a quantised weight."""
     return name.removesuffix(".weight") + ".scale"
 
 
@@ -73,7 +73,7 @@ def local_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPart:
     """A region of one tensor in a checkpoint, and where it goes in a parameter."""
 
     name: str
@@ -85,15 +85,15 @@ class Piece:
     """Index into the parameter; empty for all of it."""
 
 
-def whole(shape: tuple[int, ...]) -> tuple[Range, ...]:
+def full_region(shape: tuple[int, ...]) -> tuple[Range, ...]:
     """The region that is all of a tensor."""
     return tuple((0, size) for size in shape)
 
 
-def pieces_of(
+def parts_of(
     module: nn.Module, config: ModelConfig, group: ParallelGroup, stored: Container[str] = ()
-) -> Iterator[tuple[str, Piece]]:
-    """(parameter or buffer name, piece) for all that a rank's target, or a whole drafter, has to be filled with.
+) -> Iterator[tuple[str, TensorPart]]:
+    """(parameter or buffer name, part) for all that a rank's target, or a whole drafter, has to be filled with.
 
     `stored` are the official names in the checkpoint: they tell whether experts are stacked there.
     """
@@ -103,14 +103,14 @@ def pieces_of(
         if local.endswith((".scale", *SCALES_OF_EXPERTS)):
             continue  # comes with its weight
         if local == "ffn.experts.w13":
-            pieces = _gate_up_pieces(name, parameter, config, _experts_of(name, config, group), stored)
+            parts = _gate_up_parts(name, parameter, config, _experts_of(name, config, group), stored)
         elif local == "ffn.experts.w2":
-            pieces = _down_pieces(name, parameter, config, _experts_of(name, config, group), stored)
+            parts = _down_parts(name, parameter, config, _experts_of(name, config, group), stored)
         else:
             shard = None if name.startswith("mtp.") else shards.get(local)
-            pieces = [_plain_piece(name, parameter, shard, group)]
-        for piece in pieces:
-            yield name, piece
+            parts = [_plain_part(name, parameter, shard, group)]
+        for part in parts:
+            yield name, part
 
 
 @dataclass(frozen=True)
@@ -143,45 +143,47 @@ def _shards(config: ModelConfig) -> dict[str, _Shard]:
     }
 
 
-def _plain_piece(name: str, parameter: Tensor, shard: _Shard | None, group: ParallelGroup) -> Piece:
-    shape, region = list(parameter.shape), list(whole(tuple(parameter.shape)))
+def _plain_part(name: str, parameter: Tensor, shard: _Shard | None, group: ParallelGroup) -> TensorPart:
+    shape, region = list(parameter.shape), list(full_region(tuple(parameter.shape)))
     if shard is not None:
         shape[shard.dim] = shard.num_units * shard.width
         region[shard.dim] = shard.range(group)
-    return Piece(name, tuple(shape), tuple(region))
+    return TensorPart(name, tuple(shape), tuple(region))
 
 
 def _experts_of(name: str, config: ModelConfig, group: ParallelGroup) -> Range:
     return (0, config.n_routed_experts) if name.startswith("mtp.") else group.range(config.n_routed_experts)
 
 
-def _gate_up_pieces(
+def _gate_up_parts(
     name: str, parameter: Tensor, config: ModelConfig, experts: Range, stored: Container[str]
-) -> list[Piece]:
+) -> list[TensorPart]:
     prefix, width = name.removesuffix("ffn.experts.w13"), config.moe_intermediate_size
     if prefix + FUSED_W13 in stored:
-        return [_fused_piece(prefix + FUSED_W13, parameter, config, experts)]
+        return [_fused_part(prefix + FUSED_W13, parameter, config, experts)]
     shape = (width, config.hidden_size)
     return [
-        Piece(f"{prefix}ffn.experts.{expert}.{part}.weight", shape, whole(shape), (expert - experts[0], rows))
+        TensorPart(
+            f"{prefix}ffn.experts.{expert}.{matrix}.weight", shape, full_region(shape), (expert - experts[0], rows)
+        )
         for expert in range(*experts)
-        for part, rows in (("w1", slice(0, width)), ("w3", slice(width, 2 * width)))
+        for matrix, rows in (("w1", slice(0, width)), ("w3", slice(width, 2 * width)))
     ]
 
 
-def _down_pieces(
+def _down_parts(
     name: str, parameter: Tensor, config: ModelConfig, experts: Range, stored: Container[str]
-) -> list[Piece]:
+) -> list[TensorPart]:
     prefix = name.removesuffix("ffn.experts.w2")
     if prefix + FUSED_W2 in stored:
-        return [_fused_piece(prefix + FUSED_W2, parameter, config, experts)]
+        return [_fused_part(prefix + FUSED_W2, parameter, config, experts)]
     shape = (config.hidden_size, config.moe_intermediate_size)
     return [
-        Piece(f"{prefix}ffn.experts.{expert}.w2.weight", shape, whole(shape), (expert - experts[0],))
+        TensorPart(f"{prefix}ffn.experts.{expert}.w2.weight", shape, full_region(shape), (expert - experts[0],))
         for expert in range(*experts)
     ]
 
 
-def _fused_piece(name: str, parameter: Tensor, config: ModelConfig, experts: Range) -> Piece:
+def _fused_part(name: str, parameter: Tensor, config: ModelConfig, experts: Range) -> TensorPart:
     inner = tuple(parameter.shape[1:])
-    return Piece(name, (config.n_routed_experts, *inner), (experts, *whole(inner)))
+    return TensorPart(name, (config.n_routed_experts, *inner), (experts, *full_region(inner)))

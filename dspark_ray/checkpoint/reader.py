@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dspark_kernels.formats import dequantise_fp4, dequantise_fp8
 from dspark_ray.checkpoint.errors import CheckpointError
 from dspark_ray.checkpoint.headers import StoredTensor, stored_tensors
-from dspark_ray.checkpoint.layout import Piece, Range, official_name, pieces_of, scale_name, whole
-from dspark_ray.checkpoint.stored import BLOCKS, is_quantised, keep_stored, scale_attribute, scale_target
+from dspark_ray.checkpoint.layout import Range, TensorPart, full_region, official_name, parts_of, scale_name
+from dspark_ray.checkpoint.stored import SCALE_TILES, is_quantised, keep_stored, scale_attribute, scale_target
 from dspark_ray.checkpoint.values import first_bad_value
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
@@ -62,14 +62,14 @@ class Checkpoint:
         """The folder's `config.json`."""
         return ModelConfig.from_file(self.path)
 
-    def validate(self, pieces: Iterable[Piece]) -> list[str]:
+    def validate(self, parts: Iterable[TensorPart]) -> list[str]:
         """What headers already tell to be wrong, one sentence per tensor that is wanted."""
-        wanted = {piece.name: piece for piece in pieces}
-        return [problem for piece in wanted.values() if (problem := self._problem(piece))]
+        wanted = {part.name: part for part in parts}
+        return [problem for part in wanted.values() if (problem := self._problem(part))]
 
-    def require(self, pieces: Iterable[Piece]) -> None:
+    def require(self, parts: Iterable[TensorPart]) -> None:
         """Raise CheckpointError with the first problems that `validate` finds."""
-        problems = self.validate(pieces)
+        problems = self.validate(parts)
         if not problems:
             return
         shown = "\n  ".join(problems[:MAX_PROBLEMS])
@@ -77,54 +77,54 @@ class Checkpoint:
         more = f"\n  and {rest} more" if rest > 0 else ""
         raise CheckpointError(f"{self.path}: this checkpoint does not fit its configuration:\n  {shown}{more}")
 
-    def read(self, piece: Piece) -> Tensor:
-        """The piece's region; float32 where the file holds it quantised, else in the file's dtype.
+    def read(self, part: TensorPart) -> Tensor:
+        """The part's region; float32 where the file holds it quantised, else in the file's dtype.
 
         Raises CheckpointError for NaN and infinity.
         """
-        tensor = self.tensors[piece.name]
-        if tensor.dtype not in BLOCKS:
-            return self._finite(tensor, piece.region)
-        return self._read_quantised(tensor, self.tensors[scale_name(piece.name)], piece.region)
+        tensor = self.tensors[part.name]
+        if tensor.dtype not in SCALE_TILES:
+            return self._finite(tensor, part.region)
+        return self._read_quantised(tensor, self.tensors[scale_name(part.name)], part.region)
 
-    def read_stored(self, piece: Piece) -> tuple[Tensor, Tensor]:
-        """(weights, scales) of a quantised piece as the file holds them; its region is of whole blocks.
+    def read_stored(self, part: TensorPart) -> tuple[Tensor, Tensor]:
+        """(weights, scales) of a quantised part as the file holds them; its region is of whole tiles.
 
         Raises CheckpointError for NaN and infinity.
         """
-        tensor, scale = self.tensors[piece.name], self.tensors[scale_name(piece.name)]
-        rows, (first, stop) = piece.region
-        row_block, column_block = BLOCKS[tensor.dtype]
+        tensor, scale = self.tensors[part.name], self.tensors[scale_name(part.name)]
+        rows, (first, stop) = part.region
+        tile_rows, tile_columns = SCALE_TILES[tensor.dtype]
         packed = 2 if tensor.dtype == "I8" else 1
         scale_region = (
-            (rows[0] // row_block, -(-rows[1] // row_block)),
-            (first // column_block, -(-stop // column_block)),
+            (rows[0] // tile_rows, -(-rows[1] // tile_rows)),
+            (first // tile_columns, -(-stop // tile_columns)),
         )
         return self._finite(tensor, (rows, (first // packed, stop // packed))), self._finite(scale, scale_region)
 
     def dtype_of(self, name: str) -> str | None:
         """Of a tensor as safetensors spells it; None for one that is not there, or whose scales are not E8M0."""
         tensor = self.tensors.get(name)
-        if tensor is None or tensor.dtype not in BLOCKS:
+        if tensor is None or tensor.dtype not in SCALE_TILES:
             return None if tensor is None else tensor.dtype
         scale = self.tensors.get(scale_name(name))
         return tensor.dtype if scale is not None and scale.dtype == "F8_E8M0" else None
 
-    def _problem(self, piece: Piece) -> str | None:
-        tensor = self.tensors.get(piece.name)
+    def _problem(self, part: TensorPart) -> str | None:
+        tensor = self.tensors.get(part.name)
         if tensor is None:
-            return f"{piece.name}: expected shape {list(piece.shape)}, found no such tensor"
-        expected_dtypes = _allowed_dtypes(piece)
+            return f"{part.name}: expected shape {list(part.shape)}, found no such tensor"
+        expected_dtypes = _allowed_dtypes(part)
         if tensor.dtype not in expected_dtypes:
-            return _mismatch(tensor, piece.name, f"dtype {' or '.join(expected_dtypes)}", tensor.dtype)
-        shape = _stored_shape(piece.shape, tensor.dtype)
+            return _mismatch(tensor, part.name, f"dtype {' or '.join(expected_dtypes)}", tensor.dtype)
+        shape = _stored_shape(part.shape, tensor.dtype)
         if tensor.shape != shape:
-            return _mismatch(tensor, piece.name, f"shape {list(shape)}", list(tensor.shape))
-        return self._scale_problem(piece) if tensor.dtype in BLOCKS else None
+            return _mismatch(tensor, part.name, f"shape {list(shape)}", list(tensor.shape))
+        return self._scale_problem(part) if tensor.dtype in SCALE_TILES else None
 
-    def _scale_problem(self, piece: Piece) -> str | None:
-        weight, name = self.tensors[piece.name], scale_name(piece.name)
-        shape = tuple(-(-size // block) for size, block in zip(piece.shape, BLOCKS[weight.dtype], strict=True))
+    def _scale_problem(self, part: TensorPart) -> str | None:
+        weight, name = self.tensors[part.name], scale_name(part.name)
+        shape = tuple(-(-size // tile) for size, tile in zip(part.shape, SCALE_TILES[weight.dtype], strict=True))
         scale = self.tensors.get(name)
         if scale is None:
             return _mismatch(weight, name, f"scales of shape {list(shape)} for {weight.dtype}", "no such tensor")
@@ -135,14 +135,14 @@ class Checkpoint:
         return None
 
     def _read_quantised(self, weight: StoredTensor, scale: StoredTensor, region: tuple[Range, ...]) -> Tensor:
-        """Read whole blocks around the region, dequantise, cut."""
-        block = BLOCKS[weight.dtype]
-        blocks = tuple((start // size, -(-stop // size)) for (start, stop), size in zip(region, block, strict=True))
+        """Read whole tiles around the region, dequantise, cut."""
+        tile = SCALE_TILES[weight.dtype]
+        tiles = tuple((start // size, -(-stop // size)) for (start, stop), size in zip(region, tile, strict=True))
         rows, columns = (
             (first * size, min(stop * size, total))
-            for (first, stop), size, total in zip(blocks, block, _dense_shape(weight), strict=True)
+            for (first, stop), size, total in zip(tiles, tile, _dense_shape(weight), strict=True)
         )
-        scales = self._finite(scale, blocks)
+        scales = self._finite(scale, tiles)
         if weight.dtype == "F8_E4M3":
             values = dequantise_fp8(self._finite(weight, (rows, columns)), scales)
         else:
@@ -158,7 +158,7 @@ class Checkpoint:
         try:
             for start in range(0, tensor.shape[0] if tensor.shape else 0, rows_at_once):
                 stop = min(start + rows_at_once, tensor.shape[0])
-                self._finite(tensor, ((start, stop), *whole(tensor.shape[1:])))
+                self._finite(tensor, ((start, stop), *full_region(tensor.shape[1:])))
         except CheckpointError as error:
             return str(error)
         return None
@@ -218,9 +218,9 @@ def load_projector(
     _fill(module, module.config, ParallelGroup(), checkpoint, device, keep_quantised)
 
 
-def _table(name: str, config: ModelConfig) -> Piece:
+def _table(name: str, config: ModelConfig) -> TensorPart:
     shape = (config.vocab_size, config.hidden_size)
-    return Piece(name, shape, whole(shape))
+    return TensorPart(name, shape, full_region(shape))
 
 
 def _fill(
@@ -230,51 +230,51 @@ def _fill(
     checkpoint: Checkpoint,
     device: torch.device | str,
     keep_quantised: bool,
-    extra: tuple[Piece, ...] = (),
+    extra: tuple[TensorPart, ...] = (),
 ) -> None:
-    plan = list(pieces_of(module, config, group, checkpoint.tensors))
-    checkpoint.require([*(piece for _, piece in plan), *extra])
+    plan = list(parts_of(module, config, group, checkpoint.tensors))
+    checkpoint.require([*(part for _, part in plan), *extra])
     if any(tensor.is_meta for tensor in module.state_dict().values()):
         if keep_quantised:
             keep_stored(module, config, group, checkpoint.dtype_of)
         module.to_empty(device=device)
     parameters = module.state_dict()
-    for name, piece in plan:
+    for name, part in plan:
         if is_quantised(parameters[name]):
-            _copy_stored(parameters, name, piece, checkpoint)
+            _copy_stored(parameters, name, part, checkpoint)
             continue
-        values = checkpoint.read(piece)
-        _check_values(values, piece, checkpoint, config)
-        parameters[name][piece.target].copy_(values)
+        values = checkpoint.read(part)
+        _check_values(values, part, checkpoint, config)
+        parameters[name][part.target].copy_(values)
 
 
-def _copy_stored(parameters: dict[str, Tensor], name: str, piece: Piece, checkpoint: Checkpoint) -> None:
+def _copy_stored(parameters: dict[str, Tensor], name: str, part: TensorPart, checkpoint: Checkpoint) -> None:
     """Weights and scales as bytes, because copies between some of these dtypes would convert."""
     owner, _, attribute = name.rpartition(".")
-    weights, scales = checkpoint.read_stored(piece)
-    targets = piece.target, scale_target(piece, checkpoint.tensors[piece.name].dtype)
+    weights, scales = checkpoint.read_stored(part)
+    targets = part.target, scale_target(part, checkpoint.tensors[part.name].dtype)
     for parameter, values, target in zip((name, f"{owner}.{scale_attribute(attribute)}"), (weights, scales), targets):
         parameters[parameter].view(torch.uint8)[target].copy_(values.view(torch.uint8))
 
 
-def _check_values(values: Tensor, piece: Piece, checkpoint: Checkpoint, config: ModelConfig) -> None:
+def _check_values(values: Tensor, part: TensorPart, checkpoint: Checkpoint, config: ModelConfig) -> None:
     """A routing table that names no expert would read foreign memory much later."""
-    if not _is_table(piece):
+    if not _is_table(part):
         return
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= config.n_routed_experts:
-        tensor, expected = checkpoint.tensors[piece.name], f"experts 0..{config.n_routed_experts - 1}"
-        raise CheckpointError(_mismatch(tensor, piece.name, expected, f"{low}..{high}"))
+        tensor, expected = checkpoint.tensors[part.name], f"experts 0..{config.n_routed_experts - 1}"
+        raise CheckpointError(_mismatch(tensor, part.name, expected, f"{low}..{high}"))
 
 
-def _is_table(piece: Piece) -> bool:
-    return piece.name.endswith(".tid2eid")
+def _is_table(part: TensorPart) -> bool:
+    return part.name.endswith(".tid2eid")
 
 
-def _allowed_dtypes(piece: Piece) -> tuple[str, ...]:
-    if _is_table(piece):
+def _allowed_dtypes(part: TensorPart) -> tuple[str, ...]:
+    if _is_table(part):
         return _TABLE_DTYPES
-    quantised = tuple(BLOCKS) if piece.name.endswith(".weight") and len(piece.shape) == 2 else ()
+    quantised = tuple(SCALE_TILES) if part.name.endswith(".weight") and len(part.shape) == 2 else ()
     return _PLAIN_DTYPES + quantised
 
 

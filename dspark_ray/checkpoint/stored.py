@@ -14,12 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dspark_kernels.formats import ACTIVATION_GROUP, FP4_BLOCK, FP8_BLOCK
-from dspark_ray.checkpoint.layout import FP8_WEIGHTS, Piece, local_name, pieces_of
+from dspark_kernels.formats import ACTIVATION_GROUP, FP4_SCALE_TILE, FP8_SCALE_TILE
+from dspark_ray.checkpoint.layout import FP8_WEIGHTS, TensorPart, local_name, parts_of
 from dspark_ray.config import ModelConfig
 from dspark_ray.model.parallel import ParallelGroup
 
-BLOCKS = {"F8_E4M3": FP8_BLOCK, "I8": FP4_BLOCK}
+SCALE_TILES = {"F8_E4M3": FP8_SCALE_TILE, "I8": FP4_SCALE_TILE}
 """Channels (output, input) under one scale, by the dtype of a quantised weight as safetensors spells it."""
 
 _DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
@@ -33,10 +33,10 @@ StoredDtype = Callable[[str], str | None]
 
 def keep_stored(module: nn.Module, config: ModelConfig, group: ParallelGroup, dtype_of: StoredDtype) -> None:
     """Give parameters of `module`, which must be on the meta device, the form that their tensors are stored in."""
-    pieces_by_name: dict[str, list[Piece]] = {}
-    for name, piece in pieces_of(module, config, group):
-        pieces_by_name.setdefault(name, []).append(piece)
-    stay = {name: dtype for name, pieces in pieces_by_name.items() if (dtype := _staying_dtype(name, pieces, dtype_of))}
+    parts_by_name: dict[str, list[TensorPart]] = {}
+    for name, part in parts_of(module, config, group):
+        parts_by_name.setdefault(name, []).append(part)
+    stay = {name: dtype for name, parts in parts_by_name.items() if (dtype := _staying_dtype(name, parts, dtype_of))}
     for name, dtype in stay.items():
         # Both products of an expert are quantised, or none is.
         if all(name.removesuffix(local_name(name)) + partner in stay for partner in _partners(name)):
@@ -48,23 +48,23 @@ def _partners(name: str) -> tuple[str, ...]:
     return _EXPERTS if local_name(name) in _EXPERTS else ()
 
 
-def _staying_dtype(name: str, pieces: list[Piece], dtype_of: StoredDtype) -> str | None:
+def _staying_dtype(name: str, parts: list[TensorPart], dtype_of: StoredDtype) -> str | None:
     """The stored dtype of a parameter that can stay as it is stored; None of another."""
-    dtypes = {dtype_of(piece.name) for piece in pieces}
+    dtypes = {dtype_of(part.name) for part in parts}
     dtype, local = dtypes.pop(), local_name(name)
-    if dtypes or dtype not in BLOCKS:
+    if dtypes or dtype not in SCALE_TILES:
         return None
     known = local in _EXPERTS or (local in _LINEAR and dtype == "F8_E4M3")
-    return dtype if known and all(_is_computable(piece, dtype) for piece in pieces) else None
+    return dtype if known and all(_is_computable(part, dtype) for part in parts) else None
 
 
-def _is_computable(piece: Piece, dtype: str) -> bool:
-    """Whether a part begins and ends with a block of scales, in tensor and parameter, and its inputs can be rounded."""
-    for (start, stop), size, total in zip(piece.region, BLOCKS[dtype], piece.shape, strict=True):
+def _is_computable(part: TensorPart, dtype: str) -> bool:
+    """Whether a part begins and ends with a scale tile, in tensor and parameter, and its inputs can be rounded."""
+    for (start, stop), size, total in zip(part.region, SCALE_TILES[dtype], part.shape, strict=True):
         if start % size or (stop % size and stop != total):
             return False
-    first, stop = piece.region[-1]
-    stacked = [part.start % BLOCKS[dtype][0] == 0 for part in piece.target if isinstance(part, slice)]
+    first, stop = part.region[-1]
+    stacked = [index.start % SCALE_TILES[dtype][0] == 0 for index in part.target if isinstance(index, slice)]
     return (stop - first) % ACTIVATION_GROUP == 0 and all(stacked)
 
 
@@ -85,19 +85,20 @@ def is_quantised(parameter: Tensor) -> bool:
     return parameter.dtype in _DTYPES.values()
 
 
-def scale_target(piece: Piece, dtype: str) -> tuple[int | slice, ...]:
-    """Where the scales of `piece` go, from where its weights go."""
-    rows = BLOCKS[dtype][0]
+def scale_target(part: TensorPart, dtype: str) -> tuple[int | slice, ...]:
+    """Where the scales of `part` go, from where its weights go."""
+    rows = SCALE_TILES[dtype][0]
     return tuple(
-        slice(part.start // rows, -(-part.stop // rows)) if isinstance(part, slice) else part for part in piece.target
+        slice(index.start // rows, -(-index.stop // rows)) if isinstance(index, slice) else index
+        for index in part.target
     )
 
 
 def scale_shape(dense: torch.Size, dtype: str) -> tuple[int, ...]:
     """Shape of the scales of weights [..., out, in]."""
     *stack, rows, columns = dense
-    row_block, column_block = BLOCKS[dtype]
-    return (*stack, -(-rows // row_block), -(-columns // column_block))
+    tile_rows, tile_columns = SCALE_TILES[dtype]
+    return (*stack, -(-rows // tile_rows), -(-columns // tile_columns))
 
 
 def _stored_shape(dense: torch.Size, dtype: str) -> tuple[int, ...]:

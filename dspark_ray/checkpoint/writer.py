@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dspark_kernels.formats import FP8_BLOCK, quantise_fp4, quantise_fp8
+from dspark_kernels.formats import FP8_SCALE_TILE, quantise_fp4, quantise_fp8
 from dspark_ray.checkpoint.headers import INDEX_FILE
 from dspark_ray.checkpoint.layout import FP8_WEIGHTS, local_name, scale_name
 from dspark_ray.checkpoint.stored import is_quantised
@@ -26,7 +26,7 @@ QUANTISATION_CONFIG = {
     "quant_method": "fp8",
     "fmt": "e4m3",
     "scale_fmt": "ue8m0",
-    "weight_block_size": list(FP8_BLOCK),
+    "weight_block_size": list(FP8_SCALE_TILE),
     "activation_scheme": "dynamic",
 }
 

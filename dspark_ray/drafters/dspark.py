@@ -19,13 +19,13 @@ import dspark_kernels as ops
 from dspark_kernels.philox import STREAM_SAMPLE
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.heads import ConfidenceHead, MarkovHead, build_markov_head
-from dspark_ray.model.blocks import Attention, Block, Weight, empty
+from dspark_ray.model.layers import Attention, DecoderLayer, Weight, empty
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.model.rope import Angles, Rope
 from dspark_ray.model.rows import PoolIndex
 
 
-class Stage(Block):
+class Stage(DecoderLayer):
     """One draft stage; the first also projects features, the last carries the heads."""
 
     def __init__(self, config: ModelConfig, number: int) -> None:
@@ -141,11 +141,11 @@ class DSparkModule(nn.Module):
         angles = self.rope.angles(positions, compressed=False)
         return [stage.attn.keys(main_x, angles) for stage in self.stages]
 
-    def store_context(self, main_x: Tensor, positions: Tensor, pools: Sequence[Tensor], slots: Tensor) -> None:
-        """Write `context_keys` into rows slots [N] of the stages' pools."""
+    def store_context(self, main_x: Tensor, positions: Tensor, pools: Sequence[Tensor], slot_mapping: Tensor) -> None:
+        """Write `context_keys` into rows slot_mapping [N] of the stages' pools."""
         angles = self.rope.angles(positions, compressed=False)
         for stage, pool in zip(self.stages, pools, strict=True):
-            stage.attn.store_keys(main_x, angles, pool, slots)
+            stage.attn.store_keys(main_x, angles, pool, slot_mapping)
 
     def block(self, anchors: Tensor, starts: Tensor, context: Sequence[Tensor], visible: Tensor) -> BlockOutput:
         """Run the stages over the blocks of R requests, keeping nothing: the form that training differentiates.
@@ -170,7 +170,7 @@ class DSparkModule(nn.Module):
         """
 
         def keys_of(stage: int, hidden: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-            self.stages[stage].attn.store_keys(hidden, angles, pools[stage], index.slots)
+            self.stages[stage].attn.store_keys(hidden, angles, pools[stage], index.slot_mapping)
             return pools[stage], index.keys
 
         return self._run(anchors, starts, keys_of)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark_ray.config import MarkovHeadType
-from dspark_ray.model.blocks import Weight
+from dspark_ray.model.layers import Weight
 
 
 class MarkovHead(nn.Module):

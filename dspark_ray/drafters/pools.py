@@ -29,7 +29,7 @@ class DraftPools:
             for _ in module.stages
         ]
 
-    def context_slots(self, slots: Tensor, positions: Tensor) -> Tensor:
+    def context_slot_mapping(self, slots: Tensor, positions: Tensor) -> Tensor:
         """[n] pool rows of committed tokens at positions [n] of sequences in slots [n]."""
         return slots * self.window + positions % self.window
 
@@ -38,6 +38,6 @@ class DraftPools:
         its block. slots, starts [R]; `starts` are the anchors' positions."""
         num_requests = len(slots)
         wanted = starts.unsqueeze(1) + torch.arange(-self.window, 0, device=slots.device)
-        context = torch.where(wanted >= 0, self.context_slots(slots.unsqueeze(1), wanted), -1)
+        context = torch.where(wanted >= 0, self.context_slot_mapping(slots.unsqueeze(1), wanted), -1)
         own = self.num_slots * self.window + torch.arange(num_requests * self.gamma, device=slots.device)
         return PoolIndex(own, torch.cat((context, own.view(num_requests, self.gamma)), dim=1), None)

@@ -12,7 +12,7 @@ from dspark_ray.drafters.protocol import DraftProposal
 from dspark_ray.engine.scheduler import StepPlan
 from dspark_ray.engine.sequence import Sequence
 from dspark_ray.model.rows import Segment
-from dspark_ray.sampling.rows import RowContext
+from dspark_ray.sampling.sampling_rows import RowContext
 from dspark_ray.speculative.planner import Batch
 from dspark_ray.speculative.prefix_schedule import PLACES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dspark_ray.sampling.rows import RequestSampling
+from dspark_ray.sampling.sampling_rows import RequestSampling
 from dspark_ray.types import FinishReason, Request, SpeculationStats
 
 

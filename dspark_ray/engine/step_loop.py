@@ -26,8 +26,8 @@ from dspark_ray.engine.sequence import Sequence
 from dspark_ray.engine.target import ForwardCommand, ForwardResult, Target
 from dspark_ray.engine.timing import StepTiming, Stopwatch
 from dspark_ray.model.rows import Segment
-from dspark_ray.sampling.rows import RowContext, build_sampling_rows
 from dspark_ray.sampling.sampler import NO_TOKEN, DraftSampling, Samples
+from dspark_ray.sampling.sampling_rows import RowContext, build_sampling_rows
 from dspark_ray.speculative.acceptance import Acceptance, DraftSource, VerifiedBlock, build_verification
 from dspark_ray.speculative.planner import Batch, DraftedRows, Planner, StepOutcome
 from dspark_ray.types import (

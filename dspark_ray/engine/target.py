@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from dspark_ray.model.rows import Segment
-from dspark_ray.sampling.rows import SamplingRows
 from dspark_ray.sampling.sampler import Samples
+from dspark_ray.sampling.sampling_rows import SamplingRows
 
 
 @dataclass(frozen=True)

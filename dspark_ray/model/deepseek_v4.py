@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dspark_kernels as ops
 from dspark_ray.cache.tensors import CacheTensors, LayerCache
 from dspark_ray.config import ModelConfig
-from dspark_ray.model.blocks import Attention, Block, Compressor, Weight, empty
+from dspark_ray.model.layers import Attention, Compressor, DecoderLayer, Weight, empty
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.model.rope import Angles, Rope
 from dspark_ray.model.rows import CompressIndex, PoolIndex, Rows
@@ -47,7 +47,7 @@ class DeepSeekV4(nn.Module):
         self.group = group = group or ParallelGroup()
         self.first_token, stop = group.range(config.vocab_size)
         self.embed = Weight(stop - self.first_token, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, group) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, group) for layer in range(config.num_hidden_layers))
         m, d = config.hc_mult, config.hidden_size
         self.hc_head_fn = empty(m, m * d, dtype=torch.float32)
         self.hc_head_base = empty(m, dtype=torch.float32)
@@ -69,11 +69,13 @@ class DeepSeekV4(nn.Module):
         streams = self.embed_streams(rows.token_ids)
         taps: dict[int, Tensor] = {}
         tapped = self.config.dspark.target_layer_ids if self.config.dspark else ()
-        for number, (block, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            assert isinstance(block, Block)
-            ratio = block.attn.ratio
-            layer = _CachedAttention(block.attn, rows.window, rows.compressed.get(ratio), angles[ratio], layer_cache)
-            streams = block(streams, rows.token_ids, layer.forward_at(rows.positions), rows.padding)
+        for number, (decoder_layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            assert isinstance(decoder_layer, DecoderLayer)
+            ratio = decoder_layer.attn.ratio
+            layer = _CachedAttention(
+                decoder_layer.attn, rows.window, rows.compressed.get(ratio), angles[ratio], layer_cache
+            )
+            streams = decoder_layer(streams, rows.token_ids, layer.forward_at(rows.positions), rows.padding)
             if number in tapped:
                 taps[number] = streams.mean(dim=1)
         features = torch.cat([taps[number] for number in tapped], dim=-1) if taps else None
@@ -137,7 +139,7 @@ class _CachedAttention:
             attention, angles, window = self.attention, self.angles.rows, self.window
             q_latent = attention.q_latent(hidden)
             query = attention.query(q_latent, angles)
-            attention.store_keys(hidden, angles, self.cache.window, window.slots)
+            attention.store_keys(hidden, angles, self.cache.window, window.slot_mapping)
             entry_keys, entry_index = self._entries(hidden, q_latent, positions)
             values = ops.sparse_attention(
                 query,
@@ -184,7 +186,7 @@ class _CachedAttention:
         """Write raw rows, pool the windows that close, write their entries."""
         assert self.compressed is not None and raw is not None and entries is not None
         index, pool, angles = self.compressed, self.compressed.pool, self.angles.entries
-        compressor.store_raw(hidden, positions, raw, pool.slots)
+        compressor.store_raw(hidden, positions, raw, pool.slot_mapping)
         if len(index.store_entries):
             assert angles is not None
             quantise = self.attention.config.kv_fake_quant and entries is self.cache.entries

@@ -58,8 +58,8 @@ class Moves:
 class PoolIndex:
     """How rows meet a pool: where each is written, and which keys are read afterwards."""
 
-    slots: Tensor
-    """[N] pool row of each row."""
+    slot_mapping: Tensor
+    """[N] pool row that each row is written to."""
     keys: Tensor
     """[Q, K] pool rows, oldest first, -1 where there is no key."""
     moves: Moves | None
@@ -175,7 +175,7 @@ class _Flat:
         pages = np.zeros((len(segments), max(len(segment.pages) for segment in segments) or 1), dtype=np.int64)
         for row, segment in zip(pages, segments, strict=True):
             row[: len(segment.pages)] = segment.pages
-        staged = lengths > shape.block
+        staged = lengths > shape.block_length
         return _Flat(
             token_ids=np.array([token for segment in segments for token in segment.token_ids], dtype=np.int64),
             positions=np.arange(len(owners)) + (starts - first_rows)[owners],
@@ -183,16 +183,16 @@ class _Flat:
             owners=owners,
             pages=pages,
             ends=(starts + lengths)[owners],
-            staged_from=np.where(staged, starts, NEVER)[owners] if staged.any() else None,
+            staged_from=np.where(staged, starts, NOT_STAGED)[owners] if staged.any() else None,
         )
 
     def kept_from(self, ring: int) -> np.ndarray:
         """[N] position from which on a staged segment's rows survive in its ring; never, in blocks."""
         assert self.staged_from is not None
-        return np.where(self.staged_from == NEVER, NEVER, self.ends - ring)
+        return np.where(self.staged_from == NOT_STAGED, NOT_STAGED, self.ends - ring)
 
 
-NEVER = 2**62
+NOT_STAGED = 2**62
 """Beyond every position."""
 
 

@@ -16,12 +16,12 @@ from dspark_ray.config import CSA_RATIO
 from dspark_ray.drafters.dspark import DSparkModule
 from dspark_ray.drafters.pools import DraftPools
 from dspark_ray.model.deepseek_v4 import DeepSeekV4, TargetOutput
-from dspark_ray.model.rows import NEVER, Layout, Rows, Segment, compress_index, window_index
-from dspark_ray.runner.graphs import Capture, GraphSet, Outputs, graph_sizes, holding
+from dspark_ray.model.rows import NOT_STAGED, Layout, Rows, Segment, compress_index, window_index
+from dspark_ray.runner.graphs import Capture, GraphSet, Outputs, graph_sizes, padded_size
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class _VerifyBlocks:
     """The blocks of up to R requests in one tensor, so that one copy brings a step to the device.
 
     length | anchor | start | slot | G drafts | P pages
@@ -48,7 +48,7 @@ class _Blocks:
         drafts, pages = self.table[:, 4 : 4 + self.gamma], self.table[:, 4 + self.gamma :]
         token_ids, positions, owners, _ = ops.pack_rows(length, anchor, drafts, start, num_rows)
         padding, owners = owners < 0, owners.clamp_min(0)
-        staged_from = torch.where(padding, 0, NEVER)
+        staged_from = torch.where(padding, 0, NOT_STAGED)
         return Layout(token_ids, positions, slot[owners], owners, pages, staged_from, padding)
 
 
@@ -76,12 +76,12 @@ class TargetGraphs:
     ) -> None:
         """`max_length` are the tokens of the longest sequence."""
         shape, device = cache.shape, model.norm.weight.device
-        self.sizes = graph_sizes(min(max_num_seqs * shape.block, shape.max_rows))
+        self.sizes = graph_sizes(min(max_num_seqs * shape.block_length, shape.max_rows))
         self._model, self._cache = model, cache
         self._lengths = tuple(sorted({min(model.config.index_topk * CSA_RATIO, max_length), max_length}))
         num_pages = -(-max_length // shape.page_size)
-        table = torch.zeros(max_num_seqs, 3 + shape.block + num_pages, dtype=torch.int64, device=device)
-        self._blocks = _Blocks(table, shape.block - 1)
+        table = torch.zeros(max_num_seqs, 3 + shape.block_length + num_pages, dtype=torch.int64, device=device)
+        self._blocks = _VerifyBlocks(table, shape.block_length - 1)
         self._blocks.fill(())
         self._graphs: GraphSet[tuple[int, int]] = GraphSet(self._forward, capture)
 
@@ -93,7 +93,7 @@ class TargetGraphs:
 
     def fits(self, segments: SequenceOf[Segment]) -> bool:
         """Whether a step of these segments can be replayed."""
-        block = self._cache.shape.block
+        block = self._cache.shape.block_length
         lengths = [len(segment.token_ids) for segment in segments]
         return max(lengths) <= block and len(lengths) <= len(self._blocks.table) and sum(lengths) <= self.sizes[-1]
 
@@ -102,7 +102,7 @@ class TargetGraphs:
         num_rows = sum(len(segment.token_ids) for segment in segments)
         longest = max(segment.start + len(segment.token_ids) for segment in segments)
         self._blocks.fill(segments)
-        hidden, *features = self._graphs.run((holding(self.sizes, num_rows), holding(self._lengths, longest)))
+        hidden, *features = self._graphs.run((padded_size(self.sizes, num_rows), padded_size(self._lengths, longest)))
         return TargetOutput(hidden[:num_rows], features[0][:num_rows].clone() if features else None)
 
     def _forward(self, key: tuple[int, int]) -> Outputs:
@@ -137,7 +137,7 @@ class DraftGraphs:
         self._integers[:, num_requests:] = 0
         self._integers[:, :num_requests] = torch.stack((anchors, starts, slots, seeds)).to(self._integers.device)
         self._temperatures[:num_requests] = temperatures.to(self._temperatures.device)
-        tokens, logits = self._graphs.run(holding(self.sizes, num_requests))
+        tokens, logits = self._graphs.run(padded_size(self.sizes, num_requests))
         return tokens[:num_requests], logits[:num_requests]
 
     def _draft(self, num_requests: int) -> Outputs:

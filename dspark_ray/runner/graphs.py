@@ -36,7 +36,7 @@ def graph_sizes(largest: int) -> tuple[int, ...]:
     return (*sizes, largest)
 
 
-def holding(sizes: tuple[int, ...], wanted: int) -> int:
+def padded_size(sizes: tuple[int, ...], wanted: int) -> int:
     """The smallest of `sizes` that holds `wanted`, which must not be above the largest."""
     return sizes[bisect_left(sizes, wanted)]
 

@@ -19,7 +19,7 @@ from dspark_kernels import gumbel_noise
 from dspark_kernels.philox import STREAM_DRAFT, STREAM_SAMPLE
 from dspark_ray.config import VerificationMode
 from dspark_ray.model.parallel import ParallelGroup, split_range
-from dspark_ray.sampling.rows import Draws, SamplingRows, pack_draws
+from dspark_ray.sampling.sampling_rows import Draws, SamplingRows, pack_draws
 from dspark_ray.types import SamplingParams, TokenLogprobs
 
 NO_TOKEN = -1

@@ -1,7 +1,7 @@
 """Whole-sequence forwards for training: the same parameters and formulas as serving, without a cache.
 
 Serving gathers keys by index, row by row; here whole sequences of equal length are known at once, so the window is a
-band of dense blocks and compressed entries are one matrix. A test holds the two equal.
+band of dense chunks and compressed entries are one matrix. A test holds the two equal.
 
 Letters as in dspark_ray.config, with B sequences of T tokens each, N = B * T.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 
 import dspark_kernels as ops
 from dspark_ray.drafters.dspark import BlockOutput, DSparkModule
-from dspark_ray.model.blocks import Attention, Block, Compressor
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
+from dspark_ray.model.layers import Attention, Compressor, DecoderLayer
 from dspark_ray.model.rope import Angles
 
 
@@ -43,9 +43,9 @@ def target_forward(model: DeepSeekV4, token_ids: Tensor) -> TrainingOutput:
     angles = {compressed: model.rope.angles(positions, compressed=compressed) for compressed in (False, True)}
     streams, taps = model.embed_streams(flat), []
     tapped = config.dspark.target_layer_ids if config.dspark else ()
-    for number, block in enumerate(model.layers):
-        assert isinstance(block, Block)
-        attention = block.attn
+    for number, decoder_layer in enumerate(model.layers):
+        assert isinstance(decoder_layer, DecoderLayer)
+        attention = decoder_layer.attn
         entry_angles = None
         if attention.ratio:
             entry_angles = model.rope.angles(torch.arange(0, length, attention.ratio), compressed=True)
@@ -55,7 +55,7 @@ def target_forward(model: DeepSeekV4, token_ids: Tensor) -> TrainingOutput:
         ) -> Tensor:
             return _attend(attention, hidden, positions, num_sequences, angles[attention.ratio > 0], entry_angles)
 
-        streams = block(streams, flat, attend)
+        streams = decoder_layer(streams, flat, attend)
         if number in tapped:
             taps.append(streams.mean(dim=1))
     return TrainingOutput(model.final_hidden(streams), torch.cat(taps, dim=-1) if taps else None)
@@ -69,11 +69,11 @@ def _attend(
     angles: Angles,
     entry_angles: Angles | None,
 ) -> Tensor:
-    """Dense attention over [previous window block ++ own window block ++ compressed entries]."""
+    """Dense attention over [previous W positions ++ own W positions ++ compressed entries]."""
     window, length = attention.config.sliding_window, len(hidden) // num_sequences
-    blocks = (num_sequences, length // window, window)  # B, J, W
-    query = attention.query(attention.q_latent(hidden), angles).unflatten(0, blocks)  # [B, J, W, H, D]
-    own = attention.keys(hidden, angles).unflatten(0, blocks)
+    chunks = (num_sequences, length // window, window)  # B, J, W
+    query = attention.query(attention.q_latent(hidden), angles).unflatten(0, chunks)  # [B, J, W, H, D]
+    own = attention.keys(hidden, angles).unflatten(0, chunks)
     before = torch.nn.functional.pad(own, (0, 0, 0, 0, 1, 0))[:, :-1]
     keys = torch.cat((before, own), dim=2)  # [B, J, 2W, D]
     visible = _band(length, window)
@@ -85,7 +85,7 @@ def _attend(
         entries = _entries(attention, attention.compressor, hidden, positions, num_sequences, entry_angles)
         seen = torch.arange(entries.shape[1]) < ((torch.arange(length) + 1) // attention.ratio).unsqueeze(1)
         entry_logits = torch.einsum("bjqhd,bkd->bjhqk", query, entries) * scale
-        mask = ~seen.unflatten(0, blocks[1:]).unsqueeze(1)  # [J, 1, W, K]
+        mask = ~seen.unflatten(0, chunks[1:]).unsqueeze(1)  # [J, 1, W, K]
         logits.append(entry_logits.masked_fill(mask, float("-inf")))
     sink = attention.attn_sink.view(1, 1, -1, 1, 1).expand(*logits[0].shape[:-1], 1)
     joined = torch.cat((*logits, sink), dim=-1)
@@ -97,7 +97,7 @@ def _attend(
 
 
 def _band(length: int, window: int) -> Tensor:
-    """[J, W, 2W]: query q of block j sees the last W positions up to itself."""
+    """[J, W, 2W]: query q of chunk j sees the last W positions up to itself."""
     query = torch.arange(length).unflatten(0, (-1, window)).unsqueeze(2)  # [J, W, 1]
     start = torch.arange(0, length, window).view(-1, 1, 1)
     key = start - window + torch.arange(2 * window)  # [J, 1, 2W]

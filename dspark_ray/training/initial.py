@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dspark_ray.model.blocks import Gate
+from dspark_ray.model.layers import Gate
 
 
 def initialise(model: nn.Module, seed: int, residual_scale: float = 1.0) -> None:

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from dspark_ray.checkpoint.writer import save_checkpoint
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule, along
-from dspark_ray.model.blocks import Gate
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
+from dspark_ray.model.layers import Gate
 from dspark_ray.training.forward import draft_forward, target_forward
 from dspark_ray.training.initial import initialise
 from dspark_ray.training.loss import draft_loss

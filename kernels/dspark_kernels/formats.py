@@ -1,6 +1,6 @@
 """How quantised numbers are stored: weights (layout specification, section 3), keys and activations.
 
-FP8 weight   E4M3, one power-of-two scale per block of 128 x 128 (output x input channels)
+FP8 weight   E4M3, one power-of-two scale per tile of 128 x 128 (output x input channels)
 FP4 weight   two E2M1 codes per byte, low nibble first, one power-of-two scale per output channel and 32 inputs
 packed key   bytes: E4M3 outside the rotary part, the rotary part as bfloat16, one E8M0 scale per 64 of the former
 activation   E4M3 with one power-of-two scale per row and 128 channels; never stored, only rounded to
@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FP8_BLOCK = (128, 128)
-FP4_BLOCK = (1, 32)
+FP8_SCALE_TILE = (128, 128)
+FP4_SCALE_TILE = (1, 32)
 """(output, input) channels under one scale."""
 
 _FP8_LARGEST = 448.0
@@ -44,7 +44,7 @@ def decode_scale(scale: Tensor) -> Tensor:
 
 def dequantise_fp8(weight: Tensor, scale: Tensor) -> Tensor:
     """float32 [out, in] of E4M3 [out, in] and scales [ceil(out/128), ceil(in/128)]."""
-    return weight.float() * _spread(decode_scale(scale), FP8_BLOCK, weight.shape)
+    return weight.float() * _spread(decode_scale(scale), FP8_SCALE_TILE, weight.shape)
 
 
 def dequantise_fp4(packed: Tensor, scale: Tensor) -> Tensor:
@@ -53,47 +53,47 @@ def dequantise_fp4(packed: Tensor, scale: Tensor) -> Tensor:
     codes = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2)
     table = torch.tensor([*_FP4_MAGNITUDES, *(-value for value in _FP4_MAGNITUDES)], device=packed.device)
     values = table[codes]
-    return values * _spread(decode_scale(scale), FP4_BLOCK, values.shape)
+    return values * _spread(decode_scale(scale), FP4_SCALE_TILE, values.shape)
 
 
 def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(E4M3 [out, in], E8M0 scales): the nearest values under the smallest scales that do not clip."""
     weight = weight.float()
-    exponent = _scale_exponent(_block_maximum(weight, FP8_BLOCK), _FP8_LARGEST)
-    scaled = weight * torch.exp2(-_spread(exponent, FP8_BLOCK, weight.shape).float())
+    exponent = _scale_exponent(_tile_maximum(weight, FP8_SCALE_TILE), _FP8_LARGEST)
+    scaled = weight * torch.exp2(-_spread(exponent, FP8_SCALE_TILE, weight.shape).float())
     return scaled.to(torch.float8_e4m3fn), _encode_exponent(exponent)
 
 
 def quantise_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(int8 [out, in/2], E8M0 scales [out, in/32]) of [out, in] with in a multiple of 32."""
-    if weight.shape[-1] % FP4_BLOCK[1]:
-        raise ValueError(f"FP4 weight {tuple(weight.shape)}: expected a multiple of {FP4_BLOCK[1]} input channels")
+    if weight.shape[-1] % FP4_SCALE_TILE[1]:
+        raise ValueError(f"FP4 weight {tuple(weight.shape)}: expected a multiple of {FP4_SCALE_TILE[1]} input channels")
     weight = weight.float()
-    exponent = _scale_exponent(_block_maximum(weight, FP4_BLOCK), _FP4_LARGEST)
-    scaled = weight * torch.exp2(-_spread(exponent, FP4_BLOCK, weight.shape).float())
+    exponent = _scale_exponent(_tile_maximum(weight, FP4_SCALE_TILE), _FP4_LARGEST)
+    scaled = weight * torch.exp2(-_spread(exponent, FP4_SCALE_TILE, weight.shape).float())
     magnitudes = torch.tensor(_FP4_MAGNITUDES, device=weight.device)
     between = (magnitudes[1:] + magnitudes[:-1]) / 2
     codes = torch.bucketize(scaled.abs(), between).to(torch.uint8) | (scaled.signbit().to(torch.uint8) << 3)
     return (codes[..., 0::2] | (codes[..., 1::2] << 4)).view(torch.int8), _encode_exponent(exponent)
 
 
-def _spread(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
-    """One scale per element of `shape` from one per block."""
+def _spread(scale: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor:
+    """One scale per element of `shape` from one per tile."""
     rows, columns = shape
-    for dim, size in enumerate(block):
+    for dim, size in enumerate(tile):
         scale = scale.repeat_interleave(size, dim=dim)
     return scale[:rows, :columns]
 
 
-def _block_maximum(weight: Tensor, block: tuple[int, int]) -> Tensor:
-    """Largest magnitude of every block; the last blocks may be cut off by the matrix's edge."""
+def _tile_maximum(weight: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Largest magnitude of every tile; the last tiles may be cut off by the matrix's edge."""
     rows, columns = weight.shape
-    padded = torch.nn.functional.pad(weight.abs(), (0, -columns % block[1], 0, -rows % block[0]))
-    return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).amax(dim=(1, 3))
+    padded = torch.nn.functional.pad(weight.abs(), (0, -columns % tile[1], 0, -rows % tile[0]))
+    return padded.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0])).amax(dim=(1, 3))
 
 
 def _scale_exponent(maximum: Tensor, largest: float) -> Tensor:
-    """ceil(log2(maximum / largest)), exactly; 0 for a block of zeros."""
+    """ceil(log2(maximum / largest)), exactly; 0 for a tile of zeros."""
     mantissa, exponent = torch.frexp(maximum / largest)  # mantissa in [0.5, 1)
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
     return exponent.clamp(-_E8M0_BIAS, _E8M0_BIAS)

@@ -120,38 +120,38 @@ def store_window(
     cos: Tensor,
     sin: Tensor,
     pool: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     quantise: bool = False,
 ) -> None:
-    """Write keys of N tokens into rows slots [N] of `pool`: norm, rotation, and rounding to FP8 where asked for.
+    """Write keys of N tokens into rows slot_mapping [N] of `pool`: norm, rotation, and rounding to FP8 where asked for.
 
     kv [N, D] as projected; pool [P, D], or uint8 [P, packed_key_bytes], which holds the rounded values themselves.
     Source: DeepSeek-V4 specification 2.2 and 5.
     """
-    _store_keys(norm_rope(kv, weight, eps, cos, sin), pool, slots, 2 * cos.shape[-1], quantise)
+    _store_keys(norm_rope(kv, weight, eps, cos, sin), pool, slot_mapping, 2 * cos.shape[-1], quantise)
 
 
-def _store_keys(keys: Tensor, pool: Tensor, slots: Tensor, rotary_dims: int, quantise: bool) -> None:
+def _store_keys(keys: Tensor, pool: Tensor, slot_mapping: Tensor, rotary_dims: int, quantise: bool) -> None:
     if pool.dtype == torch.uint8:
-        pool[slots] = pack_keys(keys, rotary_dims)
+        pool[slot_mapping] = pack_keys(keys, rotary_dims)
     else:
         keys = fake_quant_fp8(keys, keys.shape[-1] - rotary_dims) if quantise else keys
-        pool[slots] = keys.to(pool.dtype)
+        pool[slot_mapping] = keys.to(pool.dtype)
 
 
-def store_raw(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, pool: Tensor, slots: Tensor) -> None:
-    """Write compressor rows of N tokens: pool[slots] = [kv | gate + ape[position mod ratio]] in float32.
+def store_raw(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, pool: Tensor, slot_mapping: Tensor) -> None:
+    """Write compressor rows of N tokens: pool[slot_mapping] = [kv | gate + ape[position mod ratio]] in float32.
 
-    kv, gate [N, C]; ape [ratio, C] float32; pool [P, 2C] float32; positions, slots [N].
+    kv, gate [N, C]; ape [ratio, C] float32; pool [P, 2C] float32; positions, slot_mapping [N].
     Source: DeepSeek-V4 specification 2.3.
     """
-    pool[slots] = torch.cat((kv.float(), gate.float() + ape[positions % len(ape)]), dim=-1)
+    pool[slot_mapping] = torch.cat((kv.float(), gate.float() + ape[positions % len(ape)]), dim=-1)
 
 
 def softmax_pool(kv: Tensor, gate: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Pool raw rows kv, gate [E, S, D] into [E, D] by a softmax over the S slots, channel by channel.
+    """Pool raw rows kv, gate [E, S, D] into [E, D] by a softmax over the S rows, channel by channel.
 
-    `valid` [E, S] marks the slots that exist; the others may hold anything, NaN included.
+    `valid` [E, S] marks the rows that exist; the others may hold anything, NaN included.
     Source: DeepSeek-V4 specification 2.3.
     """
     if valid is not None:

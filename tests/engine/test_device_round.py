@@ -27,7 +27,7 @@ def prefilled(budget: int, first_tokens: list[int], temperature: float) -> Devic
         features = target(rows, cache).features
         assert features is not None
         kept = rows.positions[-SMALL.sliding_window :]
-        slots = pools.context_slots(torch.tensor(slot), kept)
+        slots = pools.context_slot_mapping(torch.tensor(slot), kept)
         drafter.store_context(drafter.project(features)[-SMALL.sliding_window :], kept, pools.tensors, slots)
     requests = Requests(
         anchors=torch.tensor(first_tokens),

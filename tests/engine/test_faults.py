@@ -17,8 +17,8 @@ from dspark_ray.drafters.protocol import DraftProposal
 from dspark_ray.engine.sequence import Sequence
 from dspark_ray.engine.step_loop import Engine
 from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
-from dspark_ray.sampling.rows import SamplingRows
 from dspark_ray.sampling.sampler import Sampler
+from dspark_ray.sampling.sampling_rows import SamplingRows
 from dspark_ray.speculative.cost_table import CostTable, Curve
 from dspark_ray.speculative.planner import Planner
 from dspark_ray.types import Request, RequestError, SamplingParams, SequenceOutput, StepRecord

@@ -20,7 +20,7 @@ from dspark_ray.drafters.protocol import ContextUpdate, DraftRequest
 from dspark_ray.model.rows import Segment, build_rows
 from dspark_ray.ranks.draft_worker import DraftWorker
 from dspark_ray.runner.decode import TargetGraphs
-from dspark_ray.runner.graphs import GraphSet, Outputs, Replay, graph_sizes, holding
+from dspark_ray.runner.graphs import GraphSet, Outputs, Replay, graph_sizes, padded_size
 from dspark_ray.sampling.sampler import DraftSampling
 from dspark_ray.types import SamplingParams
 
@@ -165,7 +165,7 @@ def test_sizes_leave_at_most_a_fourth_of_a_step_unused() -> None:
     assert sizes[:12] == (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
     assert sizes[-1] == 1536
     assert len(sizes) == 38
-    assert all(holding(sizes, rows) <= 1.25 * rows for rows in range(1, 1537))
+    assert all(padded_size(sizes, rows) <= 1.25 * rows for rows in range(1, 1537))
     assert graph_sizes(1) == (1,)
 
 

@@ -25,8 +25,8 @@ from dspark_ray.checkpoint.layout import FP8_WEIGHTS, local_name
 from dspark_ray.checkpoint.stored import is_quantised, keep_stored, scale_attribute
 from dspark_ray.config import ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule
-from dspark_ray.model.blocks import Gate
 from dspark_ray.model.deepseek_v4 import DeepSeekV4, TargetOutput
+from dspark_ray.model.layers import Gate
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.model.rows import Segment, build_rows
 from dspark_ray.training.initial import initialise

@@ -92,9 +92,9 @@ def test_sinkhorn_makes_as_many_steps_as_asked(iters: int) -> None:
 
 @pytest.mark.parametrize(("lag", "dtype"), [(0, torch.float32), (1, torch.bfloat16), (3, torch.float32)])
 def test_how_the_work_is_cut_does_not_matter(lag: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tiles, the last not full, of two steps in each split; several programs that mix, in several blocks."""
-    blocks = mhc._Blocks(rows=16, columns=32, splits=8, mixed_rows=4, mixed_splits=2, lag=lag)
-    monkeypatch.setattr(mhc._Blocks, "of", lambda *args: blocks)
+    """Three tiles, the last not full, of two steps in each split; several programs that mix, in several tiling."""
+    tiling = mhc._Tiling(rows=16, columns=32, splits=8, mixed_rows=4, mixed_splits=2, lag=lag)
+    monkeypatch.setattr(mhc._Tiling, "of", lambda *args: tiling)
     streams = streams_of(34, 4, 100, dtype)
     assert_reads(streams)
     assert_collapses(streams)

@@ -172,7 +172,7 @@ def draft_block(module: DSparkModule, pools: DraftPools, features: Tensor) -> Bl
     for sequence, length in ((0, 13), (1, 5)):
         for first in range(0, length, pools.window):
             positions = torch.arange(first, min(first + pools.window, length), device=DEVICE)
-            slots = pools.context_slots(torch.full_like(positions, sequence), positions)
+            slots = pools.context_slot_mapping(torch.full_like(positions, sequence), positions)
             module.store_context(module.project(features[positions]), positions, pools.tensors, slots)
     anchors, starts, slots = (torch.tensor(x, device=DEVICE) for x in ([7, 200], [13, 5], [0, 1]))
     return module.cached_block(anchors, starts, pools.tensors, pools.index(slots, starts))

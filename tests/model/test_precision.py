@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dspark_ray.config import CSA_RATIO, ModelConfig
-from dspark_ray.model.blocks import Compressor, MoE
+from dspark_ray.model.layers import Compressor, MoE
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.training.initial import initialise
 

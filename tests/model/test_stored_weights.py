@@ -20,8 +20,8 @@ from dspark_ray.checkpoint.writer import save_checkpoint
 from dspark_ray.config import EngineConfig, ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
 from dspark_ray.drafters.pools import DraftPools
-from dspark_ray.model.blocks import Weight
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
+from dspark_ray.model.layers import Weight
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.ranks.gang import build_engine
 from dspark_ray.training.initial import initialise
@@ -303,7 +303,7 @@ def drafter_outputs(module: DSparkModule) -> Tensor:
     owners = slots.repeat_interleave(starts)
     positions = torch.cat([torch.arange(int(start)) for start in starts])
     features = torch.randn(len(owners), 2 * RAW["hidden_size"], generator=torch.Generator().manual_seed(4))
-    where = pools.context_slots(owners, positions)
+    where = pools.context_slot_mapping(owners, positions)
     for kept in (slice(0, 15), slice(15, None)):  # a ring takes each of its rows once per write
         module.store_context(module.project(features)[kept], positions[kept], pools.tensors, where[kept])
     anchors = torch.tensor([5, 17, 40])

@@ -22,8 +22,8 @@ from ray import serve
 from ray_application import local_ray, wait_until
 from small_checkpoint import ENGINE, save_small_checkpoint
 
-from benchmarks.chaos.rounds import APP, Chaos, Fault, Limits, Streams, served
 from benchmarks.chaos.faults import is_running, process_of
+from benchmarks.chaos.rounds import APP, Chaos, Fault, Limits, Streams, served
 
 HEALTH = {
     "check_period_s": 1,

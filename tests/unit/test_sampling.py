@@ -16,7 +16,6 @@ from torch import Tensor
 from dspark_kernels import gumbel_noise
 from dspark_kernels.philox import STREAM_DRAFT, STREAM_SAMPLE
 from dspark_ray.model.parallel import ParallelGroup
-from dspark_ray.sampling.rows import RequestSampling, RowContext, build_sampling_rows
 from dspark_ray.sampling.sampler import (
     NO_TOKEN,
     DraftChooser,
@@ -28,6 +27,7 @@ from dspark_ray.sampling.sampler import (
     filtered_logits,
     temper,
 )
+from dspark_ray.sampling.sampling_rows import RequestSampling, RowContext, build_sampling_rows
 from dspark_ray.types import SamplingParams
 
 VOCAB = 23

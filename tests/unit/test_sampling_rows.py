@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dspark_ray.sampling.rows import RequestSampling, RowContext, SamplingRows, build_sampling_rows
+from dspark_ray.sampling.sampling_rows import RequestSampling, RowContext, SamplingRows, build_sampling_rows
 from dspark_ray.types import SamplingParams
 
 VOCAB = 32

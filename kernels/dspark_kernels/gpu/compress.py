@@ -33,7 +33,7 @@ def _store_raw_kernel(
     p_ape,
     p_positions,
     p_pool,
-    p_slots,
+    p_slot_mapping,
     stride_kv,
     stride_gate,
     STRIDE_POOL: tl.constexpr,
@@ -44,7 +44,7 @@ def _store_raw_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    p_row = p_pool + tl.load(p_slots + i_row).to(tl.int64) * STRIDE_POOL
+    p_row = p_pool + tl.load(p_slot_mapping + i_row).to(tl.int64) * STRIDE_POOL
     i_ape = tl.load(p_positions + i_row) % RATIO
     b_kv = tl.load(p_kv + i_row * stride_kv + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_gate = tl.load(p_gate + i_row * stride_gate + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -141,7 +141,7 @@ def _check_raw_pool(pool: Tensor, num_channels: int) -> None:
         )
 
 
-def store_raw(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, pool: Tensor, slots: Tensor) -> None:
+def store_raw(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, pool: Tensor, slot_mapping: Tensor) -> None:
     """See `reference.store_raw`."""
     num_channels = kv.shape[1]
     _check_raw_pool(pool, num_channels)
@@ -155,7 +155,7 @@ def store_raw(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, pool: Te
         ape.contiguous(),
         positions.contiguous(),
         pool,
-        slots.contiguous(),
+        slot_mapping.contiguous(),
         kv.stride(0),
         gate.stride(0),
         STRIDE_POOL=pool.stride(0),

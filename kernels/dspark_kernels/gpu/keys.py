@@ -104,7 +104,7 @@ def _store_window_kernel(
     p_cos,
     p_sin,
     p_pool,
-    p_slots,
+    p_slot_mapping,
     stride_kv,
     eps,
     STRIDE_POOL: tl.constexpr,
@@ -117,7 +117,7 @@ def _store_window_kernel(
 ):
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
-    slot = tl.load(p_slots + i_row).to(tl.int64)
+    slot = tl.load(p_slot_mapping + i_row).to(tl.int64)
     b_kv = tl.load(p_kv + i_row * stride_kv + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_key = make_key(b_kv, p_weight, p_cos, p_sin, i_row, eps, p_kv.dtype.element_ty, D, PAIRS, BLOCK_D)
     store_key(p_pool + slot * STRIDE_POOL, b_key, D, D - 2 * PAIRS, GROUP, QUANTISE, ROW_BYTES, BLOCK_D)
@@ -144,7 +144,7 @@ def store_window(
     cos: Tensor,
     sin: Tensor,
     pool: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     quantise: bool = False,
 ) -> None:
     """See `reference.store_window`."""
@@ -161,7 +161,7 @@ def store_window(
         cos.contiguous(),
         sin.contiguous(),
         pool,
-        slots.contiguous(),
+        slot_mapping.contiguous(),
         rows.stride(0),
         eps,
         STRIDE_POOL=pool.stride(0),

@@ -18,17 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspark_kernels.formats import ACTIVATION_GROUP, FP8_BLOCK
+from dspark_kernels.formats import ACTIVATION_GROUP, FP8_SCALE_TILE
 
 from .device import num_processors
 from .weights import round_activations, scale_bytes, slices
 
 _GROUP = tl.constexpr(ACTIVATION_GROUP)
-_BLOCK_ROWS = tl.constexpr(FP8_BLOCK[0])
+_BLOCK_ROWS = tl.constexpr(FP8_SCALE_TILE[0])
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class _Tiling:
     """What one program takes at a time: rows and output channels."""
 
     rows: int
@@ -40,16 +40,16 @@ class _Blocks:
 _FEW_ROWS = 16
 """Rows up to which a program that streams the weight takes 8 of them."""
 # The first whose programs keep most processors busy.
-_FEW_BLOCKS = (
-    _Blocks(rows=8, channels=64, warps=4, stages=3),
-    _Blocks(rows=8, channels=32, warps=8, stages=3),
-    _Blocks(rows=8, channels=16, warps=8, stages=4),
+_FEW_TILINGS = (
+    _Tiling(rows=8, channels=64, warps=4, stages=3),
+    _Tiling(rows=8, channels=32, warps=8, stages=3),
+    _Tiling(rows=8, channels=16, warps=8, stages=4),
 )
-_MANY_BLOCKS = (
-    _Blocks(rows=128, channels=128, warps=8, stages=4),
-    _Blocks(rows=64, channels=128, warps=4, stages=5),
-    _Blocks(rows=64, channels=64, warps=4, stages=6),
-    _Blocks(rows=64, channels=32, warps=4, stages=6),
+_MANY_TILINGS = (
+    _Tiling(rows=128, channels=128, warps=8, stages=4),
+    _Tiling(rows=64, channels=128, warps=4, stages=5),
+    _Tiling(rows=64, channels=64, warps=4, stages=6),
+    _Tiling(rows=64, channels=32, warps=4, stages=6),
 )
 _ROUND_GROUPS = 16
 """Groups of channels that the rounding kernel takes at a time."""
@@ -154,13 +154,13 @@ def _many_kernel(
     tl.store(p_out, b_sum.to(p_out.dtype.element_ty), mask=m_out)
 
 
-def _blocks_of(choices: Sequence[_Blocks], x: Tensor, out_channels: int) -> tuple[_Blocks, int, int]:
+def _tiling_of(choices: Sequence[_Tiling], x: Tensor, out_channels: int) -> tuple[_Tiling, int, int]:
     """Blocks with the numbers of blocks of rows and of output channels."""
-    for blocks in choices:
-        row_blocks, channel_blocks = triton.cdiv(len(x), blocks.rows), triton.cdiv(out_channels, blocks.channels)
+    for tiling in choices:
+        row_blocks, channel_blocks = triton.cdiv(len(x), tiling.rows), triton.cdiv(out_channels, tiling.channels)
         if row_blocks * channel_blocks >= 0.75 * num_processors(x):
             break
-    return blocks, row_blocks, channel_blocks
+    return tiling, row_blocks, channel_blocks
 
 
 def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if num_rows == 0:
         return out
     if num_rows <= _FEW_ROWS:
-        blocks, row_blocks, channel_blocks = _blocks_of(_FEW_BLOCKS, x, out_channels)
+        tiling, row_blocks, channel_blocks = _tiling_of(_FEW_TILINGS, x, out_channels)
         _few_kernel[(channel_blocks, row_blocks)](
             x,
             weight,
@@ -184,19 +184,19 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
             num_rows,
             OUT=out_channels,
             IN=in_channels,
-            BLOCK_M=blocks.rows,
-            BLOCK_N=blocks.channels,
-            SLICES=blocks.warps,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
+            BLOCK_M=tiling.rows,
+            BLOCK_N=tiling.channels,
+            SLICES=tiling.warps,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
         )
         return out
     numbers = torch.empty_like(x, dtype=torch.float16 if x.dtype == torch.float32 else torch.float8_e4m3fn)
     x_scale = x.new_empty(in_channels // ACTIVATION_GROUP, num_rows, dtype=torch.float32)
     rounding_programs = triton.cdiv(x.numel(), _ROUND_GROUPS * ACTIVATION_GROUP)
     _round_kernel[(rounding_programs,)](x, numbers, x_scale, num_rows, IN=in_channels, BLOCK=_ROUND_GROUPS)
-    choices = [blocks for blocks in _MANY_BLOCKS if blocks.rows <= max(num_rows, 64)]
-    blocks, row_blocks, channel_blocks = _blocks_of(choices, x, out_channels)
+    choices = [tiling for tiling in _MANY_TILINGS if tiling.rows <= max(num_rows, 64)]
+    tiling, row_blocks, channel_blocks = _tiling_of(choices, x, out_channels)
     _many_kernel[(row_blocks * channel_blocks,)](
         numbers,
         x_scale,
@@ -206,9 +206,9 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         num_rows,
         OUT=out_channels,
         IN=in_channels,
-        BLOCK_M=blocks.rows,
-        BLOCK_N=blocks.channels,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        BLOCK_M=tiling.rows,
+        BLOCK_N=tiling.channels,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
     )
     return out

@@ -43,7 +43,7 @@ def _tile_counters(device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class _Tiling:
     """How a read is cut, by the number of its rows and of processors."""
 
     rows: int
@@ -60,7 +60,7 @@ class _Blocks:
     """Tiles between a projection and what follows it: as many as run at once."""
 
     @classmethod
-    def of(cls, num_rows: int, width: int, dtype: torch.dtype, processors: int) -> _Blocks:
+    def of(cls, num_rows: int, width: int, dtype: torch.dtype, processors: int) -> _Tiling:
         rows, columns = _tile_of(num_rows, dtype)
         tiles, steps = triton.cdiv(num_rows, rows), triton.cdiv(width, columns)
         # Few tiles: every processor takes part. Many: about eight steps each, so that tiles end soon one after another.
@@ -443,14 +443,14 @@ def _read(
     post, comb = base.new_empty(mix_rows, m), base.new_empty(mix_rows, m, m)
     if num_rows == 0:
         return u, post, comb
-    blocks = _Blocks.of(num_rows, m * d, streams.dtype, num_processors(streams))
-    num_tiles = triton.cdiv(num_rows, blocks.rows)
+    tiling = _Tiling.of(num_rows, m * d, streams.dtype, num_processors(streams))
+    num_tiles = triton.cdiv(num_rows, tiling.rows)
     if num_tiles > _MOST_TILES:
-        raise ValueError(f"at most {_MOST_TILES * blocks.rows} rows at once, got {num_rows}")
+        raise ValueError(f"at most {_MOST_TILES * tiling.rows} rows at once, got {num_rows}")
     sums = max(triton.next_power_of_2(mixes + 1), 16)
-    partials = base.new_empty(num_rows, blocks.splits, sums)
-    mixers = 0 if norm is None else blocks.rows // blocks.mixed_rows
-    _mhc_read_kernel[(num_tiles * (blocks.splits + mixers + blocks.rows),)](
+    partials = base.new_empty(num_rows, tiling.splits, sums)
+    mixers = 0 if norm is None else tiling.rows // tiling.mixed_rows
+    _mhc_read_kernel[(num_tiles * (tiling.splits + mixers + tiling.rows),)](
         streams,
         fn,
         base,
@@ -463,22 +463,22 @@ def _read(
         comb,
         num_rows,
         num_tiles,
-        blocks.lag,
+        tiling.lag,
         eps,
         rms_eps,
         M=m,
         D=d,
         MIXES=mixes,
         SUMS=sums,
-        SPLITS=blocks.splits,
+        SPLITS=tiling.splits,
         ITERS=iters,
         IS_HEAD=norm is None,
-        BLOCK_N=blocks.rows,
-        BLOCK_K=blocks.columns,
+        BLOCK_N=tiling.rows,
+        BLOCK_K=tiling.columns,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
-        MIXED_ROWS=blocks.mixed_rows,
-        BLOCK_S=blocks.mixed_splits,
+        MIXED_ROWS=tiling.mixed_rows,
+        BLOCK_S=tiling.mixed_splits,
         num_warps=8,
         num_stages=3,
     )

@@ -46,7 +46,7 @@ _PLAN_PAIRS, _ROUND_GROUPS, _COMBINE_CHANNELS = 1024, 16, 512
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class _Tiling:
     """What one program of a product takes at a time."""
 
     rows: int
@@ -59,18 +59,18 @@ class _Blocks:
 
 _FEW_PAIRS = 6
 """Pairs per expert up to which most experts' pairs fit in a tile of 8 rows."""
-_FEW_BLOCKS = {
-    FP4: _Blocks(rows=8, channels=64, columns=128, slices=8, warps=4),
-    FP8: _Blocks(rows=8, channels=64, columns=128, slices=4, warps=4),
-    PLAIN: _Blocks(rows=8, channels=64, columns=128, slices=8, warps=8),
+_FEW_TILINGS = {
+    FP4: _Tiling(rows=8, channels=64, columns=128, slices=8, warps=4),
+    FP8: _Tiling(rows=8, channels=64, columns=128, slices=4, warps=4),
+    PLAIN: _Tiling(rows=8, channels=64, columns=128, slices=8, warps=8),
 }
-_MANY_BLOCKS = {
-    FP4: _Blocks(rows=64, channels=128, columns=64, slices=1, warps=8),
-    FP8: _Blocks(rows=64, channels=64, columns=128, slices=1, warps=4),
-    PLAIN: _Blocks(rows=64, channels=128, columns=64, slices=1, warps=8),
+_MANY_TILINGS = {
+    FP4: _Tiling(rows=64, channels=128, columns=64, slices=1, warps=8),
+    FP8: _Tiling(rows=64, channels=64, columns=128, slices=1, warps=4),
+    PLAIN: _Tiling(rows=64, channels=128, columns=64, slices=1, warps=8),
 }
 # Without tensor cores, and for tests only.
-_FLOAT32_BLOCKS = _Blocks(rows=16, channels=64, columns=32, slices=1, warps=8, stages=2)
+_FLOAT32_TILING = _Tiling(rows=16, channels=64, columns=32, slices=1, warps=8, stages=2)
 
 
 @triton.jit
@@ -377,14 +377,14 @@ def _weight_of(weight: Tensor, scale: Tensor | None) -> _Weight:
     return _Weight(weight.view(torch.uint8), scale_bytes(scale), FP4)
 
 
-def _blocks_of(weight_format: int, dtype: torch.dtype, num_pairs: int, num_experts: int) -> _Blocks:
+def _tiling_of(weight_format: int, dtype: torch.dtype, num_pairs: int, num_experts: int) -> _Tiling:
     """Blocks for `num_pairs` pairs of `num_experts` experts, both counted over all ranks, as choices spread over all.
 
-    `moe` looks this function up at every call: a benchmark that puts another in its place measures other blocks.
+    `moe` looks this function up at every call: a benchmark that puts another in its place measures other tiling.
     """
     if weight_format == PLAIN and dtype == torch.float32:
-        return _FLOAT32_BLOCKS
-    return (_FEW_BLOCKS if num_pairs <= _FEW_PAIRS * num_experts else _MANY_BLOCKS)[weight_format]
+        return _FLOAT32_TILING
+    return (_FEW_TILINGS if num_pairs <= _FEW_PAIRS * num_experts else _MANY_TILINGS)[weight_format]
 
 
 def _check(hidden: Tensor, w13: _Weight, w2: _Weight, inner: int) -> None:
@@ -422,8 +422,8 @@ def moe(
 
     quantised = up_weight.format != PLAIN
     num_pairs = num_rows * top_k
-    blocks = _blocks_of(up_weight.format, hidden.dtype, num_pairs, num_experts)
-    max_tiles = min(num_pairs, num_local_experts) + num_pairs // blocks.rows
+    tiling = _tiling_of(up_weight.format, hidden.dtype, num_pairs, num_experts)
+    max_tiles = min(num_pairs, num_local_experts) + num_pairs // tiling.rows
     pairs = hidden.new_empty(num_pairs, dtype=torch.int32)
     tiles = hidden.new_empty(max_tiles, _TILE_NUMBERS, dtype=torch.int32)
     num_local = hidden.new_empty(1, dtype=torch.int32)
@@ -445,21 +445,21 @@ def moe(
         E=num_local_experts,
         BLOCK_E=triton.next_power_of_2(num_local_experts + 1),
         BLOCK_P=min(_PLAN_PAIRS, max(128, triton.next_power_of_2(num_pairs))),
-        BLOCK_M=blocks.rows,
+        BLOCK_M=tiling.rows,
         GROUPS=_ROUND_GROUPS,
     )
 
-    launch = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    launch = {"num_warps": tiling.warps, "num_stages": tiling.stages}
     sizes = {
         "HIDDEN": d,
         "INNER": inner,
-        "BLOCK_M": blocks.rows,
-        "BLOCK_N": blocks.channels,
-        "BLOCK_C": blocks.columns,
-        "SLICES": blocks.slices,
+        "BLOCK_M": tiling.rows,
+        "BLOCK_N": tiling.channels,
+        "BLOCK_C": tiling.columns,
+        "SLICES": tiling.slices,
     }
     activated = hidden.new_empty(num_pairs, inner)
-    _gate_up_kernel[(max_tiles * triton.cdiv(inner, blocks.channels),)](
+    _gate_up_kernel[(max_tiles * triton.cdiv(inner, tiling.channels),)](
         x,
         weights,
         pairs,
@@ -480,7 +480,7 @@ def moe(
         )
         activated = rounded
     pairs_out = out.new_empty(num_pairs, d)
-    _down_kernel[(max_tiles * triton.cdiv(d, blocks.channels),)](
+    _down_kernel[(max_tiles * triton.cdiv(d, tiling.channels),)](
         activated,
         pairs,
         tiles,

@@ -14,16 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspark_kernels.formats import FP4_BLOCK, FP8_BLOCK
+from dspark_kernels.formats import FP4_SCALE_TILE, FP8_SCALE_TILE
 
 PLAIN, FP8, FP4 = 0, 1, 2
 """Formats of a weight, as the kernels' FORMAT."""
 
 _FP4 = tl.constexpr(FP4)
 _FP8 = tl.constexpr(FP8)
-_FP8_ROWS = tl.constexpr(FP8_BLOCK[0])
-_FP8_COLUMNS = tl.constexpr(FP8_BLOCK[1])
-_FP4_COLUMNS = tl.constexpr(FP4_BLOCK[1] // 2)  # bytes
+_FP8_ROWS = tl.constexpr(FP8_SCALE_TILE[0])
+_FP8_COLUMNS = tl.constexpr(FP8_SCALE_TILE[1])
+_FP4_COLUMNS = tl.constexpr(FP4_SCALE_TILE[1] // 2)  # bytes
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 _AMAX_FLOOR = tl.constexpr(1e-4)

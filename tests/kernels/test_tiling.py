@@ -40,7 +40,7 @@ FLASH_EXPERTS, PRO_EXPERTS, TOP_K = 256, 384, 6
 def test_experts_with_few_pairs_each_get_small_tiles(
     weight_format: int, num_experts: int, num_rows: int, tile_rows: int
 ) -> None:
-    assert moe._blocks_of(weight_format, BF16, num_rows * TOP_K, num_experts).rows == tile_rows
+    assert moe._tiling_of(weight_format, BF16, num_rows * TOP_K, num_experts).rows == tile_rows
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])
@@ -50,13 +50,13 @@ def test_every_rank_takes_the_tiles_that_the_whole_layer_would(
 ) -> None:
     """The pairs that a rank is given are those of all ranks: they must not be divided by its own experts alone."""
     num_experts, top_k, d = 16, 2, 16
-    chosen, choose = [], moe._blocks_of
-    monkeypatch.setattr(moe, "_blocks_of", lambda *shape: chosen.append(choose(*shape)) or chosen[-1])
+    chosen, choose = [], moe._tiling_of
+    monkeypatch.setattr(moe, "_tiling_of", lambda *shape: chosen.append(choose(*shape)) or chosen[-1])
     local = num_experts // num_ranks
     w13, w2 = random(local, 32, d, dtype=BF16), random(local, d, 16, dtype=BF16)
     hidden, weights = random(num_rows, d, dtype=BF16), random(num_rows, top_k)
     gpu.moe(hidden, weights, integers(0, num_experts, num_rows, top_k), w13, w2, 10.0, num_experts, num_experts - local)
-    assert [blocks.rows for blocks in chosen] == [tile_rows]
+    assert [tiling.rows for tiling in chosen] == [tile_rows]
 
 
 # --- mhc_read -----------------------------------------------------------------------------------------------------
@@ -79,8 +79,8 @@ def test_every_rank_takes_the_tiles_that_the_whole_layer_would(
 def test_streams_are_projected_in_tiles_that_fit_in_registers(
     num_rows: int, tile: tuple[int, int], splits: int
 ) -> None:
-    blocks = mhc._Blocks.of(num_rows, 4 * 4096, BF16, PROCESSORS)
-    assert ((blocks.rows, blocks.columns), blocks.splits) == (tile, splits)
+    tiling = mhc._Tiling.of(num_rows, 4 * 4096, BF16, PROCESSORS)
+    assert ((tiling.rows, tiling.columns), tiling.splits) == (tile, splits)
 
 
 @pytest.mark.parametrize("tile", [(16, 128), (32, 32), (64, 64)])

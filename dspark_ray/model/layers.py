@@ -72,9 +72,9 @@ class Compressor(nn.Module):
         """
         return self.wkv.in_float32(hidden), self.wgate.in_float32(hidden)
 
-    def store_raw(self, hidden: Tensor, positions: Tensor, pool: Tensor, slots: Tensor) -> None:
-        """Write raw rows of `hidden` into rows slots [N] of `pool`."""
-        ops.store_raw(*self.raw(hidden), self.ape, positions, pool, slots)
+    def store_raw(self, hidden: Tensor, positions: Tensor, pool: Tensor, slot_mapping: Tensor) -> None:
+        """Write raw rows of `hidden` into rows slot_mapping [N] of `pool`."""
+        ops.store_raw(*self.raw(hidden), self.ape, positions, pool, slot_mapping)
 
     def store_entries(
         self, pool: Tensor, keys: Tensor, angles: Angles, entries: Tensor, where: Tensor, quantise: bool
@@ -144,8 +144,8 @@ class Attention(nn.Module):
         heads = self.wq_b(q_latent).unflatten(-1, (self.num_heads, self.config.head_dim))
         return ops.norm_rope(heads, None, self.config.rms_norm_eps, angles.cos, angles.sin)
 
-    def store_keys(self, hidden: Tensor, angles: Angles, pool: Tensor, slots: Tensor) -> None:
-        """Write the keys of `hidden` into rows slots [N] of `pool`."""
+    def store_keys(self, hidden: Tensor, angles: Angles, pool: Tensor, slot_mapping: Tensor) -> None:
+        """Write the keys of `hidden` into rows slot_mapping [N] of `pool`."""
         ops.store_window(
             self.wkv(hidden),
             self.kv_norm.weight,
@@ -153,7 +153,7 @@ class Attention(nn.Module):
             angles.cos,
             angles.sin,
             pool,
-            slots,
+            slot_mapping,
             self.config.kv_fake_quant,
         )
 
@@ -272,7 +272,7 @@ class MoE(nn.Module):
         return self.group.sum(routed + self.shared_experts(hidden)).to(hidden.dtype)
 
 
-class Block(nn.Module):
+class DecoderLayer(nn.Module):
     """Attention and MoE, each between an mHC read and write: a target layer or a draft stage."""
 
     def __init__(self, config: ModelConfig, layer: int, group: ParallelGroup) -> None:
