@@ -8,9 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
-from autoscale.saturation import Saturation, SignalName, SignalScale, check, device_parts, saturation_of
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+
+from autoscale.errors import PolicyError
+from autoscale.goodput import GoodputSearch
+from autoscale.saturation import Saturation, SignalName, SignalScale, device_parts, saturation_of
+from autoscale.settings import SETTINGS, Number, Positive, Share, Whole
 from autoscale.signals import DeviceLoad, LoadSample, NodeLoad
 from autoscale.thresholds import FixedThreshold, LoadCurve, Regulator, ThresholdPolicy
 
@@ -21,48 +27,32 @@ _MOST_HEARTBEATS = 10_000.0
 """What engines accept: a policy that is valid for longer than their limit would be refused there."""
 
 
-@dataclass(frozen=True, kw_only=True)
+Policy = Annotated[FixedThreshold | LoadCurve | GoodputSearch, Field(discriminator="kind")]
+
+
+@settings(frozen=True, kw_only=True, config=SETTINGS)
 class ControllerConfig:
     """How a controller decides."""
 
-    policy: ThresholdPolicy = field(default_factory=LoadCurve)
+    policy: Policy = field(default_factory=FixedThreshold)
     signals: SignalScale = field(default_factory=SignalScale)
-    lowest_threshold: float = 0.0
+    lowest_threshold: Share = 0.0
     """No threshold is below it, neither a policy's nor an operator's. The engine's own, `dspark.confidence.threshold`,
     is such a floor too."""
-    max_draft_tokens: int | None = None
+    max_draft_tokens: Annotated[Whole, Field(ge=0, le=_MOST_DRAFT_TOKENS)] | None = None
     """Most drafts verified per request and round; None leaves it to the engine."""
-    bypass_above: float | None = None
+    bypass_above: Annotated[Number, Field(gt=0, le=1)] | None = None
     """Saturation above which nobody is drafted; None leaves that to the engines, which measure what drafts bring."""
-    heartbeat_seconds: float = 1.0
+    heartbeat_seconds: Annotated[Number, Field(gt=0, le=_LONGEST_SECONDS)] = 1.0
     """Between the heartbeats of a replica."""
-    max_heartbeats_per_second: float = 500.0
+    max_heartbeats_per_second: Positive = 500.0
     """Of all replicas together; more replicas are asked to speak less often."""
-    valid_heartbeats: float = 5.0
+    valid_heartbeats: Annotated[Number, Field(ge=2, le=_MOST_HEARTBEATS)] = 5.0
     """A policy expires when so many heartbeats went without an answer."""
-    stale_seconds: float = 10.0
+    stale_seconds: Positive = 10.0
     """A node that was not read for so long counts as unknown."""
     preset: str | None = field(default=None, compare=False)
     """Which one the others were taken from; the rule for replicas is that of the same preset."""
-
-    def __post_init__(self) -> None:
-        most, bypass, lowest = self.max_draft_tokens, self.bypass_above, self.lowest_threshold
-        check(0.0 <= lowest <= 1.0, "lowest_threshold", lowest, "a number in [0, 1]")
-        is_valid = most is None or 0 <= most <= _MOST_DRAFT_TOKENS
-        check(is_valid, "max_draft_tokens", most, f"0 to {_MOST_DRAFT_TOKENS}, or null")
-        check(bypass is None or 0.0 < bypass <= 1.0, "bypass_above", bypass, "a number in (0, 1], or null")
-        seconds = self.heartbeat_seconds
-        check(
-            0 < seconds <= _LONGEST_SECONDS,
-            "heartbeat_seconds",
-            seconds,
-            f"a positive number of seconds, at most {_LONGEST_SECONDS:g}",
-        )
-        rate = self.max_heartbeats_per_second
-        check(rate > 0, "max_heartbeats_per_second", rate, "a positive number")
-        valid = self.valid_heartbeats
-        check(2 <= valid <= _MOST_HEARTBEATS, "valid_heartbeats", valid, f"2 to {_MOST_HEARTBEATS:g}")
-        check(self.stale_seconds > 0, "stale_seconds", self.stale_seconds, "a positive number of seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +117,10 @@ class LoadController:
 
     _BYPASS_HYSTERESIS = 0.1
 
-    def __init__(self, config: ControllerConfig) -> None:
+    def __init__(self, config: ControllerConfig, policy: ThresholdPolicy | None = None) -> None:
+        """`policy` takes the place of the configuration's; it may be one that no setting can name."""
         self.config = config
+        self._policy: ThresholdPolicy = policy or config.policy
         self._nodes: dict[str, _Node] = {}
         self._replicas: dict[str, _Replica] = {}
         self._overrides: dict[str | None, _Override] = {}
@@ -149,11 +141,11 @@ class LoadController:
 
     def reconfigure(self, config: ControllerConfig) -> None:
         """Decide by another configuration from now on; thresholds move on from where they are, overrides stay."""
-        self.config = config
+        self.config, self._policy = config, config.policy
         for node in list(self._nodes.values()):
             self.on_node(node.load, node.seen_at)
         for replica in self._replicas.values():
-            replica.regulator = config.policy.regulator(replica.bounds.threshold, config.lowest_threshold)
+            replica.regulator = self._policy.regulator(replica.bounds.threshold, config.lowest_threshold)
 
     def forget_node(self, node_id: str) -> None:
         """The node has left."""
@@ -162,7 +154,7 @@ class LoadController:
     @property
     def wants_devices(self) -> bool:
         """Whether a decision depends on what probes read; a fixed threshold does not."""
-        return self.config.bypass_above is not None or not isinstance(self.config.policy, FixedThreshold)
+        return self.config.bypass_above is not None or not isinstance(self._policy, FixedThreshold)
 
     @property
     def node_ids(self) -> set[str]:
@@ -170,8 +162,9 @@ class LoadController:
         return {place.node_id for replica in self._replicas.values() for place in replica.sample.places}
 
     def on_sample(self, sample: LoadSample, now: float) -> Decision:
-        """Answer a heartbeat. Raises saturation.ConfigError for a sample that no replica can mean."""
-        check(sample.max_running > 0, "max_running", sample.max_running, "a positive number")
+        """Answer a heartbeat. Raises PolicyError for an impossible sample."""
+        if sample.max_running <= 0:
+            raise PolicyError(f"max_running={sample.max_running}: expected a positive number")
         replica = self._replicas.get(sample.replica)
         if replica is None:
             replica = self._replicas[sample.replica] = self._new_replica(sample, now)
@@ -220,7 +213,7 @@ class LoadController:
         return {"nodes": list(self._view_nodes(now)), "replicas": list(self._view_replicas(now))}
 
     def _new_replica(self, sample: LoadSample, now: float) -> _Replica:
-        regulator = self.config.policy.regulator(sample.threshold, self.config.lowest_threshold)
+        regulator = self._policy.regulator(sample.threshold, self.config.lowest_threshold)
         # Versions go on from what the replica has, so that they rise across controllers; 0 is the engine's own.
         return _Replica(sample, regulator, Bounds(sample.threshold), sample.policy_version + 1, now)
 

@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from autoscale.errors import PolicyError
 from autoscale.presets import preset_names, replica_rule
 from autoscale.replicas import ReplicaLoad, ReplicaRule, Wish, wish
-from autoscale.saturation import ConfigError
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
@@ -50,11 +50,11 @@ class SpeculationAwarePolicy:
         (`check_kwargs`), which ends the deployment with that sentence.
         """
         self.rule: ReplicaRule | None = None
-        self.problem: ConfigError | None = None
+        self.problem: PolicyError | None = None
         self._kwargs, self._preset = kwargs, kwargs.get("preset")
         try:
             self.rule = check_kwargs(kwargs)
-        except ConfigError as error:
+        except PolicyError as error:
             self.problem = error
             logger.error("the autoscaling policy keeps the number of replicas: %s", error)
         self._logged: Wish | None = None
@@ -92,7 +92,7 @@ class SpeculationAwarePolicy:
             return
         try:
             self.rule, self._preset = check_kwargs({**self._kwargs, "preset": preset}), preset
-        except ConfigError as error:
+        except PolicyError as error:
             # The kwargs fit other presets than this one; the rule in force stays.
             self._log_failure(error)
         else:
@@ -107,7 +107,7 @@ class SpeculationAwarePolicy:
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> ReplicaRule:
-    """What `policy_kwargs` say. Raises saturation.ConfigError, which names the key, its value, and what may stand."""
+    """What `policy_kwargs` say. Raises PolicyError, which names the key, its value, and what may stand."""
     rule = dict(kwargs)
     return replica_rule(rule.pop("preset", None), rule, path="policy_kwargs")
 

@@ -1,36 +1,36 @@
-"""Presets, and the way from a mapping, as YAML gives it, to our settings: errors name the whole path of a key."""
+"""Presets, and settings from mappings as YAML gives them. Errors name the whole path of a key."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from autoscale.controller import ControllerConfig
+from autoscale.errors import PolicyError
+from autoscale.goodput import GoodputSearch
 from autoscale.replicas import ReplicaRule
-from autoscale.saturation import ConfigError
-from autoscale.thresholds import FixedThreshold, GoodputSearch, LoadCurve, ThresholdPolicy
+from autoscale.settings import SETTINGS
+from autoscale.thresholds import FixedThreshold, LoadCurve
 
 _FOLDER = Path(__file__).with_name("presets")
 _POLICIES: dict[str, type] = {policy.kind: policy for policy in (FixedThreshold, LoadCurve, GoodputSearch)}
-_DEFAULT_KIND = LoadCurve.kind
-"""What a policy is whose keys do not tell, as in ControllerConfig."""
-_EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}
+_KEYS = {kind: {field.name for field in fields(policy)} - {"kind"} for kind, policy in _POLICIES.items()}
+"""Of every kind of policy; no two kinds share a key."""
 
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class Preset:
-    """Settings that were chosen for each other; the file says for what."""
+    """Settings of both controllers that were chosen together; a comment in the file says for what."""
 
     controller: ControllerConfig
     replicas: ReplicaRule
@@ -42,153 +42,110 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> Preset:
-    """Raises ConfigError for a name that there is no file of."""
-    return build(Preset, _blocks(name, "preset"), name)
+    """Raises PolicyError for an unknown name."""
+    return build(Preset, _read_preset(name, "preset"), name)
 
 
 def controller_config(
     preset: str | None, overrides: Mapping[str, Any], *, path: str = "controller"
 ) -> ControllerConfig:
-    """The preset's, or the defaults, with single keys replaced, nested ones too.
+    """The preset's settings, or the defaults, with single keys replaced, nested ones too.
 
-    Of `policy`, other keys stay as long as its kind does; another kind starts from that kind's own defaults. `path`
-    is what errors call the mapping. Raises ConfigError.
+    A `policy` without a `kind` is of the kind that its keys belong to. Where it has no such key either, it is of the
+    preset's kind, and without a preset `fixed`, which is also the default policy. A policy of the preset's kind keeps
+    the preset's other keys; one of another kind starts from that kind's defaults.
+
+    `path` is what errors call the mapping. Raises PolicyError.
     """
-    settings = _overridden(preset, "controller", overrides, path) | {"preset": preset}
-    return cast(ControllerConfig, _dataclass(ControllerConfig, settings, path))
+    base = {} if preset is None else _read_preset(preset, f"{path}.preset")["controller"]
+    settings = _merged(base, _mapping(overrides, path)) | {"preset": preset}
+    if isinstance(overrides.get("policy"), Mapping):
+        settings["policy"] = _policy(base.get("policy", {"kind": FixedThreshold.kind}), overrides["policy"])
+    return build(ControllerConfig, settings, path)
 
 
 def replica_rule(preset: str | None, overrides: Mapping[str, Any], *, path: str = "replicas") -> ReplicaRule:
-    """As controller_config, for the other block."""
-    settings = _overridden(preset, "replicas", overrides, path)
-    return cast(ReplicaRule, _dataclass(ReplicaRule, settings, path, beside=("preset",)))
+    """As controller_config, for the block `replicas`."""
+    base = {} if preset is None else _read_preset(preset, f"{path}.preset")["replicas"]
+    return build(ReplicaRule, _merged(base, _mapping(overrides, path)), path, other_keys=("preset",))
 
 
-def build(cls: type[_T], raw: object, path: str) -> _T:
-    """A dataclass of ours from a mapping. Raises ConfigError, with `path` before the key."""
-    return cast(_T, _dataclass(cls, _mapping(raw, path), path))
+def build(cls: type[_T], raw: object, path: str, other_keys: tuple[str, ...] = ()) -> _T:
+    """Settings of class `cls` from a mapping. Raises PolicyError, with `path` before every key.
 
-
-def _blocks(preset: object, path: str) -> Mapping[str, Any]:
-    names = preset_names()
-    if preset not in names:
-        raise _wrong(path, preset, f"one of {', '.join(names)}")
-    return _read(preset)
+    `other_keys` are valid beside the fields of `cls` and were taken out of the mapping; errors list them as well.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(raw)
+    except ValidationError as error:
+        messages = [_message(cls, each, path, other_keys) for each in error.errors(include_url=False)]
+        raise PolicyError("; ".join(messages)) from None
 
 
 @functools.cache
-def _read(name: str) -> Mapping[str, Any]:
-    return types.MappingProxyType(yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))
+def _yaml(name: str) -> Mapping[str, Any]:
+    return yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def _overridden(preset: str | None, block: str, overrides: object, path: str) -> dict[str, Any]:
-    base = {} if preset is None else _blocks(preset, f"{path}.preset")[block]
-    return _merged(base, _mapping(overrides, path))
-
-
-def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings are merged key by key, unless they are of different kinds; anything else is replaced."""
-    merged = dict(base)
-    for key, value in overrides.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and _kind(value, _kind(old)) == _kind(old):
-            value = _merged(old, value)
-        merged[key] = value
-    return merged
-
-
-def _kind(policy: Mapping[str, Any], default: object = _DEFAULT_KIND) -> object:
-    """As it says, or the only kind that has all of its keys where the default one has not."""
-    if "kind" in policy:
-        return policy["kind"]
-    fields = {kind: {field.name for field in dataclasses.fields(cls)} for kind, cls in _POLICIES.items()}
-    kinds = [kind for kind, names in fields.items() if set(policy) <= names]
-    return kinds[0] if len(kinds) == 1 else default
-
-
-def _value(hint: Any, raw: object, path: str) -> object:
-    """`raw` as what the annotation says."""
-    if isinstance(hint, types.UnionType):
-        return _optional(hint, raw, path)
-    if typing.get_origin(hint) is tuple:
-        return _tuple(hint, raw, path)
-    if hint is ThresholdPolicy:
-        return _policy(raw, path)
-    if dataclasses.is_dataclass(hint):
-        return build(cast(type, hint), raw, path)
-    if hint is float and _is_number(raw):
-        return float(cast(float, raw))
-    if type(raw) is hint and hint in _EXPECTED and hint is not float:
-        return raw
-    raise _wrong(path, raw, _described(hint))
-
-
-def _optional(hint: Any, raw: object, path: str) -> object:
-    if raw is None:
-        return None
-    (only,) = (each for each in typing.get_args(hint) if each is not types.NoneType)
-    try:
-        return _value(only, raw, path)
-    except ConfigError as error:
-        raise ConfigError(f"{error}, or null") from None
-
-
-def _dataclass(cls: type, raw: Mapping[str, Any], path: str, beside: tuple[str, ...] = ()) -> object:
-    """`beside` are keys that someone else has taken out of the mapping; errors name them as well."""
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    for key in raw:
-        if key not in names:
-            raise ConfigError(f"{path}.{key}: unknown key; expected one of {', '.join([*names, *beside])}")
-    values = {name: _value(hints[name], raw[name], f"{path}.{name}") for name in names if name in raw}
-    try:
-        return cls(**values)
-    except ConfigError as error:  # It begins with the key.
-        raise ConfigError(f"{path}.{error}") from None
-
-
-def _policy(raw: object, path: str) -> object:
-    mapping = _mapping(raw, path)
-    kind = _kind(mapping)
-    if not isinstance(kind, str) or kind not in _POLICIES:
-        raise _wrong(f"{path}.kind", kind, f"one of {', '.join(_POLICIES)}")
-    settings = {key: value for key, value in mapping.items() if key != "kind"}
-    return _dataclass(_POLICIES[kind], settings, path, beside=("kind",))
-
-
-def _tuple(hint: Any, raw: object, path: str) -> tuple[object, ...]:
-    if not isinstance(raw, list | tuple):
-        raise _wrong(path, raw, _described(hint))
-    hints = typing.get_args(hint)
-    if hints[-1] is Ellipsis:
-        hints = (hints[0],) * len(raw)
-    elif len(hints) != len(raw):
-        raise _wrong(path, raw, _described(hint))
-    return tuple(_value(each, value, f"{path}[{i}]") for i, (each, value) in enumerate(zip(hints, raw, strict=True)))
+def _read_preset(name: object, path: str) -> Mapping[str, Any]:
+    names = preset_names()
+    if name not in names:
+        raise PolicyError(f"{path}={name!r}: expected one of {', '.join(names)}")
+    return _yaml(name)
 
 
 def _mapping(raw: object, path: str) -> Mapping[str, Any]:
     if not isinstance(raw, Mapping):
-        raise _wrong(path, raw, "a mapping of keys to values")
+        raise PolicyError(f"{path}={raw!r}: expected a mapping of keys to values")
     return raw
 
 
-def _is_number(raw: object) -> bool:
-    """Neither a bool, which YAML makes of `yes`, nor infinite, nor none."""
-    try:
-        return type(raw) in (int, float) and math.isfinite(cast(float, raw))
-    except OverflowError:
-        return False
+def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key; anything else is replaced."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
-def _described(hint: Any) -> str:
-    if typing.get_origin(hint) is not tuple:
-        return _EXPECTED[hint]
-    first, *rest = typing.get_args(hint)
-    if rest == [Ellipsis]:
-        return f"a list, each of it {_described(first)}"
-    return f"[{', '.join(_described(each) for each in (first, *rest))}]"
+def _policy(base: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[str, Any]:
+    kind = policy.get("kind", _kind_of(policy) or base["kind"])
+    return (_merged(base, policy) if kind == base["kind"] else dict(policy)) | {"kind": kind}
 
 
-def _wrong(path: str, raw: object, expected: str) -> ConfigError:
-    return ConfigError(f"{path}={raw!r}: expected {expected}")
+def _kind_of(policy: Mapping[str, Any]) -> str | None:
+    return next((kind for kind, keys in _KEYS.items() if not keys.isdisjoint(policy)), None)
+
+
+# Errors.
+
+
+def _message(cls: type, error: Any, path: str, other_keys: tuple[str, ...]) -> str:
+    """One of pydantic's errors as `path=value: expected ...`."""
+    kind, location, value = error["type"], error["loc"], error["input"]
+    where = path + "".join(_step(part) for part in location if part not in _POLICIES)
+    cause = error.get("ctx", {}).get("error")
+    if kind in ("unexpected_keyword_argument", "invalid_key"):
+        keys = [field.name for field in fields(_class_at(cls, location[:-1]))]
+        return f"{where}: unknown key; expected one of {', '.join([*keys, *other_keys])}"
+    if kind == "missing":
+        return f"{where}: missing"
+    if kind == "union_tag_invalid":
+        return f"{where}.kind={value['kind']!r}: expected one of {', '.join(_POLICIES)}"
+    if kind in ("dataclass_type", "model_attributes_type"):
+        return f"{where}={value!r}: expected a mapping of keys to values"
+    if isinstance(cause, PolicyError):  # It begins with a key.
+        return f"{where}.{cause}"
+    return f"{where}={value!r}: {cause or error['msg'].replace('Input should be', 'expected')}"
+
+
+def _step(part: str | int) -> str:
+    return f"[{part}]" if isinstance(part, int) else f".{part}"
+
+
+def _class_at(cls: Any, location: tuple[Any, ...]) -> Any:
+    """The class of settings at `location` inside `cls`; a kind of policy stands after the key `policy` there."""
+    for part in location:
+        cls = _POLICIES.get(part) or typing.get_type_hints(cls)[part]
+    return cls

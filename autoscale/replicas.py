@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from autoscale.saturation import check
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic.dataclasses import dataclass as settings
+
+from autoscale.settings import SETTINGS, Number, Positive, Share
 
 Reason = Literal[
     "nothing runs and nothing waits",
@@ -49,7 +52,7 @@ class ReplicaLoad:
     """Share of cache pages in use, 0 to 1; None counts slots alone."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(frozen=True, kw_only=True, config=SETTINGS)
 class ReplicaRule:
     """When replicas are added and when they go.
 
@@ -57,36 +60,40 @@ class ReplicaRule:
     present size than a replica has slots, that number counts as its slots.
     """
 
-    target_occupancy: float = 0.8
+    target_occupancy: Positive = 0.8
     """Most that a replica is meant to have: replicas are added for what is above. Over 1 there is always a queue."""
-    spend_first: float = 0.7
+    spend_first: Share = 0.7
     """`spent`, averaged over replicas, that thresholds must have reached before a replica is added."""
-    overload_occupancy: float = 2.0
+    overload_occupancy: Positive = 2.0
     """From here on neither slow thresholds nor starting replicas are waited for."""
-    waiting_per_slot: float = 4.0
+    waiting_per_slot: Annotated[Number, Field(ge=1)] = 4.0
     """Waiting requests that one slot may serve in turn, which says how many replicas are added at once: 1 adds enough
     to start all of them together, and most of those are idle once the queue is gone."""
-    release_below: float = 0.3
+    release_below: Share = 0.3
     """`spent`, averaged over replicas, that must not be exceeded for a replica to go."""
-    full_slowdown: float = 4.0
+    full_slowdown: Annotated[Number, Field(ge=1)] = 4.0
     """Seconds per token in a full replica over those in an empty one, as a load test measures them. Fewer replicas
     are fuller and so slower, which leaves more requests in flight: too small a number here lets a replica go that is
     called back at once."""
-    headroom: float = 0.1
+    headroom: Annotated[Number, Field(ge=0, lt=1)] = 0.1
     """Share of the target, or of the slots where the target is above 1, that must stay free, by that reckoning, for a
     replica to go."""
 
-    def __post_init__(self) -> None:
-        target, spend = self.target_occupancy, self.spend_first
-        check(0.0 < target < math.inf, "target_occupancy", target, "a positive number")
-        check(0.0 <= spend <= 1.0, "spend_first", spend, "a number in [0, 1]")
-        most = self.overload_occupancy
-        check(target <= most, "overload_occupancy", most, f"at least target_occupancy={target}")
-        check(1.0 <= self.waiting_per_slot < math.inf, "waiting_per_slot", self.waiting_per_slot, "1 or more")
-        check(0.0 <= self.release_below <= 1.0, "release_below", self.release_below, "a number in [0, 1]")
-        check(self.release_below <= spend, "release_below", self.release_below, f"at most spend_first={spend}")
-        check(1.0 <= self.full_slowdown < math.inf, "full_slowdown", self.full_slowdown, "1 or more")
-        check(0.0 <= self.headroom < 1.0, "headroom", self.headroom, "a number in [0, 1)")
+    @field_validator("overload_occupancy")
+    @classmethod
+    def _is_above_the_target(cls, occupancy: float, others: ValidationInfo) -> float:
+        target = others.data.get("target_occupancy", 0.0)
+        if occupancy < target:
+            raise ValueError(f"expected at least target_occupancy={target}")
+        return occupancy
+
+    @field_validator("release_below")
+    @classmethod
+    def _is_not_above_spend_first(cls, share: float, others: ValidationInfo) -> float:
+        most = others.data.get("spend_first", 1.0)
+        if share > most:
+            raise ValueError(f"expected at most spend_first={most}")
+        return share
 
     def slowdown(self, occupancy: float) -> float:
         """Seconds per token over those in an empty replica; `occupancy` is of running requests."""

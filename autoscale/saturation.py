@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
+from autoscale.errors import PolicyError
 from autoscale.signals import DeviceLoad, LoadSample
 
 SignalName = Literal["tensor", "power", "throttle", "cpu", "slowness", "cache", "slots", "queue"]
@@ -16,16 +17,6 @@ THROTTLING = frozenset(
     ("sw_power_cap", "hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
 )
 """Clock events that mean that the device would be faster if it could."""
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be meant: the message names the key, its value, and what would be right."""
-
-
-def check(condition: bool, key: str, value: object, expected: str) -> None:
-    """Raises ConfigError."""
-    if not condition:
-        raise ConfigError(f"{key}={value!r}: expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +44,14 @@ class SignalScale:
     queue: Range | None = (0.0, 0.5)
     """Waiting requests over how many can run."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
+    """Of autoscale.settings, spelled out: GPU machines read their devices by this scale without pydantic."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             scale = getattr(self, field.name)
-            check(
-                scale is None or scale[0] < scale[1],
-                field.name,
-                scale and list(scale),
-                "[low, high] with low < high, or null",
-            )
+            if scale is not None and not scale[0] < scale[1]:
+                raise PolicyError(f"{field.name}={list(scale)}: expected [low, high] with low < high, or null")
 
 
 @dataclass(frozen=True, slots=True)

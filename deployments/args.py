@@ -218,10 +218,7 @@ class LoadControllerArgs(BaseModel):
 
         Raises ValueError.
         """
-        overrides = dict(self.model_extra or {})
-        if self.preset is None:
-            overrides.setdefault("policy", {"kind": "fixed"})
-        config = controller_config(self.preset, overrides, path=path)
+        config = controller_config(self.preset, self.model_extra or {}, path=path)
         return replace(config, lowest_threshold=max(config.lowest_threshold, own_threshold))
 
 

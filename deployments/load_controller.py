@@ -15,7 +15,7 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import LoggingConfig
 
 from autoscale.controller import Bounds, ControllerConfig, Decision, LoadController
-from autoscale.saturation import ConfigError
+from autoscale.errors import PolicyError
 from autoscale.signals import LoadSample
 from deployments.args import LoadControllerArgs
 from deployments.probes import Probes, living_nodes
@@ -172,11 +172,11 @@ class LoadControllerReplica:
 
 
 def check_alone(config: DeploymentConfig) -> None:
-    """Raise saturation.ConfigError where the YAML file asks for several load controllers."""
+    """Raise PolicyError where the YAML file asks for several load controllers."""
     if config.autoscaling_config is not None:
-        raise ConfigError("LoadController.autoscaling_config: expected none: one controller decides for all replicas")
+        raise PolicyError("LoadController.autoscaling_config: expected none: one controller decides for all replicas")
     if config.num_replicas not in (None, 1):
-        raise ConfigError(
+        raise PolicyError(
             f"LoadController.num_replicas={config.num_replicas}: expected 1: each would know a part of the replicas"
         )
 

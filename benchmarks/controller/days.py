@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from autoscale.thresholds import GoodputSearch, LoadCurve, ThresholdPolicy
+from autoscale.goodput import GoodputSearch
+from autoscale.thresholds import LoadCurve, ThresholdPolicy
 from benchmarks.controller.bandit import DiscountedBandit, Memory
 from benchmarks.controller.book import Book
 from benchmarks.controller.signals import Controlled

@@ -140,7 +140,7 @@ class Controlled:
 
     def __init__(self, world: World, fleet: int, policy: ThresholdPolicy, seed: int) -> None:
         # All replicas speak every second: stretched heartbeats would make the controller look cheaper.
-        self.controller = LoadController(ControllerConfig(policy=policy, max_heartbeats_per_second=1e9))
+        self.controller = LoadController(ControllerConfig(max_heartbeats_per_second=1e9), policy)
         self.seconds = 0.0
         """CPU time in the controller."""
         self.spent = np.zeros(world.shape[1])

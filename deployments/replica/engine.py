@@ -13,8 +13,8 @@ from ray import serve
 from ray.serve._private.config import DeploymentConfig
 from ray.serve.handle import DeploymentHandle
 
+from autoscale.errors import PolicyError
 from autoscale.policies import SpeculationAwarePolicy, check_kwargs
-from autoscale.saturation import ConfigError
 from deployments.args import AppArgs, LoadControllerArgs
 from deployments.replica.channel import MAX_FRAMES, EngineChannel
 from deployments.replica.gang import start_gang
@@ -149,7 +149,7 @@ async def end_streams(channel: EngineChannel, reason: str) -> None:
 
 
 def check_autoscaling(config: DeploymentConfig, load_controller: LoadControllerArgs | None) -> None:
-    """Raise saturation.ConfigError for invalid kwargs of our autoscaling policy, and for a preset that is not the
+    """Raise PolicyError for invalid kwargs of our autoscaling policy, and for a preset that is not the
     load controller's.
 
     Serve makes the policy in its controller, where an error is a line in a log; in a replica it ends the deployment.
@@ -160,7 +160,7 @@ def check_autoscaling(config: DeploymentConfig, load_controller: LoadControllerA
     check_kwargs(policy.policy_kwargs)
     ours, theirs = load_controller and load_controller.preset, policy.policy_kwargs.get("preset")
     if ours is not None and theirs is not None and ours != theirs:
-        raise ConfigError(
+        raise PolicyError(
             f"policy_kwargs.preset={theirs!r} of Engine and load_controller.preset={ours!r} among args: expected the"
             " same preset, as its thresholds and its rule for replicas were chosen for each other"
         )

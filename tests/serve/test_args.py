@@ -85,7 +85,7 @@ def test_an_absolute_model_stays(tmp_path):
         ),
         (
             {"load_controller": {"policy": {"kind": "fixed", "threshold": 1.5}}},
-            "load_controller.policy.threshold=1.5: expected a number in [0, 1]",
+            "load_controller.policy.threshold=1.5: expected less than or equal to 1",
         ),
         (
             {"load_controller": {"signals": {"cpu": [0.9, 0.1]}}},

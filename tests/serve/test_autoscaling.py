@@ -135,4 +135,4 @@ def test_kwargs_that_cannot_be_meant_end_the_deployment_with_a_sentence(app, che
     deploy_yaml(config)
     wait_until(lambda: serve.status().applications["bad"].status == "DEPLOY_FAILED", 120)
     message = serve.status().applications["bad"].deployments["Engine"].message
-    assert "policy_kwargs.spend_first=1.5: expected a number in [0, 1]" in message
+    assert "policy_kwargs.spend_first=1.5: expected less than or equal to 1" in message

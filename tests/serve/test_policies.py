@@ -18,10 +18,10 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from ray.serve.schema import DeploymentSchema
 
+from autoscale.errors import PolicyError
 from autoscale.policies import SpeculationAwarePolicy, check_kwargs, number_of, preset_of
 from autoscale.presets import load_preset
 from autoscale.replicas import ReplicaRule
-from autoscale.saturation import ConfigError
 from deployments.args import LoadControllerArgs
 from deployments.replica.engine import check_autoscaling, rule_preset
 
@@ -114,15 +114,15 @@ BAD_KWARGS = [
         " waiting_per_slot, release_below, full_slowdown, headroom, preset",
     ),
     ({"heartbeat_seconds": 1}, "policy_kwargs.heartbeat_seconds: unknown key"),
-    ({"spend_first": 7}, "policy_kwargs.spend_first=7.0: expected a number in [0, 1]"),
-    ({"spend_first": "all"}, "policy_kwargs.spend_first='all': expected a number"),
+    ({"spend_first": 7}, "policy_kwargs.spend_first=7: expected less than or equal to 1"),
+    ({"spend_first": "all"}, "policy_kwargs.spend_first='all': expected a valid number"),
     ({"spend_first": 0.1}, "policy_kwargs.release_below=0.3: expected at most spend_first=0.1"),
 ]
 
 
 @pytest.mark.parametrize(("kwargs", "expected"), BAD_KWARGS)
 def test_what_policy_kwargs_may_not_say_is_named(kwargs, expected):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(PolicyError) as caught:
         check_kwargs(kwargs)
     assert expected in str(caught.value)
 
@@ -139,7 +139,7 @@ def test_in_serves_controller_bad_kwargs_keep_the_number_of_replicas(kwargs, exp
 @pytest.mark.parametrize(("kwargs", "expected"), BAD_KWARGS)
 def test_an_engine_replica_refuses_bad_kwargs_of_its_own_deployment(kwargs, expected):
     config = DeploymentConfig(autoscaling_config={"policy": {"policy_function": PATH, "policy_kwargs": kwargs}})
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(PolicyError) as caught:
         check_autoscaling(config, LoadControllerArgs())
     assert expected in str(caught.value)
 
@@ -164,7 +164,7 @@ def with_preset(preset: str | None) -> DeploymentConfig:
 
 
 def test_an_engine_replica_refuses_another_preset_than_the_load_controllers():
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(PolicyError) as caught:
         check_autoscaling(with_preset("latency"), LoadControllerArgs(preset="cost"))
     assert "policy_kwargs.preset='latency' of Engine and load_controller.preset='cost' among args" in str(caught.value)
     check_autoscaling(with_preset("cost"), LoadControllerArgs(preset="cost"))

@@ -14,7 +14,7 @@ import torch
 from ray.serve._private.config import DeploymentConfig
 
 from autoscale.controller import Bounds, Decision
-from autoscale.saturation import ConfigError
+from autoscale.errors import PolicyError
 from autoscale.signals import LoadSample, NodeLoad, Place
 from deployments.args import LoadControllerArgs
 from deployments.load_controller import LoadControllerReplica, check_alone
@@ -227,7 +227,7 @@ async def test_a_bad_user_config_is_shown_and_changes_nothing(fleet, caplog):
     async with running_controller(policy={"threshold": 0.2}) as controller:
         await controller.reconfigure({"policy": {"threshold": 1.4}}, 0)
         assert await threshold_of(controller) == 0.2
-        expected = "LoadController.user_config.policy.threshold=1.4: expected a number in [0, 1]"
+        expected = "LoadController.user_config.policy.threshold=1.4: expected less than or equal to 1"
         assert (await controller.view())["problem"] == expected
         assert expected in caplog.text
         await controller.reconfigure({"policy": {"threshold": 0.4}}, 0)
@@ -238,7 +238,7 @@ async def test_at_the_start_a_bad_user_config_ends_the_deployment(fleet):
     cls = LoadControllerReplica.func_or_class
     controller = cls.__new__(cls)
     await cls.__init__(controller, LoadControllerArgs(), 0.0, "model")
-    with pytest.raises(ConfigError, match=r"LoadController\.user_config\.presets: unknown key"):
+    with pytest.raises(PolicyError, match=r"LoadController\.user_config\.presets: unknown key"):
         await controller.reconfigure({"presets": "cost"}, 0)
     controller._watching.cancel()
 
@@ -273,7 +273,7 @@ async def test_a_controller_goes_on_when_the_nodes_cannot_be_listed(fleet, monke
     ],
 )
 def test_several_load_controllers_are_refused(fields, expected):
-    with pytest.raises(ConfigError, match=expected):
+    with pytest.raises(PolicyError, match=expected):
         check_alone(DeploymentConfig(**fields))
 
 

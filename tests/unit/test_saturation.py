@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from autoscale.saturation import ConfigError, SignalScale, device_parts, saturation_of
+from autoscale.errors import PolicyError
+from autoscale.saturation import SignalScale, device_parts, saturation_of
 from autoscale.signals import DeviceLoad, LoadSample
 
 SCALE = SignalScale()
@@ -117,5 +118,5 @@ def test_the_largest_signal_decides_and_the_busiest_device_counts():
 
 @pytest.mark.parametrize("bad", [(0.6, 0.1), (0.5, 0.5), (math.nan, 1.0)])
 def test_an_inverted_scale_is_refused_by_name(bad):
-    with pytest.raises(ConfigError, match=r"tensor=\[.*\]: expected \[low, high\] with low < high"):
+    with pytest.raises(PolicyError, match=r"tensor=\[.*\]: expected \[low, high\] with low < high"):
         SignalScale(tensor=bad)

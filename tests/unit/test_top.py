@@ -19,6 +19,7 @@ import deployments.console
 from autoscale.controller import Bounds, ControllerConfig, LoadController
 from autoscale.saturation import THROTTLING
 from autoscale.signals import DeviceLoad, LoadSample, NodeLoad
+from autoscale.thresholds import LoadCurve
 from deployments.console import top
 from deployments.console.cli import main
 
@@ -85,7 +86,7 @@ def node(host: str, *devices: DeviceLoad, note: str = "") -> NodeLoad:
 
 def answer(nodes: tuple[NodeLoad, ...] = (), samples: tuple[LoadSample, ...] = (), **more: Any) -> dict[str, Any]:
     """What GET /admin/load says, from the controller that says it."""
-    controller = LoadController(ControllerConfig())
+    controller = LoadController(ControllerConfig(policy=LoadCurve()))
     for load in nodes:
         controller.on_node(load, 0.0)
     for sample in samples:
@@ -223,7 +224,7 @@ def test_where_no_token_was_made_there_is_no_accepted_length():
 
 
 def test_what_an_operator_set_is_marked_and_a_bypass_stands_for_a_threshold():
-    controller = LoadController(ControllerConfig())
+    controller = LoadController(ControllerConfig(policy=LoadCurve()))
     controller.override(Bounds(0.5, 4), None, 0.0, SAMPLE.replica)
     controller.override(Bounds(0.5, None, True), None, 0.0, IDLE.replica)
     controller.on_sample(SAMPLE, 0.0)
