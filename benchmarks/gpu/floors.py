@@ -256,7 +256,7 @@ def linear_fp8(shapes: Shapes, requests: int, variant: str) -> Floor:
     return Floor(moved, {"fp8": 2 * rows * inputs * outputs})
 
 
-def lowest_kept_logit(shapes: Shapes, requests: int, variant: str) -> Floor:
+def filter_threshold(shapes: Shapes, requests: int, variant: str) -> Floor:
     rows = shapes.rows(requests)
     return Floor(rows * (FP32 * shapes.vocabulary + 4 * INT64 + FP32), {"int32": rows * shapes.vocabulary})
 
@@ -414,6 +414,7 @@ OPERATIONS: dict[str, Operation] = {
         _COMPRESSORS,
     ),
     "edit_logits": Operation(edit_logits, "8NV + 16 × 24N", "fp32: 16 × 3N", "2"),
+    "filter_threshold": Operation(filter_threshold, "4NV + 36N", "int32: NV", "1"),
     "gumbel_argmax": Operation(gumbel_argmax, "4NV + 40N", "int32: 10 NV; special: NV", "2"),
     "indexer_topk": Operation(
         indexer_topk,
@@ -429,7 +430,6 @@ OPERATIONS: dict[str, Operation] = {
         "1, beyond 16 rows 2",
         ("wq_a", "wq_b", "wkv", "wo_b", "index wq_b", "shared w1, w3", "shared w2", "main_proj"),
     ),
-    "lowest_kept_logit": Operation(lowest_kept_logit, "4NV + 36N", "int32: NV", "1"),
     "markov_sample": Operation(
         markov_sample,
         "4RGV + 2Vr + (G - 1) (2Vr - L2) + 2RGr + 32R + 12RG",

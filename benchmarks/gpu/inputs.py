@@ -102,7 +102,7 @@ class Inputs:
             self._scales(FP8_SCALE_TILE, outputs, inputs),
         )
 
-    def lowest_kept_logit(self, variant: str) -> Args:
+    def filter_threshold(self, variant: str) -> Args:
         logits = self._normal(self.rows, self.shapes.vocabulary, dtype=torch.float32, scale=3.0)
         return logits, self._temperatures(self.rows), *self._filters(self.rows)
 

@@ -96,7 +96,7 @@ Choose = Callable[[int, Tensor], Tensor]
 """(position k of the block, logits [R, V]) -> token ids [R]."""
 
 Filters = tuple[Tensor, Tensor, Tensor, int]
-"""top_k, top_p, min_p [R] and the widest top_k, as `dspark_kernels.lowest_kept_logit` takes them."""
+"""top_k, top_p, min_p [R] and the widest top_k, as `dspark_kernels.filter_threshold` takes them."""
 
 KeysOf = Callable[[int, Tensor, Angles], tuple[Tensor, Tensor]]
 """(stage, normed rows [R*G, d], their angles) -> keys [P, D] and the rows [R, W + G] of them that each request sees."""

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from dspark_ray.sampling.sampler import DraftSampling
+from dspark_ray.drafters.draft_sampling import DraftSampling
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dspark_ray.config import EngineConfig, ModelConfig
+from dspark_ray.drafters.draft_sampling import DraftSampling
 from dspark_ray.drafters.protocol import ContextUpdate, Drafter, DraftRequest
 from dspark_ray.engine.feature_window import Committed, FeatureWindow, Missing
 from dspark_ray.engine.round import Drafted, Outcome, Work, batch_of, computed_of, mean_length, slots_of, thresholds_of
@@ -26,7 +27,7 @@ from dspark_ray.engine.sequence import Sequence
 from dspark_ray.engine.target import ForwardCommand, ForwardResult, Target
 from dspark_ray.engine.timing import StepTiming, Stopwatch
 from dspark_ray.model.rows import Segment
-from dspark_ray.sampling.sampler import NO_TOKEN, DraftSampling, Samples
+from dspark_ray.sampling.sampler import NO_TOKEN, Samples
 from dspark_ray.sampling.sampling_rows import RowContext, build_sampling_rows
 from dspark_ray.speculative.acceptance import Acceptance, DraftSource, VerifiedBlock, build_verification
 from dspark_ray.speculative.planner import Batch, DraftedRows, Planner, StepOutcome

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dspark_ray.config import EngineConfig
+from dspark_ray.drafters.draft_sampling import DraftChooser
 from dspark_ray.drafters.dspark import BlockOutput, DSparkModule
 from dspark_ray.drafters.pools import DraftPools
 from dspark_ray.drafters.protocol import (
@@ -17,7 +18,6 @@ from dspark_ray.drafters.protocol import (
 )
 from dspark_ray.runner.decode import DraftGraphs
 from dspark_ray.runner.graphs import Capture
-from dspark_ray.sampling.sampler import DraftChooser
 
 
 class DraftWorker:

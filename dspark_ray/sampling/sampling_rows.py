@@ -1,4 +1,4 @@
-"""Everything that rows of logits need to become tokens, as a few small tensors that travel to every rank.
+"""Sampling parameters of every row of logits, as a few small tensors that are sent to every rank.
 
 Letters: n rows of logits, m edited (row, token) pairs, V vocabulary.
 """
@@ -17,11 +17,11 @@ from dspark_ray.types import MAX_TOKEN_ID, SamplingParams
 
 _UNLIMITED_TOP_K = 2**31
 _LOWEST_TEMPERATURE = 1e-5
-"""Colder rows would drown the noise in float32; at this temperature it hardly matters already."""
+"""At lower ones float32 logits would swallow the noise, which hardly matters at this temperature already."""
 
 
 class Packed:
-    """A dataclass of tensors that moves between devices, and pickles as numpy, which is ten times faster."""
+    """A dataclass of tensors that can move between devices; pickled as numpy arrays, which is ten times faster."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same values with every tensor on `device`."""
@@ -43,18 +43,18 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Draws(Packed):
-    """How n rows are tempered, filtered and drawn; row i is about one request's `SamplingParams`."""
+class SamplingTensors(Packed):
+    """Temperature, filters and noise address of n rows; each row follows one request's `SamplingParams`."""
 
     integers: Tensor
-    """[3, n] int64: seeds, positions, top_k (huge where all tokens stay)."""
+    """[3, n] int64: seeds, positions, top_k (2^31 where it filters nothing)."""
     floats: Tensor
     """[3, n] float64: temperatures, top_p, min_p."""
     any_sampled: bool
     """Whether a row has a temperature above 0."""
     any_filtered: bool
     widest_top_k: int
-    """Sorting this many logits per row decides every filter."""
+    """The largest top_k of all rows: the most logits per row that a filter has to sort."""
 
     @property
     def seeds(self) -> Tensor:
@@ -83,11 +83,11 @@ class Draws(Packed):
 
     @property
     def is_sampled(self) -> Tensor:
-        """[n, 1] whether a row is drawn with noise."""
+        """[n, 1] whether a row's temperature is above 0."""
         return (self.temperatures > 0).unsqueeze(1)
 
     def filters(self, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, int] | None:
-        """The last arguments of `dspark_kernels.lowest_kept_logit`; None where no row has a filter."""
+        """(top_k, top_p, min_p, widest top_k) for `dspark_kernels.filter_threshold`; None where no row has a filter."""
         if not self.any_filtered:
             return None
         return self.top_k, self.top_p, self.min_p, min(self.widest_top_k, vocab_size)
@@ -97,8 +97,8 @@ class Draws(Packed):
         return self.integers.shape[1]
 
 
-def pack_draws(params: Sequence[SamplingParams], positions: Sequence[int]) -> dict[str, Any]:
-    """Fields of a `Draws`, one row per entry."""
+def pack_sampling(params: Sequence[SamplingParams], positions: Sequence[int]) -> dict[str, Any]:
+    """Fields of `SamplingTensors`, one row per entry."""
     top_k = [p.top_k or _UNLIMITED_TOP_K for p in params]
     temperatures = [max(p.temperature, _LOWEST_TEMPERATURE) if p.temperature else 0.0 for p in params]
     integers = np.array([[p.seed for p in params], positions, top_k], dtype=np.int64)
@@ -113,7 +113,7 @@ def pack_draws(params: Sequence[SamplingParams], positions: Sequence[int]) -> di
 
 
 @dataclass(frozen=True)
-class Edits(Packed):
+class LogitEdits(Packed):
     """Changes of single logits: logit = scaled(logit, factor) + offset, each pair (row, token) once."""
 
     rows: Tensor
@@ -125,17 +125,17 @@ class Edits(Packed):
     offsets: Tensor
     """[m] float32 frequency and presence penalties and bias; -inf forbids."""
 
-    def select(self, mask: Tensor) -> Edits:
+    def select(self, mask: Tensor) -> LogitEdits:
         """The pairs where mask [m] is true."""
-        return Edits(*(getattr(self, field.name)[mask] for field in fields(self)))
+        return LogitEdits(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
 _NONE = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class LogitEdits:
-    """Changes of single logits of one row, each token id once; arrays are [m], as the fields of `Edits`."""
+class RowEdits:
+    """Changes of single logits of one row, each token id once; arrays are [m], as the fields of `LogitEdits`."""
 
     token_ids: np.ndarray
     factors: np.ndarray
@@ -143,7 +143,7 @@ class LogitEdits:
 
 
 class RequestSampling:
-    """What all rows of one request have in common, computed once, when the request is added."""
+    """Sampling data shared by all rows of one request, computed once when the request is added."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class RequestSampling:
         stop_ids: Collection[int] = (),
         vocab_size: int = MAX_TOKEN_ID + 1,
     ) -> None:
-        """`stop_ids` may not come before min_tokens. Raises ValueError for ids that are not in the vocabulary."""
+        """`stop_ids` are forbidden before min_tokens. Raises ValueError for ids that are not in the vocabulary."""
         self.params = params
         self._biased = _ids(params.logit_bias)
         self._biases = np.fromiter(params.logit_bias.values(), dtype=np.float64, count=len(params.logit_bias))
@@ -163,8 +163,8 @@ class RequestSampling:
             if len(outside):
                 raise ValueError(f"token ids {outside[:5]}: expected 0..{vocab_size - 1}")
 
-    def edits(self, output_token_ids: Sequence[int], before_min_tokens: bool) -> LogitEdits | None:
-        """Of the row behind `output_token_ids`, which are read only where penalties need them."""
+    def edits(self, output_token_ids: Sequence[int], before_min_tokens: bool) -> RowEdits | None:
+        """Edits of the row that follows `output_token_ids`, which are read only where penalties need them."""
         params = self.params
         if not (params.has_penalties or len(self._biased) or (before_min_tokens and len(self._stops))):
             return None
@@ -178,11 +178,11 @@ class RequestSampling:
         offsets[np.searchsorted(token_ids, outputs)] -= params.presence_penalty + params.frequency_penalty * counts
         offsets[np.searchsorted(token_ids, self._biased)] += self._biases
         offsets[np.searchsorted(token_ids, forbidden)] = -np.inf
-        return LogitEdits(token_ids, factors, offsets)
+        return RowEdits(token_ids, factors, offsets)
 
 
 class RowContext:
-    """What one row predicts: the token at `position` of a request."""
+    """Sampling of one row, which predicts the token at `position` of a request."""
 
     def __init__(
         self,
@@ -194,8 +194,8 @@ class RowContext:
     ) -> None:
         """`position` is the absolute index of the predicted token, prompt included. `output_token_ids` are the
         committed outputs and the block's drafts before this row, read only where penalties need them.
-        `before_min_tokens` forbids to end the text here. `wants_distribution` says whether acceptance needs the whole
-        processed row, not only a token; greedy rows never do.
+        `before_min_tokens` forbids stop tokens. `wants_distribution` asks for the processed row besides a token, as
+        rejection verification needs it; ignored for greedy rows.
         """
         params = sampling.params
         self.params, self.position = params, position
@@ -203,21 +203,21 @@ class RowContext:
         self.wants_distribution = wants_distribution and params.temperature > 0
 
     @property
-    def needs_whole_row(self) -> bool:
-        """Whether one rank must see the whole vocabulary."""
+    def needs_full_vocab(self) -> bool:
+        """Whether one rank must see the logits of the full vocabulary."""
         return self.wants_distribution or self.params.logprobs is not None or self.params.has_filter
 
 
 @dataclass(frozen=True)
-class SamplingRows(Draws):
-    """How each of n rows of logits becomes a token."""
+class SamplingRows(SamplingTensors):
+    """Everything that turns each of n rows of logits into a token."""
 
-    edits: Edits | None
+    edits: LogitEdits | None
     logprobs: tuple[int | None, ...]
     """Per row how many alternatives to report, None for no report."""
     wants_distribution: tuple[bool, ...]
-    whole: tuple[int, ...]
-    """Rows of which one rank must see the whole vocabulary; the others are decided shard by shard."""
+    full_vocab_rows: tuple[int, ...]
+    """Rows whose full logits one rank must see; the others are decided shard by shard."""
 
     def to(self, device: torch.device | str) -> SamplingRows:
         rows = super().to(device)
@@ -227,7 +227,7 @@ class SamplingRows(Draws):
         """Only the rows `indices`, renumbered 0, 1, ...; sorted and without repetition."""
         if len(indices) == self.num_rows:
             return self
-        index, whole = torch.tensor(indices, device=self.integers.device), frozenset(self.whole)
+        index, full = torch.tensor(indices, device=self.integers.device), frozenset(self.full_vocab_rows)
         return replace(
             self,
             integers=self.integers[:, index],
@@ -235,10 +235,10 @@ class SamplingRows(Draws):
             edits=self._select_edits(index),
             logprobs=tuple(self.logprobs[i] for i in indices),
             wants_distribution=tuple(self.wants_distribution[i] for i in indices),
-            whole=tuple(new for new, old in enumerate(indices) if old in whole),
+            full_vocab_rows=tuple(new for new, old in enumerate(indices) if old in full),
         )
 
-    def _select_edits(self, index: Tensor) -> Edits | None:
+    def _select_edits(self, index: Tensor) -> LogitEdits | None:
         if self.edits is None:
             return None
         number = index.new_full((self.num_rows,), -1)
@@ -250,22 +250,22 @@ class SamplingRows(Draws):
 def build_sampling_rows(contexts: Sequence[RowContext]) -> SamplingRows:
     """Pack n contexts, on the CPU."""
     return SamplingRows(
-        **pack_draws([context.params for context in contexts], [context.position for context in contexts]),
+        **pack_sampling([context.params for context in contexts], [context.position for context in contexts]),
         edits=_join_edits([context.edits for context in contexts]),
         logprobs=tuple(context.params.logprobs for context in contexts),
         wants_distribution=tuple(context.wants_distribution for context in contexts),
-        whole=tuple(row for row, context in enumerate(contexts) if context.needs_whole_row),
+        full_vocab_rows=tuple(row for row, context in enumerate(contexts) if context.needs_full_vocab),
     )
 
 
-def _join_edits(edits: Sequence[LogitEdits | None]) -> Edits | None:
+def _join_edits(edits: Sequence[RowEdits | None]) -> LogitEdits | None:
     """None where no row has any."""
     by_row = [(row, own) for row, own in enumerate(edits) if own is not None]
     if not by_row:
         return None
     rows = np.repeat([row for row, _ in by_row], [len(own.token_ids) for _, own in by_row])
     columns = zip(*((own.token_ids, own.factors, own.offsets) for _, own in by_row), strict=True)
-    return Edits(*map(torch.from_numpy, (rows, *map(np.concatenate, columns))))
+    return LogitEdits(*map(torch.from_numpy, (rows, *map(np.concatenate, columns))))
 
 
 def _ids(token_ids: Collection[int]) -> np.ndarray:

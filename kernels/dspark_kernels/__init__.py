@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .philox import gumbel_noise, philox_4x32, uniform_noise
-from .reference import fake_quant_fp8, overlapping, softmax_pool
+from .reference import apply_temperature, fake_quant_fp8, overlapping, softmax_pool
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -62,11 +62,11 @@ accept_rejection = _operation(reference.accept_rejection)
 admit_prefixes = _operation(reference.admit_prefixes)
 compress = _operation(reference.compress)
 edit_logits = _operation(reference.edit_logits)
+filter_threshold = _operation(reference.filter_threshold)
 gumbel_argmax = _operation(reference.gumbel_argmax)
 indexer_topk = _operation(reference.indexer_topk)
 linear_float32 = _operation(reference.linear_float32)
 linear_fp8 = _operation(reference.linear_fp8)
-lowest_kept_logit = _operation(reference.lowest_kept_logit)
 markov_sample = _operation(reference.markov_sample)
 mhc_head = _operation(reference.mhc_head)
 mhc_read = _operation(reference.mhc_read)
@@ -86,15 +86,16 @@ __all__ = [
     "accept_coupled",
     "accept_rejection",
     "admit_prefixes",
+    "apply_temperature",
     "compress",
     "edit_logits",
     "fake_quant_fp8",
+    "filter_threshold",
     "gumbel_argmax",
     "gumbel_noise",
     "indexer_topk",
     "linear_float32",
     "linear_fp8",
-    "lowest_kept_logit",
     "markov_sample",
     "mhc_head",
     "mhc_read",

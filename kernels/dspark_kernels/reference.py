@@ -427,23 +427,23 @@ def edit_logits(
     return logits.float().index_put(where, new)
 
 
-def _temper(logits: Tensor, temperatures: Tensor) -> Tensor:
+def apply_temperature(logits: Tensor, temperatures: Tensor) -> Tensor:
     """logits [n, V] / temperatures [n], where a temperature is not 0."""
     divisors = torch.where(temperatures > 0, temperatures, 1.0)
     return logits.float() / divisors.float().unsqueeze(1)
 
 
-def lowest_kept_logit(
+def filter_threshold(
     logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, widest_top_k: int
 ) -> Tensor:
-    """[n] lowest tempered logit that top_k, then top_p, then min_p leave in each row of logits [n, V].
+    """[n] lowest logit, after temperature, that top_k, then top_p, then min_p keep in each row of logits [n, V].
 
     top_k [n] int64, at most `widest_top_k` of which count; top_p, min_p [n] float64. The best token always stays. A
-    filter is a lowest logit: tokens that tie with a kept one stay, and how a device sorts equal logits does not matter.
+    filter is a threshold: tokens that tie with a kept one stay, and how a device sorts equal logits does not matter.
     NaN for rows that hold NaN or +inf.
     """
     width = min(widest_top_k, logits.shape[1])
-    best = _temper(logits, temperatures).topk(width).values  # [n, width], best first
+    best = apply_temperature(logits, temperatures).topk(width).values  # [n, width], best first
     last = top_k.clamp(max=width).unsqueeze(1) - 1
     lowest = torch.maximum(best.gather(1, last), _lowest_of_top_p(best, last, top_p.unsqueeze(1)))
     lowest = torch.maximum(lowest, best[:, :1] + min_p.log().float().unsqueeze(1))
@@ -467,26 +467,26 @@ def gumbel_argmax(
     positions: Tensor,
     stream: int,
     first_id: int = 0,
-    lowest: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One draw per row from a shard of the vocabulary: (values [n], token ids [n] int64, log-sum-exp [n]).
 
     x = logits [n, V] / temperature, as it is at temperature 0. The value is the largest x + noise(seed, position,
-    token id), without noise at temperature 0, among tokens with x >= lowest [n]; of equal ones the lowest id wins.
+    token id), without noise at temperature 0, among tokens with x >= threshold [n]; of equal ones the lowest id wins.
     The log-sum-exp is that of all x. Columns stand for token ids from first_id on. Values are float32.
 
     A row that nothing can be drawn from has id -1. Where some x is NaN or +inf there is no softmax: the value is NaN,
     which `argmax` over shards takes for the largest, and the log-sum-exp is not finite. Where no token that is kept has
     x above -inf the value is -inf, and another shard may have a better one.
     """
-    tempered = _temper(logits, temperatures)
-    kept = tempered if lowest is None else tempered.masked_fill(tempered < lowest.unsqueeze(1), -torch.inf)
+    scaled = apply_temperature(logits, temperatures)
+    kept = scaled if threshold is None else scaled.masked_fill(scaled < threshold.unsqueeze(1), -torch.inf)
     sampled = temperatures > 0
     if sampled.any():
         noise = gumbel_noise(seeds, positions, stream, first_id, logits.shape[1])
         kept = kept + noise * sampled.unsqueeze(1)
     values, ids = kept.max(-1)
-    log_sums = tempered.logsumexp(-1)
+    log_sums = scaled.logsumexp(-1)
     values = torch.where(log_sums < torch.inf, values, torch.nan)
     return values, torch.where(values > -torch.inf, ids + first_id, -1), log_sums
 
@@ -506,7 +506,7 @@ def markov_sample(
 
     base_logits [R, G, V]; anchors [R] are the tokens before; w1, w2 [V, r]; temperatures, seeds [R]; positions [R]
     of the first drafted token, whose noise is that of the target at the same positions. `filters` are the last four
-    arguments of `lowest_kept_logit`, below which no token is taken. Returns (tokens [R, G] int64, log-sum-exp of x_k
+    arguments of `filter_threshold`, below which no token is taken. Returns (tokens [R, G] int64, log-sum-exp of x_k
     [R, G] float32). Source: DSpark module specification 8.
 
     Drafts are always token ids 0 .. V - 1, because they are verified: where logits hold NaN or +inf the draft is any of
@@ -515,18 +515,18 @@ def markov_sample(
     num_requests, num_positions, vocab_size = base_logits.shape
     noise = None
     if (temperatures > 0).any():
-        # At once: Philox in torch is many small calls.
+        # For all positions at once, because Philox in torch is many small calls.
         addresses = positions.unsqueeze(1) + torch.arange(num_positions, device=positions.device)
         noise = gumbel_noise(seeds.repeat_interleave(num_positions), addresses.flatten(), stream, 0, vocab_size)
         noise = noise.view(num_requests, num_positions, vocab_size) * (temperatures > 0).view(-1, 1, 1)
     previous, tokens, rows = anchors, [], []
     for k in range(num_positions):
         bias = F.linear(w1[previous].float(), w2.float())
-        untempered = base_logits[:, k].float() + bias
-        logits = kept = _temper(untempered, temperatures)
+        unscaled = base_logits[:, k].float() + bias
+        logits = kept = apply_temperature(unscaled, temperatures)
         if filters is not None:
-            lowest = lowest_kept_logit(untempered, temperatures, *filters)
-            kept = logits.masked_fill(logits < lowest.unsqueeze(1), -torch.inf)
+            threshold = filter_threshold(unscaled, temperatures, *filters)
+            kept = logits.masked_fill(logits < threshold.unsqueeze(1), -torch.inf)
         previous = (kept if noise is None else kept + noise[:, k]).argmax(-1)
         tokens.append(previous)
         rows.append(logits)

@@ -55,7 +55,7 @@ def test_serving_takes_kernels_alone(verification: str, calls: Calls) -> None:
     tokens = run(build_small_engine(verification=verification), sampled)
     assert len(tokens["r"]) == 12
     assert calls.references == []
-    expected = {"mhc_read", "moe", "sparse_attention", "gumbel_argmax", "edit_logits", "lowest_kept_logit"}
+    expected = {"mhc_read", "moe", "sparse_attention", "gumbel_argmax", "edit_logits", "filter_threshold"}
     expected |= {"accept_rejection"} if verification == "rejection" else set()
     assert expected <= set(calls.kernels)
 

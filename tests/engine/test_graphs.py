@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
+from dspark_ray.drafters.draft_sampling import DraftSampling
 from dspark_ray.drafters.protocol import ContextUpdate, DraftRequest
 from dspark_ray.model.rows import Segment, build_rows
 from dspark_ray.ranks.draft_worker import DraftWorker
 from dspark_ray.runner.decode import TargetGraphs
 from dspark_ray.runner.graphs import GraphSet, Outputs, Replay, graph_sizes, padded_size
-from dspark_ray.sampling.sampler import DraftSampling
 from dspark_ray.types import SamplingParams
 
 PROMPT = tuple((7 * n + 3) % SMALL.vocab_size for n in range(23))

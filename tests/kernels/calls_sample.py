@@ -24,14 +24,14 @@ def calls() -> dict[str, Callable[[], object]]:
             found[f"gumbel_argmax {name} [{case}]"] = partial(
                 gpu.gumbel_argmax, logits, *_draws(num_rows), STREAM_SAMPLE
             )
-            found[f"lowest_kept_logit {name} [{case}]"] = partial(_lowest_kept_logit, logits)
+            found[f"filter_threshold {name} [{case}]"] = partial(_filter_threshold, logits)
         base = torch.empty(-(-num_rows // (1 + GAMMA)), GAMMA, VOCABULARY)
         for model in MODELS:
             found[f"markov_sample {model.name} [{case}]"] = partial(_markov_sample, base, model.markov_rank)
         shard = torch.empty(num_rows, _SHARD, dtype=torch.bfloat16)
-        lowest = torch.zeros(num_rows)
+        threshold = torch.zeros(num_rows)
         found[f"gumbel_argmax shard with filter [{case}]"] = partial(
-            gpu.gumbel_argmax, shard, *_draws(num_rows), STREAM_SAMPLE, first_id=3 * _SHARD, lowest=lowest
+            gpu.gumbel_argmax, shard, *_draws(num_rows), STREAM_SAMPLE, first_id=3 * _SHARD, threshold=threshold
         )
         found[f"edit_logits [{case}]"] = partial(_edit_logits, shard)
     return found
@@ -48,9 +48,9 @@ def _markov_sample(base: torch.Tensor, rank: int) -> object:
     return gpu.markov_sample(base, anchors, weights, weights, *_draws(len(base)), STREAM_SAMPLE)
 
 
-def _lowest_kept_logit(logits: torch.Tensor) -> object:
+def _filter_threshold(logits: torch.Tensor) -> object:
     temperatures, integers, _ = _draws(len(logits))
-    return gpu.lowest_kept_logit(logits, temperatures, integers, temperatures, temperatures, 2**31)
+    return gpu.filter_threshold(logits, temperatures, integers, temperatures, temperatures, 2**31)
 
 
 def _edit_logits(logits: torch.Tensor) -> object:

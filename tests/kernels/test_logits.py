@@ -36,7 +36,7 @@ def filters(*rows: tuple[float, int, float, float]) -> tuple[Tensor, Tensor, Ten
 
 
 def assert_same_filter(logits: Tensor, draws: tuple[Tensor, Tensor, Tensor, Tensor], widest: int = UNLIMITED) -> None:
-    actual, expected = (side.lowest_kept_logit(logits, *draws, widest) for side in (gpu, reference))
+    actual, expected = (side.filter_threshold(logits, *draws, widest) for side in (gpu, reference))
     assert actual.dtype == torch.float32
     assert torch.equal(actual, expected), f"{actual}, expected {expected}"
 
@@ -122,7 +122,7 @@ def test_the_best_token_stays_whatever_the_filter() -> None:
     logits = compare.random(3, 50)
     draws = filters((1.0, 1, 1e-9, 1.0), (1.0, UNLIMITED, 0.0, 0.0), (0.3, 5, 1e-9, 0.0))
     best = (logits / draws[0].float().unsqueeze(1)).amax(-1)
-    assert torch.equal(gpu.lowest_kept_logit(logits, *draws, UNLIMITED), best)
+    assert torch.equal(gpu.filter_threshold(logits, *draws, UNLIMITED), best)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -132,7 +132,7 @@ def test_rows_without_a_softmax_have_no_limit(bad: float, filter_: tuple[float, 
     logits = compare.random(3, 100)
     logits[0, 57], logits[1] = bad, bad
     draws = filters(*[filter_] * 3)
-    actual, expected = (side.lowest_kept_logit(logits, *draws, UNLIMITED) for side in (gpu, reference))
+    actual, expected = (side.filter_threshold(logits, *draws, UNLIMITED) for side in (gpu, reference))
     assert actual[:2].isnan().all()
     assert torch.equal(actual.isnan(), expected.isnan())
     assert torch.equal(actual[2], expected[2])
@@ -155,4 +155,4 @@ def test_strided_rows_and_no_rows_have_limits() -> None:
     for logits in (compare.random(2, 70)[:, 20:50], compare.random(30, 2).t()):
         assert_same_filter(logits, draws)
     empty = tuple(tensor[:0] for tensor in draws)
-    assert gpu.lowest_kept_logit(compare.random(0, 30), *empty, UNLIMITED).shape == (0,)
+    assert gpu.filter_threshold(compare.random(0, 30), *empty, UNLIMITED).shape == (0,)

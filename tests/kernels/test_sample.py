@@ -44,10 +44,10 @@ def assert_same_draws(logits: Tensor, drawn: tuple[Tensor, Tensor, Tensor], **kw
         compare.assert_close(actual[2][rows], expected[2][rows])
 
 
-def lowest_of(logits: Tensor, temperatures: Tensor, num_kept: int) -> Tensor:
+def threshold_of(logits: Tensor, temperatures: Tensor, num_kept: int) -> Tensor:
     limits = torch.full((len(logits),), num_kept, device=logits.device)
     nothing = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    return reference.lowest_kept_logit(logits, temperatures, limits, nothing + 1, nothing, UNLIMITED)
+    return reference.filter_threshold(logits, temperatures, limits, nothing + 1, nothing, UNLIMITED)
 
 
 # Tiles of 2048, or 1024 of bfloat16: programs of the last shape take two.
@@ -63,8 +63,8 @@ def test_draws_equal_the_reference(num_rows: int, vocab_size: int, dtype: torch.
 @pytest.mark.usefixtures("small_tiles")
 def test_a_shard_with_a_filter_draws_as_the_reference(first_id: int, num_kept: int | None) -> None:
     logits, drawn = compare.random(4, 170, dtype=torch.bfloat16, scale=2.0), draws(4)
-    lowest = None if num_kept is None else lowest_of(logits, drawn[0], num_kept)
-    assert_same_draws(logits, drawn, first_id=first_id, lowest=lowest)
+    threshold = None if num_kept is None else threshold_of(logits, drawn[0], num_kept)
+    assert_same_draws(logits, drawn, first_id=first_id, threshold=threshold)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -86,11 +86,11 @@ def test_shards_decide_as_the_whole_row_does() -> None:
 def test_nothing_kept_is_minus_infinity_and_no_id() -> None:
     logits = compare.random(3, 40)
     logits[0] = -torch.inf
-    lowest = torch.tensor([-torch.inf, 1e9, 1e9], device=compare.DEVICE)
+    threshold = torch.tensor([-torch.inf, 1e9, 1e9], device=compare.DEVICE)
     for first_id in (0, 7):
         drawn = draws(3, 1.0, 0.0, 1.0)
-        assert_same_draws(logits, drawn, first_id=first_id, lowest=lowest)
-        values, ids, _ = gpu.gumbel_argmax(logits, *drawn, STREAM_SAMPLE, first_id, lowest)
+        assert_same_draws(logits, drawn, first_id=first_id, threshold=threshold)
+        values, ids, _ = gpu.gumbel_argmax(logits, *drawn, STREAM_SAMPLE, first_id, threshold)
         assert values.tolist() == [-torch.inf] * 3
         assert ids.tolist() == [-1] * 3
 
@@ -112,9 +112,9 @@ def test_a_row_without_a_softmax_draws_no_id(bad: float, places: slice, filtered
     logits, drawn = compare.random(4, 100), draws(4, 1.0, 0.0)
     expected = gpu.gumbel_argmax(logits[2:], *(tensor[2:] for tensor in drawn), STREAM_SAMPLE, 40)
     logits[:2, places] = bad
-    lowest = lowest_of(logits, drawn[0], 100) if filtered else None
+    threshold = threshold_of(logits, drawn[0], 100) if filtered else None
     for side in (gpu, reference):
-        values, ids, sums = side.gumbel_argmax(logits, *drawn, STREAM_SAMPLE, 40, lowest)
+        values, ids, sums = side.gumbel_argmax(logits, *drawn, STREAM_SAMPLE, 40, threshold)
         assert values[:2].isnan().all()
         assert ids[:2].tolist() == [-1, -1]
         assert not (sums[:2] < torch.inf).any()

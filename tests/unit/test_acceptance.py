@@ -16,9 +16,10 @@ from torch import Tensor
 from dspark_kernels import reference
 from dspark_kernels.philox import STREAM_DRAFT, STREAM_RECOVER
 from dspark_ray.config import VerificationMode
+from dspark_ray.drafters.draft_sampling import DraftChooser, DraftSampling
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.sampling import sampler
-from dspark_ray.sampling.sampler import NO_TOKEN, DraftChooser, DraftSampling, Sampler, Samples
+from dspark_ray.sampling.sampler import NO_TOKEN, Sampler, Samples
 from dspark_ray.sampling.sampling_rows import RequestSampling, RowContext, build_sampling_rows
 from dspark_ray.speculative.acceptance import (
     Acceptance,

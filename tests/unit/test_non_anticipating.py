@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dspark_kernels.philox import STREAM_SAMPLE
 from dspark_ray.config import ConfigError, EngineConfig
+from dspark_ray.drafters.draft_sampling import DraftChooser, DraftSampling
 from dspark_ray.sampling import sampler
-from dspark_ray.sampling.sampler import DraftChooser, DraftSampling
 from dspark_ray.speculative.prefix_schedule import (
     CausalSchedule,
     FixedSchedule,

@@ -13,20 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspark_kernels import gumbel_noise
+from dspark_kernels import apply_temperature, gumbel_noise
 from dspark_kernels.philox import STREAM_DRAFT, STREAM_SAMPLE
+from dspark_ray.drafters.draft_sampling import DraftChooser, DraftSampling
 from dspark_ray.model.parallel import ParallelGroup
-from dspark_ray.sampling.sampler import (
-    NO_TOKEN,
-    DraftChooser,
-    DraftSampling,
-    Sampler,
-    Samples,
-    draw,
-    edit_logits,
-    filtered_logits,
-    temper,
-)
+from dspark_ray.sampling.sampler import NO_TOKEN, Sampler, Samples, draw, edit_logits, filtered_logits
 from dspark_ray.sampling.sampling_rows import RequestSampling, RowContext, build_sampling_rows
 from dspark_ray.types import SamplingParams
 
@@ -55,7 +46,7 @@ def sample(logits: Tensor, contexts: list[RowContext]) -> Samples:
 def processed_row(logits: Tensor, **changes: Any) -> list[float]:
     """One row after the processors, the slow way round."""
     rows = build_sampling_rows([context(**changes)])
-    return temper(edit_logits(logits, rows, 0), rows)[0].tolist()
+    return apply_temperature(edit_logits(logits, rows, 0), rows.temperatures)[0].tolist()
 
 
 # Processors

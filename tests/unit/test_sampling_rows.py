@@ -34,7 +34,7 @@ def edits_of(rows: SamplingRows) -> dict[tuple[int, int], tuple[float, float]]:
 def test_plain_requests_have_no_edits_and_need_no_whole_row() -> None:
     rows = build_sampling_rows([context(), context(temperature=0)])
     assert rows.edits is None
-    assert rows.whole == ()
+    assert rows.full_vocab_rows == ()
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def test_plain_requests_have_no_edits_and_need_no_whole_row() -> None:
     ids=str,
 )
 def test_filters_reports_and_distributions_need_the_whole_row(changes: dict[str, Any]) -> None:
-    assert build_sampling_rows([context(), context(**changes)]).whole == (1,)
+    assert build_sampling_rows([context(), context(**changes)]).full_vocab_rows == (1,)
 
 
 def test_a_greedy_row_ignores_filters_and_wants_no_distribution() -> None:
     rows = build_sampling_rows([context(temperature=0, top_k=2, wants_distribution=True)])
-    assert rows.whole == ()
+    assert rows.full_vocab_rows == ()
     assert rows.wants_distribution == (False,)
 
 
@@ -76,7 +76,7 @@ def test_rows_survive_pickling() -> None:
     assert torch.equal(copy.integers, rows.integers)
     assert torch.equal(copy.floats, rows.floats)
     assert edits_of(copy) == edits_of(rows)
-    assert (copy.logprobs, copy.whole, copy.wants_distribution) == ((None, 3), (1,), (False, True))
+    assert (copy.logprobs, copy.full_vocab_rows, copy.wants_distribution) == ((None, 3), (1,), (False, True))
 
 
 def test_selected_rows_are_renumbered_with_all_that_belongs_to_them() -> None:
@@ -84,12 +84,12 @@ def test_selected_rows_are_renumbered_with_all_that_belongs_to_them() -> None:
     selected = build_sampling_rows(contexts).select([1, 3])
     assert selected.seeds.tolist() == [1, 3]
     assert edits_of(selected) == {(0, 1): (1.0, 1.0), (1, 3): (1.0, 1.0)}
-    assert selected.whole == (0, 1)
+    assert selected.full_vocab_rows == (0, 1)
 
 
 def test_no_rows_are_rows_too() -> None:
     rows = build_sampling_rows([])
-    assert (rows.num_rows, rows.whole, rows.any_sampled) == (0, (), False)
+    assert (rows.num_rows, rows.full_vocab_rows, rows.any_sampled) == (0, (), False)
 
 
 @pytest.mark.parametrize(
@@ -110,5 +110,5 @@ class Unsearchable(tuple[int, ...]):
 
 def test_selecting_rows_does_not_search_the_whole_rows_for_each() -> None:
     rows = build_sampling_rows([context(top_p=0.5), context(), context(top_p=0.5)])
-    selected = replace(rows, whole=Unsearchable(rows.whole)).select([1, 2])
-    assert selected.whole == (1,)
+    selected = replace(rows, full_vocab_rows=Unsearchable(rows.full_vocab_rows)).select([1, 2])
+    assert selected.full_vocab_rows == (1,)

@@ -6,7 +6,7 @@ from .compress import compress, store_raw
 from .indexer import indexer_topk
 from .keys import store_window
 from .linear import linear_fp8
-from .logits import edit_logits, lowest_kept_logit
+from .logits import edit_logits, filter_threshold
 from .matmul import linear_float32
 from .mhc import mhc_head, mhc_read, mhc_write
 from .moe import moe
@@ -21,11 +21,11 @@ __all__ = [
     "admit_prefixes",
     "compress",
     "edit_logits",
+    "filter_threshold",
     "gumbel_argmax",
     "indexer_topk",
     "linear_float32",
     "linear_fp8",
-    "lowest_kept_logit",
     "markov_sample",
     "mhc_head",
     "mhc_read",

@@ -21,13 +21,13 @@ _EDITS = 128
 
 @triton.jit
 def inverse_temperature(temperature):
-    """float64 factor by which `temper` divides; temperature 0 divides by 1."""
+    """float64 factor by which `apply_temperature` divides; temperature 0 divides by 1."""
     divisor = tl.where(temperature > 0, temperature, 1.0).to(tl.float32)
     return 1.0 / divisor.to(tl.float64)
 
 
 @triton.jit
-def temper(b_x, inverse):
+def apply_temperature(b_x, inverse):
     """float32 x / temperature, rounded as a division rounds, for `inverse` as `inverse_temperature` gives it.
 
     A quotient of two float32 numbers keeps 2^-49 of itself away from where rounding to float32 turns, and this
@@ -57,7 +57,7 @@ def _above(p_list, length, key, inverse, shift, BY_MASS: tl.constexpr, BLOCK: tl
     for start in range(0, length, BLOCK):
         o_list = start + tl.arange(0, BLOCK)
         b_logits = tl.load(p_list + o_list, mask=o_list < length, other=float("-inf"))
-        b_x = temper(b_logits.to(tl.float32), inverse)
+        b_x = apply_temperature(b_logits.to(tl.float32), inverse)
         m_above = (o_list < length) & (_key(b_x) > key)
         if BY_MASS:
             total += tl.sum(tl.where(m_above, tl.exp(b_x - shift), 0.0).to(tl.float64))
@@ -82,14 +82,14 @@ def _lowest_within(p_list, length, limit, low, high, inverse, shift, BY_MASS: tl
 
 
 @triton.jit(do_not_specialize=["widest_top_k"])
-def _lowest_kept_kernel(
+def _filter_threshold_kernel(
     p_logits,
     p_temperatures,
     p_top_k,
     p_top_p,
     p_min_p,
     p_gathered,
-    p_lowest,
+    p_thresholds,
     row_stride,
     num_columns,
     widest_top_k,
@@ -110,7 +110,9 @@ def _lowest_kept_kernel(
     b_masses = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_columns, BLOCK):
         m_columns = start + o_block < num_columns
-        b_x = temper(tl.load(p_row + start + o_block, mask=m_columns, other=float("-inf")).to(tl.float32), inverse)
+        b_x = apply_temperature(
+            tl.load(p_row + start + o_block, mask=m_columns, other=float("-inf")).to(tl.float32), inverse
+        )
         b_lows = tl.minimum(b_lows, tl.where(m_columns, b_x, float("inf")))
         b_before, b_tops = b_tops, tl.maximum(b_tops, b_x)
         b_shift = tl.where(b_tops == float("-inf"), 0.0, b_tops)
@@ -139,7 +141,7 @@ def _lowest_kept_kernel(
         for start in range(0, num_columns, BLOCK):
             m_columns = start + o_block < num_columns
             b_logits = tl.load(p_row + start + o_block, mask=m_columns, other=float("-inf"))
-            m_left = m_columns & (_key(temper(b_logits.to(tl.float32), inverse)) >= low)
+            m_left = m_columns & (_key(apply_temperature(b_logits.to(tl.float32), inverse)) >= low)
             num_left = tl.sum(m_left.to(tl.int32))
             if num_left > 0:
                 o_left = length + tl.cumsum(m_left.to(tl.int32), 0) - 1
@@ -163,20 +165,20 @@ def _lowest_kept_kernel(
     ratio = tl.where(min_p > 0, tl.log(tl.where(min_p > 0, min_p, 1.0)).to(tl.float32), float("-inf"))
     # The masses notice NaN and inf, which comparisons pass over.
     b_is_number = tl.sum(b_masses) < float("inf")
-    tl.store(p_lowest + i_row, tl.where(b_is_number, tl.maximum(lowest, top + ratio), float("nan")))
+    tl.store(p_thresholds + i_row, tl.where(b_is_number, tl.maximum(lowest, top + ratio), float("nan")))
 
 
-def lowest_kept_logit(
+def filter_threshold(
     logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, widest_top_k: int
 ) -> Tensor:
-    """See `reference.lowest_kept_logit`."""
+    """See `reference.filter_threshold`."""
     num_rows, num_columns = logits.shape
     lowest = logits.new_empty(num_rows, dtype=torch.float32)
     if num_rows == 0:
         return lowest
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    _lowest_kept_kernel[(num_rows,)](
+    _filter_threshold_kernel[(num_rows,)](
         logits,
         temperatures.contiguous(),
         top_k.contiguous(),

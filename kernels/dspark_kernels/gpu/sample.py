@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import num_processors
-from .logits import inverse_temperature, lowest_kept_logit, temper
+from .logits import apply_temperature, filter_threshold, inverse_temperature
 from .matmul import linear_float32
 from .noise import gumbel, least_exponential, philox_bits, philox_tile, rough_gumbel
 
@@ -251,7 +251,7 @@ def _gumbel_argmax_kernel(
     p_temperatures,
     p_seeds,
     p_positions,
-    p_lowest,
+    p_threshold,
     p_values,
     p_ids,
     p_sums,
@@ -262,7 +262,7 @@ def _gumbel_argmax_kernel(
     first_block,
     OFFSET: tl.constexpr,
     STREAM: tl.constexpr,
-    HAS_LOWEST: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -272,8 +272,8 @@ def _gumbel_argmax_kernel(
     b_seed, b_position = tl.load(p_seeds + o_row), tl.load(p_positions + o_row)
     b_sampled, b_inverse = b_temperature > 0, inverse_temperature(b_temperature)
     any_sampled = tl.max(b_sampled.to(tl.int32)) > 0
-    if HAS_LOWEST:
-        b_lowest = tl.load(p_lowest + o_row)
+    if HAS_THRESHOLD:
+        b_threshold = tl.load(p_threshold + o_row)
 
     b_rough = tl.full([1], float("-inf"), tl.float32)
     b_ids = tl.full([1], -1, tl.int32)
@@ -284,10 +284,10 @@ def _gumbel_argmax_kernel(
         o_columns = (i_tile * BLOCK - OFFSET + tl.arange(0, BLOCK))[None, :]
         m_columns = (o_columns >= 0) & (o_columns < num_columns)
         b_logits = tl.load(p_logits + o_row[:, None] * row_stride + o_columns, mask=m_columns, other=float("-inf"))
-        b_x = temper(b_logits.to(tl.float32), b_inverse[:, None])
+        b_x = apply_temperature(b_logits.to(tl.float32), b_inverse[:, None])
         b_kept = b_x
-        if HAS_LOWEST:
-            b_kept = tl.where(b_x < b_lowest[:, None], float("-inf"), b_x)
+        if HAS_THRESHOLD:
+            b_kept = tl.where(b_x < b_threshold[:, None], float("-inf"), b_x)
         b_rough, b_ids, b_at, b_max, b_sum = _advance(
             b_x,
             b_kept,
@@ -399,7 +399,7 @@ def _markov_step_kernel(
                 b_part = tl.load(p_embeddings + start + o_rank[None, :], mask=m_requests[:, None] & m_rank, other=0.0)
                 b_w2 = tl.load(p_columns + start, mask=m_tokens[:, None] & m_rank, other=0.0)
                 b_bias = tl.dot(b_part, tl.trans(b_w2), b_bias, input_precision="ieee")
-        b_x = temper(b_base.to(tl.float32) + b_bias, b_inverse[:, None])
+        b_x = apply_temperature(b_base.to(tl.float32) + b_bias, b_inverse[:, None])
         b_rough, b_ids, b_at, b_max, b_sum = _advance(
             b_x,
             b_x,
@@ -491,7 +491,7 @@ def gumbel_argmax(
     positions: Tensor,
     stream: int,
     first_id: int = 0,
-    lowest: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.gumbel_argmax`."""
     num_rows, num_columns = logits.shape
@@ -509,7 +509,7 @@ def gumbel_argmax(
     _gumbel_argmax_kernel[(num_rows, num_splits)](
         logits,
         *draws,
-        None if lowest is None else lowest.contiguous(),
+        None if threshold is None else threshold.contiguous(),
         values,
         ids,
         sums,
@@ -520,7 +520,7 @@ def gumbel_argmax(
         first_id // 4,
         OFFSET=offset,
         STREAM=stream,
-        HAS_LOWEST=lowest is not None,
+        HAS_THRESHOLD=threshold is not None,
         BLOCK=tile,
         num_warps=8,
     )
@@ -603,8 +603,8 @@ def _markov_sample_filtered(
     previous = anchors
     for k in range(shape[1]):
         logits = linear_float32(w1[previous], w2).add_(base_logits[:, k])
-        lowest = lowest_kept_logit(logits, temperatures, *filters)
-        _, previous, sums = gumbel_argmax(logits, temperatures, seeds, positions + k, stream, lowest=lowest)
+        threshold = filter_threshold(logits, temperatures, *filters)
+        _, previous, sums = gumbel_argmax(logits, temperatures, seeds, positions + k, stream, threshold=threshold)
         previous = previous.clamp_min(0)
         tokens[:, k], log_sums[:, k] = previous, sums
     return tokens, log_sums
