@@ -22,7 +22,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 # Two ranks and a drafter share the cores of a laptop: one thread each is faster than a crowd.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install serve generate test test-clients lint format bench bench-schedule bench-controller bench-kernels chaos gpu-day clean
+.PHONY: help install serve generate test test-clients lint format bench bench-schedule bench-controller bench-kernels chaos gpu-day docs clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found: install one, or say make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)"
-	$(BIN)/python -m pip install --quiet --editable '.[serve,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[serve,dev,docs]'
 	@touch $@
 
 # A new local Ray cluster takes commands from whoever holds its token. This one lives in the checkout, so that
@@ -65,7 +65,11 @@ format: $(INSTALLED) ## Rewrite the code in the project's format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) $(RAY_TOKEN) ## Measure; writes benchmarks/results/ and the README's table.
+docs: $(INSTALLED) ## Build the documentation in .build/site; links, anchors and generated tables are checked.
+	$(BIN)/python docs/generate_reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: $(INSTALLED) $(RAY_TOKEN) ## Measure; writes benchmarks/results/ and the tables of README.md and docs/performance.md.
 	$(BIN)/python -m benchmarks.first_light --readme $(ARGS)
 
 bench-schedule: $(INSTALLED) ## Measure the schedules against fixed lengths; writes benchmarks/results/schedule*.

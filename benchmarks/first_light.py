@@ -320,8 +320,9 @@ def _write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
     print(report.table(results))
     print(f"texts that are the same with and without speculation: {results['same_texts_on_and_off']}")
     if arguments.readme:
-        picture = "![Accepted lengths and ratios](benchmarks/results/first_light.png)"
-        report.fill(ROOT / "README.md", "first_light", f"{report.table(results)}\n\n{picture}")
+        table, picture = report.table(results), "![Accepted lengths and ratios](../benchmarks/results/first_light.png)"
+        report.fill(ROOT / "README.md", "first_light", table)
+        report.fill(ROOT / "docs" / "performance.md", "first_light", f"{table}\n\n{picture}")
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -339,7 +340,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=64, help="of every answer")
     parser.add_argument("--length-prompts", type=int, default=6, help="prompts per kind and repeat")
-    parser.add_argument("--readme", action="store_true", help="fill the table in README.md")
+    parser.add_argument("--readme", action="store_true", help="fill the table in README.md and docs/performance.md")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 """How many texts with speculation are other texts than without, by dtype and by requests decoded together.
 
     python -m benchmarks.losslessness                 on a CPU; writes benchmarks/results/losslessness.json
-    python -m benchmarks.losslessness --readme        also fills the README's table
+    python -m benchmarks.losslessness --readme        also fills the table in docs/lossless.md
 
 Coupled verification keeps a draft only where it is the target's own token, so texts can part in one way alone: a step
 with more rows rounds a logit differently, and two tokens that nearly tie change places. 16 held-out prompts, half of
@@ -66,14 +66,14 @@ def table(content: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULT)
-    parser.add_argument("--readme", action="store_true", help="put the table into the README")
+    parser.add_argument("--readme", action="store_true", help="fill the table in docs/lossless.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     origin = report.provenance(ROOT, " ".join(["python -m benchmarks.losslessness", *sys.argv[1:]]))
     content = {"origin": origin, "lines": measure()}
     arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     if arguments.readme:
-        report.fill(ROOT / "README.md", "losslessness", table(content))
+        report.fill(ROOT / "docs" / "lossless.md", "losslessness", table(content))
     return 0
 
 

@@ -257,14 +257,14 @@ def _preset_lines(presets: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replicas", type=int, default=REPLICAS, help="of the largest cluster whose cost is measured")
-    parser.add_argument("--readme", action="store_true", help="also put the table into the README")
+    parser.add_argument("--readme", action="store_true", help="fill the table in docs/performance.md")
     arguments = parser.parse_args()
     results = collect(arguments.replicas)
     (RESULTS / "controller.json").write_text(json.dumps(results, indent=2) + "\n")
     draw(results)
     print(table(results))
     if arguments.readme:
-        report.fill(ROOT / "README.md", "controller", table(results))
+        report.fill(ROOT / "docs" / "performance.md", "controller", table(results))
 
 
 if __name__ == "__main__":

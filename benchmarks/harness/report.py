@@ -89,14 +89,21 @@ def origin(results: dict[str, Any], repeats: int) -> str:
     )
 
 
-def fill(readme: Path, name: str, text: str) -> None:
-    """Put `text` between the two marks of `name` in the README."""
+def fill(page: Path, name: str, text: str) -> None:
+    """Put `text` between the two marks of `name` in a Markdown page. Raises ValueError where it has none."""
+    try:
+        page.write_text(filled(page.read_text(), name, text))
+    except ValueError as error:
+        raise ValueError(f"{page.name}: {error}") from None
+
+
+def filled(page: str, name: str, text: str) -> str:
+    """`page` with `text` between the two marks of `name`. Raises ValueError where it has none."""
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    old = readme.read_text()
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(old):
-        raise ValueError(f"{readme.name}: the marks {start} and {end} are missing")
-    readme.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", old))
+    if not pattern.search(page):
+        raise ValueError(f"the marks {start} and {end} are missing")
+    return pattern.sub(lambda _: f"{start}\n{text}\n{end}", page)
 
 
 def picture(results: dict[str, Any], path: Path) -> None:

@@ -427,7 +427,7 @@ def readme_text(results: dict[str, Any]) -> str:
     names = ("worst_ratio", "median_ratio", "best_ratio", "worst_over_off")
     worst, middle, best, off = (results[name] for name in names)
     share, error = 100 * results["scheduler_share_at_256"], 100 * results["ece_after"]
-    folder = "benchmarks/results"
+    folder = "../benchmarks/results"
     return "\n".join(
         [
             table(results),
@@ -472,7 +472,7 @@ def main() -> None:
     print(table(results))
     print({key: value for key, value in results.items() if isinstance(value, float | int)})
     if arguments.readme:
-        report.fill(ROOT / "README.md", "schedule", readme_text(results))
+        report.fill(ROOT / "docs" / "performance.md", "schedule", readme_text(results))
 
 
 def _parse() -> argparse.Namespace:
@@ -480,7 +480,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="committed per request of the concurrency")
-    parser.add_argument("--readme", action="store_true", help="fill the table in README.md")
+    parser.add_argument("--readme", action="store_true", help="fill the table in docs/performance.md")
     return parser.parse_args()
 
 
