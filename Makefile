@@ -30,11 +30,11 @@ help: ## Show the targets.
 install: $(INSTALLED) ## Make .venv and install everything into it.
 
 # torch comes first and alone: a build of it that is already there (a CPU one, for example) is kept.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found: install one, or say make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)"
-	$(BIN)/python -m pip install --quiet --editable '.[serve,dev,docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,cli,dev,docs]'
 	@touch $@
 
 # A new local Ray cluster takes commands from whoever holds its token. This one lives in the checkout, so that

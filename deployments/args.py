@@ -5,7 +5,6 @@ Serve's own settings (num_replicas, autoscaling_config, ray_actor_options of the
 No `from __future__ import annotations` here: with it Serve would not validate the builder's arguments.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from autoscale.controller import ControllerConfig
 from autoscale.presets import controller_config
 from deployments.http.keys import KeySource, read_keys
+from deployments.user_cache import cache_directory
 from dspark_ray.config import CacheDType, ConfigError, DType, EngineConfig, ModelConfig, ScheduleKind, VerificationMode
 from dspark_ray.types import MAX_DRAFT_TOKENS
 
@@ -111,7 +111,7 @@ class CostTableArgs(_Block):
 
     def in_use(self) -> str | None:
         """The folder on the node that this is called on."""
-        return _cost_directory() if self.directory == "default" else _path_or_none(self.directory)
+        return cache_directory() if self.directory == "default" else _path_or_none(self.directory)
 
 
 class DSparkArgs(_Block):
@@ -389,15 +389,6 @@ def _from_package(path: str) -> Path:
 
 def _path_or_none(path: str | None) -> str | None:
     return None if path is None else str(_from_package(path))
-
-
-def _cost_directory() -> str | None:
-    """The user's cache folder on this node; None for a user without a home."""
-    try:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return str(Path(cache) / "dspark-ray")
 
 
 def _add(bundle: Resources, resources: Resources) -> None:

@@ -55,16 +55,8 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
         device=arguments.device,
         schedule=arguments.schedule,
         confidence_threshold=arguments.confidence_threshold,
-        cost_directory=None if arguments.no_cost_cache else _cost_directory(),
+        cost_directory=arguments.cost_directory,
     )
-
-
-def _cost_directory() -> str | None:
-    """In the home folder; None for a user without one."""
-    try:
-        return str(Path.home() / ".cache" / "dspark-ray")
-    except RuntimeError:
-        return None
 
 
 def _request(tokenizer: Tokenizer, arguments: argparse.Namespace) -> Request:

@@ -39,7 +39,7 @@ _STEPS_PER_PASS = 2
 _STEPS_PER_SIZE = 1 + _STEPS_PER_PASS
 """The first makes the first drafts and is not timed."""
 _SHORT_CONTEXT = 16
-_KEY_PACKAGES = ("torch", "triton", "transformers", "numpy")
+_KEY_PACKAGES = ("torch", "triton", "numpy")
 
 
 @dataclass(frozen=True)

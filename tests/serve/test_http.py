@@ -597,7 +597,7 @@ def test_explain_can_print_what_the_server_said(server, client, capsys):
     [
         (["--last", "5000"], "400 last='5000': Input should be less than or equal to 1000"),
         (["--url", "http://127.0.0.1:9"], "Connection refused"),
-        (["--url", "nonsense"], "unknown url type"),
+        (["--url", "nonsense"], "missing an 'http://' or 'https://' protocol"),
     ],
 )
 def test_explain_says_in_one_line_what_went_wrong(server, capsys, arguments, expected):
@@ -608,6 +608,6 @@ def test_explain_says_in_one_line_what_went_wrong(server, capsys, arguments, exp
 
 
 def test_explain_knows_another_servers_answer_when_it_sees_one(server, capsys, monkeypatch):
-    monkeypatch.setattr("deployments.console.cli._get_json", lambda url, key: {"steps": [{"step": 1}]})
+    monkeypatch.setattr("deployments.console.cli.get_json", lambda *arguments: {"steps": [{"step": 1}]})
     assert main(["explain", "--url", server.url]) == 2
     assert "not the answer of a dspark-ray" in capsys.readouterr().err

@@ -23,7 +23,6 @@ ROOMS: dict[str, set[str]] = {
     "dspark_ray": {
         "numpy",
         "torch",
-        "transformers",
         "tokenizers",
         "safetensors",
         "dspark_ray",
@@ -45,10 +44,9 @@ EXTRA: dict[str, set[str]] = {
     "autoscale/settings.py": {"pydantic"},
     "autoscale/thresholds.py": {"pydantic"},
     "dspark_ray/evaluation/pictures.py": {"matplotlib"},
-    "deployments/console/top.py": {"rich"},
 }
 REASONS = {
-    "dspark_ray": "the engine runs on machines that have only torch, transformers and numpy",
+    "dspark_ray": "the engine runs on machines that have little besides torch and numpy",
     "kernels": "an operation knows tensors and nothing of ours",
     "autoscale": "the controller is arithmetic; only nvml.py reads devices and only policies.py knows Serve. pydantic"
     " checks settings; modules that read devices do not import it, because they run on GPU machines without it",

@@ -45,11 +45,11 @@ def said(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 
 
 @pytest.mark.parametrize("command", ["top", "explain"])
-def test_what_talks_to_a_server_imports_no_torch(command: str) -> None:
+def test_commands_that_talk_to_a_server_import_no_heavy_package(command: str) -> None:
     program = (
         "import sys; from deployments.console.cli import main\n"
         f"main([{command!r}, '--url', 'http://127.0.0.1:9'])\n"
-        "print([name for name in ('torch', 'numpy', 'tokenizers') if name in sys.modules])"
+        "print([name for name in ('torch', 'numpy', 'tokenizers', 'ray', 'pydantic') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n"

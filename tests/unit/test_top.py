@@ -1,4 +1,4 @@
-"""`dspark-ray top`, on what a load controller says of nodes, GPUs and replicas made by hand."""
+"""`dspark-ray top`, on what a load controller reports of made-up nodes, GPUs and replicas."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from autoscale.controller import Bounds, ControllerConfig, LoadController
 from autoscale.saturation import THROTTLING
 from autoscale.signals import DeviceLoad, LoadSample, NodeLoad
 from autoscale.thresholds import LoadCurve
-from deployments.console import top
 from deployments.console.cli import main
+from deployments.console.tables import DEVICE_COLUMNS, REPLICA_COLUMNS, DeviceRow
+from deployments.console.top import Outage, picture, watch
+from deployments.console.view import View, parse
 
 GIB = 2**30
 GPU = DeviceLoad(
@@ -109,9 +111,9 @@ def saturated(said: dict[str, Any], *values: float) -> dict[str, Any]:
     return said
 
 
-def draw(said: dict[str, Any], width: int = 140, height: int = 100, silence: top.Silence | None = None) -> list[str]:
+def draw(said: dict[str, Any], width: int = 140, height: int = 100, outage: Outage | None = None) -> list[str]:
     console = Console(width=width, height=height, file=io.StringIO())
-    console.print(top.picture(top.parse(said), width, height, silence))
+    console.print(picture(parse(said), width, height, outage))
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
@@ -123,13 +125,13 @@ def line_with(lines: list[str], word: str) -> str:
 def replica_cells(lines: list[str], name: str) -> dict[str, str]:
     """What stands below each heading, where the terminal is wide enough for all of them."""
     words = re.sub("[█▉▊▋▌▍▎▏]", "", line_with(lines, name)).split()
-    return dict(zip((column.heading for column in top.REPLICA_COLUMNS), words, strict=True))
+    return dict(zip((column.heading for column in REPLICA_COLUMNS), words, strict=True))
 
 
 def device_cells(lines: list[str], host: str) -> dict[str, str]:
     """Likewise, for the first device of a node."""
     cells = re.split(r"\s{2,}", next(line for line in lines if line.startswith(f"{host} ")))
-    return dict(zip((column.heading for column in top.DEVICE_COLUMNS), cells, strict=True))
+    return dict(zip((column.heading for column in DEVICE_COLUMNS), cells, strict=True))
 
 
 def head(lines: list[str]) -> str:
@@ -243,7 +245,7 @@ def test_the_footer_warns_of_utilisation_only_where_a_gpu_shows_it():
 
 
 def test_no_nodes_and_no_replicas_are_said_in_words():
-    assert draw(answer())[2:] == ["no device has been heard of yet", "", "no replica has been heard of yet"]
+    assert draw(answer())[2:] == ["no device has reported yet", "", "no replica has reported yet"]
 
 
 @pytest.mark.parametrize(
@@ -265,8 +267,8 @@ def test_a_lost_gpu_is_told_in_its_row_in_a_note_and_at_the_top():
 
 
 def test_states_have_colours():
-    (said,) = top.parse(answer((node("host-a", LOST, replace(BARE, state="unreadable"), GPU),))).nodes
-    styles = [str(top.DeviceRow(said, device, False).state.style) for device in said.devices]
+    (said,) = parse(answer((node("host-a", LOST, replace(BARE, state="unreadable"), GPU),))).nodes
+    styles = [str(DeviceRow(said, device, False).state.style) for device in said.devices]
     assert styles == ["bold white on red", "bold red", "green"]
 
 
@@ -296,7 +298,7 @@ def test_what_is_silent_is_dim():
     said = answer((node("host-a", GPU), node("host-b", GPU)), (SAMPLE, IDLE))
     said["nodes"][0]["age_seconds"] = said["replicas"][0]["age_seconds"] = 7.0
     console = Console(width=120, height=30, file=io.StringIO(), force_terminal=True, color_system="standard")
-    console.print(top.picture(top.parse(said), 120, 30))
+    console.print(picture(parse(said), 120, 30))
     lines = console.file.getvalue().splitlines()
     styles = {
         name: line_with(lines, name).startswith("\x1b[1;2m") for name in ("host-a", "host-b", "k2m9x0qa", "idle0001")
@@ -385,7 +387,7 @@ def test_ten_thousand_replicas_are_cut_to_the_terminal_and_counted():
 def test_many_devices_and_many_replicas_get_half_each():
     nodes = tuple(node(f"host-{index:03}", GPU) for index in range(1000))
     samples = tuple(replace(SAMPLE, replica=f"r{index:05}") for index in range(1000))
-    lines = draw(answer(nodes, samples), height=38, silence=top.Silence(1.0, "gone"))
+    lines = draw(answer(nodes, samples), height=38, outage=Outage(1.0, "gone"))
     assert len(lines) == 38
     assert sum(line.startswith("host-") for line in lines) == sum(line.startswith("r0") for line in lines) == 13
     assert "... and 987 more devices" in lines
@@ -501,16 +503,16 @@ def without(*path: str) -> Callable[[dict[str, Any]], object]:
 )
 def test_an_answer_of_another_version_is_known(spoil):
     said = answer((node("host-a", GPU),), (SAMPLE,))
-    top.parse(said)
+    parse(said)
     spoil(said)
     with pytest.raises((AttributeError, KeyError, TypeError)):
-        top.parse(said)
+        parse(said)
 
 
 def test_fields_that_came_later_do_no_harm():
     said = answer((node("host-a", GPU),), (SAMPLE,), colour="red")
     said["nodes"][0]["devices"][0]["colour"] = "blue"
-    assert top.parse(said) == top.parse(answer((node("host-a", GPU),), (SAMPLE,)))
+    assert parse(said) == parse(answer((node("host-a", GPU),), (SAMPLE,)))
 
 
 # The command.
@@ -622,7 +624,7 @@ def test_without_rich_it_says_what_to_install(server, capsys, monkeypatch):
     monkeypatch.delattr(deployments.console, "top")
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["top", "--url", server.url, "--once"]) == 2
-    assert "pip install rich" in capsys.readouterr().err
+    assert "needs rich, which is not installed: pip install 'dspark-ray[cli]'" in capsys.readouterr().err
     assert main(["top", "--url", server.url, "--json"]) == 0
 
 
@@ -653,11 +655,11 @@ def watched(*answers: dict[str, Any] | Exception) -> list[str]:
     console = Console(width=120, height=30, file=io.StringIO(), force_terminal=True, color_system=None)
     coming, frames, now = iter(answers), [], 0.0
 
-    def read() -> top.View:
+    def read() -> View:
         said = next(coming)
         if isinstance(said, Exception):
             raise said
-        return top.parse(said)
+        return parse(said)
 
     def sleep(seconds: float) -> None:
         nonlocal now
@@ -667,7 +669,7 @@ def watched(*answers: dict[str, Any] | Exception) -> list[str]:
         console.file.truncate()
 
     with pytest.raises(StopIteration):
-        top.watch(read, Unreachable, 2.0, console, lambda: now, sleep)
+        watch(read, Unreachable, 2.0, console, lambda: now, sleep)
     assert LEAVE in console.file.getvalue()
     return frames
 
@@ -692,7 +694,7 @@ def test_a_server_that_is_back_is_shown_again():
 
 def test_a_stale_picture_is_dim():
     console = Console(width=120, height=30, file=io.StringIO(), force_terminal=True, color_system="standard")
-    console.print(top.picture(top.parse(SAID), 120, 30, top.Silence(6.0, "gone")))
+    console.print(picture(parse(SAID), 120, 30, Outage(6.0, "gone")))
     line = line_with(console.file.getvalue().splitlines(), "k2m9x0qa")
     assert re.search(r"\x1b\[1;2m *k2m9x0qa", line)
 
