@@ -66,6 +66,16 @@ def _code(page: Path) -> str:
     return "\n".join([*_FENCE.findall(text), *(f"{code} " for code in re.findall(r"`([^`\n]+)`", text))])
 
 
+def test_tours_meet_the_names_that_they_name() -> None:
+    tours = (ROOT / "docs" / "architecture.md").read_text().partition("## Three tours")[2].partition("\n## ")[0]
+    for tour in tours.split("\n### ")[1:]:
+        stops = re.findall(r"^\| `([\w/.]+)` \| ([^|]+) \|", tour, re.MULTILINE)
+        assert 3 <= len(stops) <= 8
+        for path, names in stops:
+            defined = {getattr(node, "name", None) for node in ast.walk(ast.parse((ROOT / path).read_text()))}
+            assert set(re.findall(r"`(\w+)`", names)) <= defined, path
+
+
 def test_every_metric_is_documented() -> None:
     source = ast.parse((ROOT / "deployments" / "replica" / "metrics.py").read_text())
     makers = {"gauge", "counter", "histogram"}
