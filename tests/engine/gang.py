@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as multiprocessing
 from small_model import run
+from torch.multiprocessing import start_processes
 
 from dspark_ray.config import EngineConfig
 from dspark_ray.engine.step_loop import Engine
@@ -17,8 +19,17 @@ from dspark_ray.types import Request
 
 def run_in_gang(spec: GangSpec, requests: list[Request], results: Path) -> dict[str, list[int]]:
     """Start all members, serve `requests` together, close; raises when a member fails."""
-    multiprocessing.spawn(_member, args=(spec, requests, results), nprocs=spec.world_size)
+    start_members(_member, (spec, requests, results), spec.world_size)
     return torch.load(results, weights_only=True)
+
+
+def start_members(function: Callable[..., None], arguments: tuple[object, ...], count: int) -> None:
+    """Run `function(rank, *arguments)` in `count` processes; raises when one fails.
+
+    They are forked from a process that has imported torch and the engine, which takes seconds, once.
+    """
+    multiprocessing.set_forkserver_preload(["dspark_ray.ranks.gang", "dspark_ray.training.initial"])
+    start_processes(function, args=arguments, nprocs=count, start_method="forkserver")
 
 
 def gang_spec(checkpoint: Path, tensor_parallel_size: int, drafter: str, **engine: object) -> GangSpec:

@@ -36,6 +36,12 @@ def outcomes(weights: torch.Tensor, num_rounds: int, seed: int) -> HeadRounds:
     return HeadRounds(inputs.numpy(), np.full(num_rounds, GAMMA), accepted)
 
 
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    """Enough for every outcome to be seen, and a fifth of what the command records."""
+    monkeypatch.setattr(confidence, "_MAX_TOKENS", 20)
+
+
 # Recording.
 
 

@@ -202,6 +202,16 @@ def token(value: int) -> Callable[[DraftProposal], DraftProposal]:
     return change
 
 
+def three_requests() -> list[Request]:
+    return [request(PROMPT[: 5 + 3 * n], f"r{n}", seed=n, max_tokens=25) for n in range(3)]
+
+
+@cache
+def texts_without_speculation() -> dict[str, list[int]]:
+    engine = build_small_engine(speculation=False)
+    return {r.request_id: run(engine, r)[r.request_id] for r in three_requests()}
+
+
 @pytest.mark.parametrize("schedule", ["full", "fixed"])
 @pytest.mark.parametrize(
     "change",
@@ -209,8 +219,8 @@ def token(value: int) -> Callable[[DraftProposal], DraftProposal]:
     ids=["NaN", "inf", "-inf", "no token", "beyond the vocabulary"],
 )
 def test_a_draft_that_is_not_finite_is_cut_there_and_changes_nothing_else(change: Any, schedule: str) -> None:
-    requests = [request(PROMPT[: 5 + 3 * n], f"r{n}", seed=n, max_tokens=40) for n in range(3)]
-    texts = {r.request_id: run(build_small_engine(speculation=False), r)[r.request_id] for r in requests}
+    requests = three_requests()
+    texts = texts_without_speculation()
     changes: dict[str, object] = {"schedule": schedule}
     engine = build_small_engine(drafter=PoisonedDrafter(change, **changes), **changes)
     engine.planner = Planner(small_config(**changes), CHEAP)

@@ -264,7 +264,7 @@ def drafts_by_anchor(drafter: Watched) -> dict[tuple[int, int], tuple[list[int],
     }
 
 
-@pytest.mark.parametrize("num_left_out", [1, 5, 20])
+@pytest.mark.parametrize("num_left_out", [1, 20])
 def test_a_drafter_that_was_left_out_drafts_as_if_it_had_not_been(num_left_out):
     always, sometimes = Watched(), Watched()
     requests = [replace(r, sampling=replace(r.sampling, max_tokens=120)) for r in mixed()]
@@ -309,7 +309,7 @@ def test_a_profile_covers_the_sizes_of_the_engine_and_leaves_it_empty():
 
 
 def test_a_profile_is_kept_for_the_same_deployment_and_measured_anew_for_another(tmp_path):
-    engine = build_small_engine(cost_directory=str(tmp_path))
+    engine = build_small_engine(max_num_seqs=2, cost_directory=str(tmp_path))
     first = load_or_profile(engine, tmp_path, {"tensor_parallel_size": 1})
     assert load_or_profile(engine, tmp_path, {"tensor_parallel_size": 1}) == first
     assert load_or_profile(engine, tmp_path, {"tensor_parallel_size": 2}).key != first.key
@@ -317,7 +317,7 @@ def test_a_profile_is_kept_for_the_same_deployment_and_measured_anew_for_another
 
 
 def test_a_damaged_profile_is_measured_anew(tmp_path):
-    engine = build_small_engine(cost_directory=str(tmp_path))
+    engine = build_small_engine(max_num_seqs=2, cost_directory=str(tmp_path))
     load_or_profile(engine, tmp_path, {})
     (file,) = tmp_path.glob("cost-*.json")
     file.write_text("{")

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from gang import gang_spec
+from gang import gang_spec, start_members
 from small_model import request, run, save_small_checkpoint
 
 from dspark_ray.ranks import gang as runtime
@@ -73,7 +72,7 @@ def start_slowly(rank: int, spec: GangSpec, slow_ranks: tuple[int, ...], results
 def test_a_start_longer_than_the_peer_timeout_loses_no_member(size, drafter, slow_ranks, checkpoint, tmp_path):
     spec = spec_of(checkpoint, size, drafter)
     results = tmp_path / "texts.pt"
-    multiprocessing.spawn(start_slowly, args=(spec, slow_ranks, results), nprocs=spec.world_size)
+    start_members(start_slowly, (spec, slow_ranks, results), spec.world_size)
     alone = run(build_engine(checkpoint, replace(spec.engine, speculation=False)), REQUEST)
     assert torch.load(results, weights_only=True) == alone
 
@@ -94,7 +93,7 @@ def fall_silent(rank: int, spec: GangSpec, results: Path) -> None:
 
 def test_once_the_gang_serves_silence_counts_as_death_again(checkpoint, tmp_path):
     spec = spec_of(checkpoint, 2, "actor", schedule="fixed")
-    multiprocessing.spawn(fall_silent, args=(spec, tmp_path), nprocs=spec.world_size)
+    start_members(fall_silent, (spec, tmp_path), spec.world_size)
     waited = {path.name: float(path.read_text()) for path in tmp_path.glob("waited.*")}
     assert set(waited) == {"waited.1", "waited.2"}
     # The leader leaves after 4 timeouts, which would end the others too.

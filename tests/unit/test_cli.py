@@ -65,7 +65,7 @@ def test_a_configuration_is_read_without_torch() -> None:
     assert done.stdout == "False\n", done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["generate", "1 + 1 = 2\n", "--no-cost-cache"], ["inspect", "deployments/tiny"]])
+@pytest.mark.parametrize("arguments", [["generate", "1 + 1 = 2\n", "--no-speculation"], ["inspect", "deployments/tiny"]])
 def test_a_reader_that_has_gone_ends_the_program_in_silence(arguments: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -89,7 +89,7 @@ def test_ctrl_c_ends_the_program_in_silence() -> None:
 
 def test_a_terminal_without_unicode_is_no_reason_to_end() -> None:
     ascii_only = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    arguments = [*COMMAND, "generate", "caf\u00e9 \u2192 ", "--max-tokens", "1", "--no-cost-cache", "--stop", "\u2192"]
+    arguments = [*COMMAND, "generate", "caf\u00e9 \u2192 ", "--max-tokens", "1", "--no-speculation", "--stop", "\u2192"]
     done = subprocess.run(arguments, env=ascii_only, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     done = subprocess.run([*COMMAND, "inspect", "caf\u00e9"], env=ascii_only, cwd=ROOT, capture_output=True, text=True)
@@ -323,7 +323,7 @@ def test_a_missing_tensor_is_an_exit_code_too(checkpoint: Path, capsys: pytest.C
 
 
 def test_each_of_several_end_tokens_ends_the_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "1 + 1 = 2\n2 + 2 = ", "--no-cost-cache", "--max-tokens", "24", "--model", str(checkpoint)]
+    arguments = ["generate", "1 + 1 = 2\n2 + 2 = ", "--no-speculation", "--max-tokens", "24", "--model", str(checkpoint)]
     assert main(arguments) == 0
     text = capsys.readouterr().out.removesuffix("\n")
     newline = json.loads((checkpoint / "tokenizer.json").read_text())["model"]["vocab"]["Ċ"]
