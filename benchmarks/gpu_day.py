@@ -74,7 +74,7 @@ LONG_TO_COMPILE = ("linear_fp8", "moe", "sparse_attention", "markov_sample")
 COMPARED_OPS = "mhc_read,mhc_write,markov_sample,accept_rejection"
 """That are also measured against their compiled references."""
 ROUNDS = ("--layers", "6", "--requests", "1,32")
-DRY_TESTS = ("tests/kernels/test_norm.py",)
+DRY_TESTS = ("tests/kernels/test_noise.py",)
 
 
 def missing(dry_run: bool) -> list[str]:
@@ -114,7 +114,7 @@ class Plan:
         side_by_side = [*(f"rows:{op}" for op in bits), *(f"compile-tiles:{op}" for op in tiles.JOBS)]
         side_by_side += ["served-by", "recorded-steps", "nan-draws"]
         return [
-            [self._job(name, LIMITS["checks"]) for name in side_by_side],
+            self._jobs(side_by_side, LIMITS["checks"]),
             *([self._job(f"tiles:{op}", 30)] for op in tiles.JOBS),
         ]
 
@@ -122,9 +122,9 @@ class Plan:
         from benchmarks.gpu.engines import DTYPES
 
         cache = {"TRITON_CACHE_DIR": str(self._records.parent / "triton")}
-        names = ["start-up:cold", *(f"texts:cpu-{dtype}-launched" for dtype in DTYPES)]
+        names = [f"texts:cpu-{dtype}-launched" for dtype in DTYPES]
         names += [f"texts:gpu-{dtype}-{steps}" for dtype in DTYPES for steps in ("replayed", "launched")]
-        jobs = [self._job(name, LIMITS["texts"], cache if name.startswith("start-up") else {}) for name in names]
+        jobs = [self._job("start-up:cold", LIMITS["texts"], cache), *self._jobs(names, LIMITS["texts"])]
         # What benchmarks will need is compiled while cores are idle.
         rounds = ("--shape", "tiny", "--requests", "1", "--context", "128") if self._is_dry else ROUNDS
         jobs.append(
@@ -155,8 +155,14 @@ class Plan:
             jobs.append(self._python("compiled references", "benchmarks.gpu.kernels", *compared, seconds=100))
         return [[job] for job in jobs]
 
+    def _jobs(self, names: Sequence[str], seconds: float) -> list[Job]:
+        """One job for each name; in a dry run one for each worker, because imports take longer than the checks."""
+        if not self._is_dry:
+            return [self._job(name, seconds) for name in names]
+        return [self._job(" ".join(names[first :: self.workers]), seconds) for first in range(self.workers)]
+
     def _job(self, name: str, seconds: float, environment: dict[str, str] | None = None) -> Job:
-        options = [name, "--records", str(self._records), *(["--dry-run"] if self._is_dry else [])]
+        options = [*name.split(), "--records", str(self._records), *(["--dry-run"] if self._is_dry else [])]
         return self._python(name, "benchmarks.gpu.job", *options, seconds=seconds, environment=environment)
 
     def _python(

@@ -1,6 +1,6 @@
-"""One job of a day on a GPU: a check in a process of its own, which appends what it finds to a file.
+"""One job of a day on a GPU: checks in a process of their own, which append what they find to a file.
 
-python -m benchmarks.gpu.job NAME --records FILE [--dry-run]
+python -m benchmarks.gpu.job NAME... --records FILE [--dry-run]
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def interpret_as_a_gpu() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name")
+    parser.add_argument("names", nargs="+")
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
@@ -65,9 +65,10 @@ def main() -> int:
     if arguments.dry_run:
         interpret_as_a_gpu()
     device = Device(arguments.dry_run)
-    for record in records_of(arguments.name, device):
-        append(arguments.records, record)
-        print(record, flush=True)
+    for name in arguments.names:
+        for record in records_of(name, device):
+            append(arguments.records, record)
+            print(record, flush=True)
     return 0
 
 

@@ -4,7 +4,8 @@
     python tests/kernels/test_compiles.py mhc      those whose name begins so
 
 The tests compile, of each operation, the call with most rows, and of operations that are other code with fewer rows
-those calls too. The whole list takes seven minutes and is for when a launcher changes.
+those calls too; of variants that differ in the sizes of a matrix alone, the smallest and the largest. The whole list
+takes seven minutes and is for when a launcher changes.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ MAY_SPILL = {
 OTHER_CODE = {"linear_fp8": (1, 6), "moe": (1, 6), "sparse_attention": (1, 6), "mhc_read": (24,)}
 """Numbers of rows, beside the most, at which operations launch other kernels, or kernels with other tiles."""
 
+SIZES_ALONE = {"linear_fp8": ("Flash 512x4096", "Flash 4096x12288", "Pro 512x7168", "Pro 7168x21504")}
+"""By operation: the variants that stand for all others, which have other sizes and nothing else."""
+
 pytestmark = pytest.mark.timeout(1500)  # two cores take some minutes
 
 
@@ -63,7 +67,10 @@ def sample(calls: list[str]) -> list[str]:
         by_variant.setdefault(variant, {})[int(found[0]) if found else 0] = call
     kept = []
     for variant, by_rows in by_variant.items():
-        wanted = {max(by_rows), *OTHER_CODE.get(variant.partition(" ")[0], ())}
+        op, _, rest = variant.partition(" ")
+        if rest not in SIZES_ALONE.get(op, (rest,)):
+            continue
+        wanted = {max(by_rows), *OTHER_CODE.get(op, ())}
         kept += [by_rows[rows] for rows in sorted(wanted & by_rows.keys())]
     return kept
 
@@ -84,6 +91,11 @@ def test_every_op_has_a_call_that_is_compiled(reports: list[Report]) -> None:
 
     called = {re.match(r"\w*", report.call)[0] for report in reports}
     assert called | set(COMPOSED) == set(gpu.__all__)
+
+
+def test_variants_that_stand_for_others_exist(reports: list[Report]) -> None:
+    compiled = {report.call.partition(" [")[0] for report in reports}
+    assert {f"{op} {variant}" for op, variants in SIZES_ALONE.items() for variant in variants} <= compiled
 
 
 def test_every_call_compiles(reports: list[Report]) -> None:

@@ -65,7 +65,9 @@ def test_a_configuration_is_read_without_torch() -> None:
     assert done.stdout == "False\n", done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["generate", "1 + 1 = 2\n", "--no-speculation"], ["inspect", "deployments/tiny"]])
+@pytest.mark.parametrize(
+    "arguments", [["generate", "1 + 1 = 2\n", "--no-speculation"], ["inspect", "deployments/tiny"]]
+)
 def test_a_reader_that_has_gone_ends_the_program_in_silence(arguments: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -323,7 +325,15 @@ def test_a_missing_tensor_is_an_exit_code_too(checkpoint: Path, capsys: pytest.C
 
 
 def test_each_of_several_end_tokens_ends_the_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "1 + 1 = 2\n2 + 2 = ", "--no-speculation", "--max-tokens", "24", "--model", str(checkpoint)]
+    arguments = [
+        "generate",
+        "1 + 1 = 2\n2 + 2 = ",
+        "--no-speculation",
+        "--max-tokens",
+        "24",
+        "--model",
+        str(checkpoint),
+    ]
     assert main(arguments) == 0
     text = capsys.readouterr().out.removesuffix("\n")
     newline = json.loads((checkpoint / "tokenizer.json").read_text())["model"]["vocab"]["Ċ"]
