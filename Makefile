@@ -19,10 +19,13 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
 	&& { echo "$$python"; break; }; done)
 
+# Tests that share an expensive fixture carry `xdist_group`, and stay in one process.
+IN_PARALLEL = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+
 # Two ranks and a drafter share the cores of a laptop: one thread each is faster than a crowd.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install serve generate test test-clients lint format bench bench-schedule bench-controller bench-kernels chaos gpu-day docs clean
+.PHONY: help install serve generate test check test-clients lint format bench bench-schedule bench-controller bench-kernels chaos gpu-day docs clean
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,8 +53,17 @@ serve: $(INSTALLED) $(RAY_TOKEN) ## Start a local Ray and the application of CON
 generate: $(INSTALLED) ## Continue PROMPT in the terminal, without Ray.
 	$(BIN)/dspark-ray generate "$$PROMPT" $(ARGS)
 
-test: $(INSTALLED) ## Run the tests (ARGS goes to pytest).
+# Tests with a Ray cluster come after the others, one at a time: beside them, its processes would wait for cores.
+test: $(INSTALLED) ## Run all tests; with ARGS, pytest with these arguments.
+ifeq ($(strip $(ARGS)),)
+	$(IN_PARALLEL) -m "not ray"
+	$(BIN)/python -m pytest -m ray
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
+
+check: lint ## Before every commit: style, types and the fast tests, in two minutes.
+	$(IN_PARALLEL) -q -m "not ray and not slow"
 
 test-clients: $(INSTALLED) ## Run client libraries and schemathesis against an echoing server (ARGS: --help).
 	$(BIN)/python tests/clients $(ARGS)

@@ -23,6 +23,8 @@ from small_checkpoint import save_small_checkpoint, tokens_in_process
 
 from dspark_ray.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.ray
+
 PROMPT = "two replicas, one text"
 MAX_TOKENS = 60
 

@@ -13,6 +13,8 @@ from small_checkpoint import save_small_checkpoint, tokens_in_process
 
 from dspark_ray.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.ray
+
 PROMPT = "three nodes, one text"
 
 ARGS = """

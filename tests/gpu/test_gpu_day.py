@@ -41,8 +41,8 @@ NOT_ON_GPU_MACHINES = ("ray", "pydantic", "fastapi", "zmq", "openai")
 MOST_FILES = 8
 
 
-# The first test that needs it waits for a whole dry run.
-pytestmark = pytest.mark.timeout(1500)
+# The first test that needs it waits for a whole dry run, which all of them share.
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow, pytest.mark.xdist_group("gpu_day")]
 
 
 @pytest.fixture(scope="module")

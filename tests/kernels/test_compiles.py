@@ -44,7 +44,8 @@ OTHER_CODE = {"linear_fp8": (1, 6), "moe": (1, 6), "sparse_attention": (1, 6), "
 SIZES_ALONE = {"linear_fp8": ("Flash 512x4096", "Flash 4096x12288", "Pro 512x7168", "Pro 7168x21504")}
 """By operation: the variants that stand for all others, which have other sizes and nothing else."""
 
-pytestmark = pytest.mark.timeout(1500)  # two cores take some minutes
+# One process compiles for all tests of this file; two cores take minutes.
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow, pytest.mark.xdist_group("compiles")]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from small_checkpoint import ENGINE, save_small_checkpoint, tokens_in_process
 
 from dspark_ray.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.ray
+
 WORKERS = ("VerifierWorker", "DrafterWorker")
 PROMPT = "def main(arguments):"
 

@@ -16,6 +16,8 @@ from ray import serve
 from ray_application import Application, deploy_yaml, local_ray, running_yaml, wait_until
 from small_checkpoint import save_small_checkpoint
 
+pytestmark = pytest.mark.ray
+
 CONFIG = """
 applications:
   - name: app

@@ -25,6 +25,8 @@ from small_checkpoint import ENGINE, save_small_checkpoint
 from benchmarks.chaos.faults import is_running, process_of
 from benchmarks.chaos.rounds import APP, Chaos, Fault, Limits, Streams, served
 
+pytestmark = pytest.mark.ray
+
 HEALTH = {
     "check_period_s": 1,
     "check_timeout_s": 5,

@@ -22,6 +22,8 @@ from test_processes import ROOT, is_running, wait_until_gone
 from deployments.launch import local, ports
 from deployments.launch.ports import PortError, check_free, check_not_shared, listeners
 
+pytestmark = pytest.mark.ray
+
 HELLO = """
 proxy_location: HeadOnly
 http_options: {{host: 127.0.0.1, port: {port}}}

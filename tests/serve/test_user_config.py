@@ -14,6 +14,8 @@ from ray import serve
 from ray_application import Actor, Application, deploy_yaml, live_actors, local_ray, running_yaml, wait_until
 from small_checkpoint import save_small_checkpoint
 
+pytestmark = pytest.mark.ray
+
 CONFIG = """
 applications:
   - name: app
