@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 sys.path.append(str(Path(__file__).parents[1] / "serve"))
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
