@@ -106,7 +106,7 @@ class DeviceRound:
         staged_from = torch.where(nobody, 0, NOT_STAGED)
         layout = Layout(token_ids, positions, requests.slots[owner], owner, requests.pages, staged_from)
         output = self.target(fixed_rows(layout, self.cache.shape, self.max_length), self.cache)
-        assert output.features is not None
+        assert output.context_features is not None
         _, tokens, _ = ops.gumbel_argmax(
             self.target.logits(output.hidden),
             requests.temperatures[owner],
@@ -114,7 +114,7 @@ class DeviceRound:
             positions + 1,
             STREAM_SAMPLE,
         )
-        return tokens, output.features
+        return tokens, output.context_features
 
     def _store_context(self, features: Tensor, positions: Tensor, owners: Tensor, num_accepted: Tensor) -> None:
         """Context keys of anchors and accepted drafts; the others' go where block rows are kept, which nobody reads."""

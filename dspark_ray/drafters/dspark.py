@@ -46,7 +46,7 @@ class Stage(DecoderLayer):
 
 
 def project_features(features: Tensor, main_proj: Weight, main_norm: Weight, eps: float) -> Tensor:
-    """main_x [N, d] of target features [N, T*d] (specification 6)."""
+    """Context features [N, T*d] projected to [N, d] (docs/dspark.md, Draft context)."""
     return ops.rms_norm(main_proj(features), main_norm.weight, eps)
 
 
@@ -63,7 +63,7 @@ class FeatureProjector(nn.Module):
         self.mtp = nn.ModuleList([nn.ModuleDict(parts)])
 
     def forward(self, features: Tensor) -> Tensor:
-        """main_x [N, d] of target features [N, T*d]."""
+        """Context features [N, T*d] projected to [N, d]."""
         main_proj, main_norm = (self.get_submodule(f"mtp.0.{name}") for name in ("main_proj", "main_norm"))
         assert isinstance(main_proj, Weight)
         assert isinstance(main_norm, Weight)
@@ -132,20 +132,22 @@ class DSparkModule(nn.Module):
         self._shared = (embed, head)
 
     def project(self, features: Tensor) -> Tensor:
-        """main_x [N, d] of target features [N, T*d]; when serving, the verifier's FeatureProjector does it."""
+        """Context features [N, T*d] projected to [N, d]; when serving, the verifier's FeatureProjector does it."""
         first = self.stages[0]
         return project_features(features, first.main_proj, first.main_norm, self.config.rms_norm_eps)
 
-    def context_keys(self, main_x: Tensor, positions: Tensor) -> list[Tensor]:
+    def context_keys(self, projected: Tensor, positions: Tensor) -> list[Tensor]:
         """Per stage the context keys [N, D] of committed tokens at `positions`; not through norms or mHC."""
         angles = self.rope.angles(positions, compressed=False)
-        return [stage.attn.keys(main_x, angles) for stage in self.stages]
+        return [stage.attn.keys(projected, angles) for stage in self.stages]
 
-    def store_context(self, main_x: Tensor, positions: Tensor, pools: Sequence[Tensor], slot_mapping: Tensor) -> None:
+    def store_context(
+        self, projected: Tensor, positions: Tensor, pools: Sequence[Tensor], slot_mapping: Tensor
+    ) -> None:
         """Write `context_keys` into rows slot_mapping [N] of the stages' pools."""
         angles = self.rope.angles(positions, compressed=False)
         for stage, pool in zip(self.stages, pools, strict=True):
-            stage.attn.store_keys(main_x, angles, pool, slot_mapping)
+            stage.attn.store_keys(projected, angles, pool, slot_mapping)
 
     def block(self, anchors: Tensor, starts: Tensor, context: Sequence[Tensor], visible: Tensor) -> BlockOutput:
         """Run the stages over the blocks of R requests, keeping nothing: the form that training differentiates.

@@ -1,6 +1,6 @@
 """What verifier and drafter tell each other: one message each way per round.
 
-To the drafter: the target's features of newly committed tokens, then the blocks to draft.
+To the drafter: context features of newly committed tokens, then the blocks to draft.
 From the drafter: tokens and confidences (and in rejection verification the distributions they were drawn from).
 """
 
@@ -17,13 +17,13 @@ from dspark_ray.drafters.draft_sampling import DraftSampling
 
 @dataclass(frozen=True)
 class ContextUpdate:
-    """main_x rows of committed tokens; where the rows go is given by slot and position."""
+    """Projected context features of committed tokens, addressed by slot and position."""
 
     slots: np.ndarray
     """[n]"""
     positions: np.ndarray
     """[n]"""
-    main_x: Tensor
+    projected: Tensor
     """[n, d]"""
 
 

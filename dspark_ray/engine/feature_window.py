@@ -1,7 +1,7 @@
-"""The target's features of the last tokens of every sequence, kept by the verifier.
+"""Context features of the last W tokens of every sequence, kept by the verifier.
 
-So a drafter is disposable, and a sequence may go on for a while without it: it is told what it missed when it is
-needed again. Features are projected to main_x only then: rejected rows, and rows that nobody drafts from, never are.
+They make the drafter disposable, and a sequence can go without drafts for a while: when it is drafted again, the
+drafter receives the features it lacks. Only then are they projected; rejected and unused rows never are.
 
 Letters: k sequences, W window, T tapped layers.
 """
@@ -31,7 +31,7 @@ class Committed:
 
 @dataclass(frozen=True)
 class Missing:
-    """Tokens that a drafter has not been told of."""
+    """Context features of tokens that a drafter has not received."""
 
     slots: np.ndarray
     """[n]"""
@@ -44,7 +44,8 @@ class Missing:
 class FeatureWindow:
     """W rows per slot, by position modulo W.
 
-    While nobody is drafted nobody asks, so rows are put into their places only when somebody does, or when many wait.
+    Rows are sorted into their places only when they are asked for or when many wait, because no row is needed as long
+    as no request is drafted.
     """
 
     _MOST_WAITING = 16
@@ -74,7 +75,7 @@ class FeatureWindow:
             strict=True,
         )
         self._waiting.clear()
-        # Of rows that go to the same place, the newest is the one that counts.
+        # The last write to a place wins.
         newest, latest = np.unique(np.concatenate(places)[::-1], return_index=True)
         rows = np.concatenate(rows)[::-1][latest]
         if not len(self._rows):
@@ -90,9 +91,12 @@ class FeatureWindow:
         return self._places(committed.slots[owners], positions), rows
 
     def since(self, slots: np.ndarray, num_known: np.ndarray, num_computed: np.ndarray) -> Missing:
-        """What a drafter misses that knows `num_known` [k] of `num_computed` [k] positions; 0 is a new drafter."""
+        """Features that a drafter with the first `num_known` [k] of `num_computed` [k] positions lacks.
+
+        `num_known` is 0 for a new drafter.
+        """
         self._sort_in()
-        # Whoever knows more than there is knows another sequence that had the slot.
+        # num_known > num_computed means that the slot was reused: the drafter knows the sequence that had it before.
         num_known = np.where(num_known > num_computed, 0, num_known)
         starts = np.maximum(num_known, num_computed - self.window)
         owners, positions = _ranges(starts, num_computed - starts)

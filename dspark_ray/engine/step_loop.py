@@ -2,7 +2,7 @@
 
 drafter --DraftProposal--> schedule --VerifyPlan--> target --samples--> verification --Acceptance--> commit
    ^                                                                                                   |
-   +--------- main_x that the drafter misses, next anchors <-- select who is drafted next <------------+
+   +-- context features the drafter lacks, next anchors <----- select who is drafted next <------------+
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Engine:
         self._verification = build_verification(config.verification)
         self._features = FeatureWindow(config.max_num_seqs, model_config.sliding_window)
         self._num_known = np.zeros(config.max_num_seqs, dtype=np.int64)
-        """Positions whose main_x the drafter has, by slot."""
+        """Number of positions whose context features the drafter has, by slot."""
         self._drafting: list[Sequence] | None = None
         """Sequences of the request that is open at the drafter."""
         self._bypass: BypassReason | None = None
@@ -285,13 +285,13 @@ class Engine:
             segments=tuple(work.segment for work in works),
             sampled_rows=np.array(sampled_rows, dtype=np.int64),
             sampling=build_sampling_rows([row for work in works for row in work.rows]),
-            wants_features=any(self._speculates(work.sequence) for work in works),
+            wants_context_features=any(self._speculates(work.sequence) for work in works),
         )
 
     def _commit(
         self, works: list[Work], drafted: Drafted | None, result: ForwardResult
     ) -> tuple[list[SequenceOutput], dict[Sequence, Outcome]]:
-        """Accept, append, finish, and keep the features of what was committed; also what became of each block."""
+        """Accept, append, finish, keep context features of committed tokens; (outputs, outcome of each block)."""
         sampling = [work for work in works if work.samples]
         blocks = [VerifiedBlock(work.drafts, self._draft_source(work, drafted)) for work in sampling]
         acceptances = iter(self._verification.verify(blocks, result.samples))
@@ -313,8 +313,8 @@ class Engine:
                 committed.append((sequence.slot, sequence.num_computed, num_kept, first_row))
             first_row += work.num_rows
             first_sample += len(work.rows)
-        if committed and result.features is not None:
-            self._keep_features(Committed(*np.array(committed).T), result.features)
+        if committed and result.context_features is not None:
+            self._keep_features(Committed(*np.array(committed).T), result.context_features)
         return outputs, outcomes
 
     def _learn(

@@ -22,8 +22,8 @@ class ForwardCommand:
     """[n]"""
     sampling: SamplingRows
     """How the n rows become tokens."""
-    wants_features: bool
-    """Whether rank 0 needs the features of the rows."""
+    wants_context_features: bool
+    """Whether rank 0 needs the context features of the rows."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ForwardResult:
     """What rank 0 knows after a forward."""
 
     samples: Samples
-    features: Tensor | None
+    context_features: Tensor | None
     """[N, T*d] of all rows, where the command wants them; on the model's device."""
 
 

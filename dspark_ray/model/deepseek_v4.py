@@ -34,7 +34,7 @@ class TargetOutput:
 
     hidden: Tensor
     """[N, d], after the final norm: input of `DeepSeekV4.logits`."""
-    features: Tensor | None
+    context_features: Tensor | None
     """[N, T*d]: stream means after the T tapped layers, None where the model has no drafter."""
 
 

@@ -86,9 +86,9 @@ class DraftWorker:
             return
         device, dtype = self._pools.device, self._pools.tensors[0].dtype
         positions, slots = (torch.from_numpy(x).to(device) for x in (update.positions, update.slots))
-        main_x = update.main_x.to(device, dtype)
+        projected = update.projected.to(device, dtype)
         self.module.store_context(
-            main_x, positions, self._pools.tensors, self._pools.context_slot_mapping(slots, positions)
+            projected, positions, self._pools.tensors, self._pools.context_slot_mapping(slots, positions)
         )
 
 

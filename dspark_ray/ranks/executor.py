@@ -40,7 +40,7 @@ class TargetRank:
         samples = self._sampler.sample(self.model.logits(output.hidden[sampled]), command.sampling)
         if samples is None:
             return None
-        return ForwardResult(samples, output.features if command.wants_features else None)
+        return ForwardResult(samples, output.context_features if command.wants_context_features else None)
 
     def _forward(self, segments: tuple[Segment, ...]) -> TargetOutput:
         if self._graphs is not None and self._graphs.fits(segments):
@@ -60,7 +60,7 @@ class TargetRank:
 
     @torch.inference_mode()
     def project(self, features: Tensor) -> Tensor:
-        """main_x [n, d], on the CPU, of features [n, T*d]; rank 0 alone can."""
+        """Context features [n, T*d] projected to [n, d], on the CPU; on rank 0 only."""
         assert self._project is not None, "the model has no drafter, or this is not rank 0"
         return self._project(features).cpu()
 

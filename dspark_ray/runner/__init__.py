@@ -1,1 +1,1 @@
-"""How forwards run that come again and again."""
+"""Forwards recorded as CUDA graphs and replayed."""

@@ -1,4 +1,4 @@
-"""Decode steps that are replayed: the target's by number of rows, the drafter's by number of requests."""
+"""Decode steps as graphs: the target's by number of rows, the drafter's by number of requests."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from dspark_ray.runner.graphs import Capture, GraphSet, Outputs, graph_sizes, pa
 
 @dataclass(frozen=True)
 class _VerifyBlocks:
-    """The blocks of up to R requests in one tensor, so that one copy brings a step to the device.
+    """The verify blocks of up to R requests in one tensor, so that one copy moves a step to the device.
 
     length | anchor | start | slot | G drafts | P pages
     """
 
     table: Tensor
-    """[R, 4 + G + P] int64; length -1 stands for no request."""
+    """[R, 4 + G + P] int64; length -1 marks an unused row."""
     gamma: int
 
     def fill(self, segments: SequenceOf[Segment]) -> None:
-        """Put blocks of 1 .. 1+G tokens in the first rows."""
+        """Write the segments, blocks of 1 .. 1+G tokens, to the first rows of the table."""
         host = np.zeros(self.table.shape, dtype=np.int64)
         host[:, 0] = -1
         for row, segment in zip(host, segments, strict=False):
@@ -43,7 +43,7 @@ class _VerifyBlocks:
         self.table.copy_(torch.from_numpy(host))
 
     def layout(self, num_rows: int) -> Layout:
-        """Flattened to `num_rows` rows; padding rows write into staging and see themselves alone."""
+        """Flattened to `num_rows` rows; padding rows write to staging and attend to themselves only."""
         length, anchor, start, slot = self.table[:, :4].unbind(1)
         drafts, pages = self.table[:, 4 : 4 + self.gamma], self.table[:, 4 + self.gamma :]
         token_ids, positions, owners, _ = ops.pack_rows(length, anchor, drafts, start, num_rows)
@@ -55,7 +55,7 @@ class _VerifyBlocks:
 def fixed_rows(layout: Layout, shape: CacheShape, max_length: int) -> Rows:
     """`build_rows` with shapes that depend on the number of rows alone, for sequences of up to `max_length` tokens.
 
-    Every row is looked at for an entry that it may close, and every entry that a sequence could have is listed.
+    Every row is checked for an entry that it may close, and every entry that a sequence could have is listed.
     """
     closing = torch.arange(len(layout.positions), device=layout.positions.device)
     compressed = {
@@ -66,15 +66,15 @@ def fixed_rows(layout: Layout, shape: CacheShape, max_length: int) -> Rows:
 
 
 class TargetGraphs:
-    """The target's forward over blocks, recorded by number of rows and by length of the longest sequence.
+    """The target's forward over verify blocks, recorded by number of rows and by length of the longest sequence.
 
-    Two lengths: up to where a CSA layer shows every entry to every row, its indexer need not run.
+    There are two lengths: as long as a CSA layer shows every entry to every row, its indexer need not run.
     """
 
     def __init__(
         self, model: DeepSeekV4, cache: CacheTensors, max_num_seqs: int, max_length: int, capture: Capture
     ) -> None:
-        """`max_length` are the tokens of the longest sequence."""
+        """`max_length` is the number of tokens of the longest sequence."""
         shape, device = cache.shape, model.norm.weight.device
         self.sizes = graph_sizes(min(max_num_seqs * shape.block_length, shape.max_rows))
         self._model, self._cache = model, cache
@@ -86,7 +86,7 @@ class TargetGraphs:
         self._graphs: GraphSet[tuple[int, int]] = GraphSet(self._forward, capture)
 
     def record_all(self) -> None:
-        """Largest first: the others then find all the memory they need."""
+        """Record every size, largest first, so that the smaller ones reuse its memory."""
         for size in reversed(self.sizes):
             for length in self._lengths:
                 self._graphs.record((size, length))
@@ -98,7 +98,10 @@ class TargetGraphs:
         return max(lengths) <= block and len(lengths) <= len(self._blocks.table) and sum(lengths) <= self.sizes[-1]
 
     def run(self, segments: SequenceOf[Segment]) -> TargetOutput:
-        """As the model's forward over `build_rows(segments)`; features are the caller's, hidden until the next run."""
+        """The model's forward over `build_rows(segments)`.
+
+        The returned context features are a copy; the hidden states are valid until the next run.
+        """
         num_rows = sum(len(segment.token_ids) for segment in segments)
         longest = max(segment.start + len(segment.token_ids) for segment in segments)
         self._blocks.fill(segments)
@@ -109,7 +112,7 @@ class TargetGraphs:
         num_rows, max_length = key
         rows = fixed_rows(self._blocks.layout(num_rows), self._cache.shape, max_length)
         output = self._model(rows, self._cache)
-        return (output.hidden,) if output.features is None else (output.hidden, output.features)
+        return (output.hidden,) if output.context_features is None else (output.hidden, output.context_features)
 
 
 class DraftGraphs:
@@ -120,19 +123,19 @@ class DraftGraphs:
         self.sizes = graph_sizes(max_num_seqs)
         device = pools.device
         self._integers = torch.zeros(4, max_num_seqs, dtype=torch.int64, device=device)
-        """[4, R] anchors, starts, slots, seeds; a request of nobody starts at 0, where no context is."""
+        """[4, R] anchors, starts, slots, seeds; padding requests start at 0, where there is no context."""
         self._temperatures = torch.zeros(max_num_seqs, dtype=torch.float64, device=device)
         self._graphs: GraphSet[int] = GraphSet(self._draft, capture)
 
     def record_all(self) -> None:
-        """Largest first: the others then find all the memory they need."""
+        """Record every size, largest first, so that the smaller ones reuse its memory."""
         for size in reversed(self.sizes):
             self._graphs.record(size)
 
     def run(
         self, anchors: Tensor, starts: Tensor, slots: Tensor, seeds: Tensor, temperatures: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(tokens [R, G], confidence logits [R, G]) of whole blocks, valid until the next run; all arguments [R]."""
+        """(tokens [R, G], confidence logits [R, G]) of full blocks, valid until the next run; all arguments [R]."""
         num_requests = len(anchors)
         self._integers[:, num_requests:] = 0
         self._integers[:, :num_requests] = torch.stack((anchors, starts, slots, seeds)).to(self._integers.device)

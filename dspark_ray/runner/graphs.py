@@ -1,9 +1,8 @@
-"""CUDA graphs by size: a forward is recorded once per size, and a step replays the next size that holds it.
+"""CUDA graphs by size: a forward is recorded once per size, and a step replays the smallest graph that fits it.
 
-On a GPU a decode step is some hundred kernels that are shorter than the time it takes to launch them. A recorded step
-is launched at once, but always does the very same: same memory, same shapes. So what changes from step to step comes in
-through tensors that stay where they are, and a step that is smaller than its graph is filled up with rows that
-belong to nobody.
+On a GPU a decode step is some hundred kernels, each shorter than the time it takes to launch it. A graph is launched
+at once, but repeats the same work on the same memory with the same shapes. Inputs therefore reach it through tensors
+that stay in place, and a step that is smaller than its graph is filled up with padding rows.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Key = TypeVar("Key")
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Outputs]], tuple[Replay, Outputs]]
-"""Runs a function for good: returns what runs it again, and the tensors in which its results then are."""
+"""Captures a function as a graph; returns a replay callable and the output tensors that each replay overwrites."""
 
 _WARM_UPS = 2
 """Runs before recording: kernels are compiled, libraries choose and allocate."""
@@ -28,7 +27,7 @@ _STEPS_PER_DOUBLING = 4
 
 
 def graph_sizes(largest: int) -> tuple[int, ...]:
-    """1, 2, 3, ... and from 8 on four sizes per doubling, up to `largest`: at most a fourth of a step is filling."""
+    """1, 2, 3, ... and from 8 on four sizes per doubling, up to `largest`: at most a fourth of a step is padding."""
     sizes, size = [], 1
     while size < largest:
         sizes.append(size)
@@ -37,7 +36,7 @@ def graph_sizes(largest: int) -> tuple[int, ...]:
 
 
 def padded_size(sizes: tuple[int, ...], wanted: int) -> int:
-    """The smallest of `sizes` that holds `wanted`, which must not be above the largest."""
+    """The smallest of the ascending `sizes` that is at least `wanted`, which must not be above the largest."""
     return sizes[bisect_left(sizes, wanted)]
 
 
@@ -64,7 +63,7 @@ class GraphSet(Generic[Key]):
     """Recordings of one function, by key."""
 
     def __init__(self, function: Callable[[Key], Outputs], capture: Capture) -> None:
-        """`function` must read its inputs from tensors that stay in place, and must not wait for the device."""
+        """`function` must read its inputs from tensors that stay in place and must not synchronise with the device."""
         self._function, self._capture = function, capture
         self._recorded: dict[Key, tuple[Replay, Outputs]] = {}
 

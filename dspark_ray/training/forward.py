@@ -25,7 +25,7 @@ class TrainingOutput:
     """[N, d] input of the LM head, and features [N, T*d] where the model has a drafter."""
 
     hidden: Tensor
-    features: Tensor | None
+    context_features: Tensor | None
 
 
 def target_forward(model: DeepSeekV4, token_ids: Tensor) -> TrainingOutput:

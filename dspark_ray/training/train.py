@@ -204,7 +204,7 @@ def train_drafter(drafter: DSparkModule, model: DeepSeekV4, data: Path, run: Pat
         gamma, length = drafter.gamma, batch.shape[1]
         with torch.no_grad():
             target = target_forward(model, batch)
-        assert target.features is not None, "a target with a drafter gives features"
+        assert target.context_features is not None, "a target with a drafter gives features"
         sequences = torch.arange(len(batch)).repeat_interleave(config.anchors)
         starts = torch.randint(1, length - gamma, (len(sequences),), generator=generator)
         rows = starts.unsqueeze(1) + torch.arange(gamma)  # position n+k predicts token n+1+k
@@ -212,7 +212,7 @@ def train_drafter(drafter: DSparkModule, model: DeepSeekV4, data: Path, run: Pat
         with torch.no_grad():
             hidden = target.hidden.unflatten(0, batch.shape)[sequences.unsqueeze(1), rows]
             target_logits = model.logits(hidden)
-        block = draft_forward(drafter, target.features, batch, sequences, starts)
+        block = draft_forward(drafter, target.context_features, batch, sequences, starts)
         draft = drafter.run_heads(block, batch[sequences, starts], along(labels))
         loss = draft_loss(draft.logits, target_logits, draft.confidence_logits, labels, torch.ones_like(labels))
         survival = loss.accept_rate.cumprod(-1).sum(-1).mean()

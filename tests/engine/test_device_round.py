@@ -24,7 +24,7 @@ def prefilled(budget: int, first_tokens: list[int], temperature: float) -> Devic
     pages = torch.arange(4 * NUM_REQUESTS).view(NUM_REQUESTS, 4)
     for slot, prompt in enumerate(PROMPTS):
         rows = build_rows([Segment(slot, 0, list(prompt), pages[slot].tolist())], shape)
-        features = target(rows, cache).features
+        features = target(rows, cache).context_features
         assert features is not None
         kept = rows.positions[-SMALL.sliding_window :]
         slots = pools.context_slot_mapping(torch.tensor(slot), kept)

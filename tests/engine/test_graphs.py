@@ -135,7 +135,7 @@ def test_a_step_that_is_filled_up_computes_and_stores_what_the_same_step_does_al
         output = graphs.run(pieces)
         expected = model(build_rows(pieces, launched.shape), launched)
         torch.testing.assert_close(output.hidden, expected.hidden, atol=2e-5, rtol=0)
-        torch.testing.assert_close(output.features, expected.features, atol=2e-5, rtol=0)
+        torch.testing.assert_close(output.context_features, expected.context_features, atol=2e-5, rtol=0)
         starts = [start + 1 + count // 2 for start, count in zip(starts, counts, strict=True)]  # some are rejected
     rings = launched.shape.num_slots * launched.shape.window_ring
     for ours, theirs in zip(replayed.layers, launched.layers, strict=True):
@@ -147,7 +147,7 @@ def test_a_step_that_is_filled_up_computes_and_stores_what_the_same_step_does_al
 def test_features_stay_as_they_were_when_the_next_step_has_been_replayed() -> None:
     graphs, _ = target_graphs(Rerun(), max_length=64)
     with torch.inference_mode():
-        first = graphs.run([segment(0, 0, 3)]).features
+        first = graphs.run([segment(0, 0, 3)]).context_features
         assert first is not None
         before = first.clone()
         graphs.run([segment(0, 3, 3)])

@@ -158,9 +158,9 @@ class Replay:
         """(features [B, n, T*d], logits [B, n, V]) of token_ids [B, n]."""
         segments = [Segment(slot, start, ids, pages=[]) for slot, ids in enumerate(token_ids.tolist())]
         output = self.target(build_rows(segments, self.shape), self.cache)
-        assert output.features is not None
+        assert output.context_features is not None
         logits = self.target.logits(output.hidden)
-        return output.features.unflatten(0, token_ids.shape), logits.unflatten(0, token_ids.shape)
+        return output.context_features.unflatten(0, token_ids.shape), logits.unflatten(0, token_ids.shape)
 
     def _commit(self, start: int, features: Tensor) -> None:
         """Context keys of [B, n] tokens from position `start` on, the youngest of them into the rings."""

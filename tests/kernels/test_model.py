@@ -129,7 +129,7 @@ def target_outputs(target: DeepSeekV4, which: Network) -> Tensors:
     cache = new_cache(target, packed=which.stored)
     outputs = [run(target, cache, [segment(*piece) for piece in step]) for step in STEPS]
     hidden = torch.cat([output.hidden for output in outputs])
-    features = torch.cat([output.features for output in outputs if output.features is not None])
+    features = torch.cat([output.context_features for output in outputs if output.context_features is not None])
     return {"hidden": hidden, "features": features, "logits": target.logits(hidden)} | keys_in(cache, target.config)
 
 
@@ -262,7 +262,7 @@ def test_replayed_steps_through_kernels_are_launched_ones(stored: bool) -> None:
             found = graphs.run(pieces)
             bound = NETWORKS["float32, quantised" if stored else "float32"].most
             assert row_errors(found.hidden, expected.hidden).max() < bound
-            assert row_errors(found.features, expected.features).max() < bound
+            assert row_errors(found.context_features, expected.context_features).max() < bound
 
 
 def test_replayed_drafts_through_kernels_are_launched_ones() -> None:

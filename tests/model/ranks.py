@@ -22,7 +22,7 @@ def work(model: DeepSeekV4) -> tuple[Tensor, Tensor]:
     serving = Serving(model, num_sequences=2, gamma=5)
     text = [(7 * position) % model.config.vocab_size for position in range(90)]
     outputs = [serving.output({0: (0, text[:50])}), serving.output({1: (0, text[:33]), 0: (50, text[50:55])})]
-    features = [output.features for output in outputs if output.features is not None]
+    features = [output.context_features for output in outputs if output.context_features is not None]
     return torch.cat([model.logits(output.hidden) for output in outputs]), torch.cat(features)
 
 

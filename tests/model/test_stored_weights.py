@@ -292,7 +292,7 @@ def target_outputs(model: DeepSeekV4) -> Tensor:
     serving, text = Serving(model, gamma=5), random_tokens(40, RAW["vocab_size"], seed=3)
     pieces = [(0, text[:19]), (19, text[19:23]), *((start, text[start : start + 6]) for start in (23, 26, 29))]
     outputs = [serving.output({0: piece}) for piece in pieces]
-    return torch.cat([torch.cat((model.logits(output.hidden), output.features), dim=1) for output in outputs])
+    return torch.cat([torch.cat((model.logits(output.hidden), output.context_features), dim=1) for output in outputs])
 
 
 @torch.no_grad()

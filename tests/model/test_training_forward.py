@@ -64,7 +64,7 @@ def drafter_of(config: ModelConfig) -> DSparkModule:
 def test_the_training_target_equals_the_serving_target(target: DeepSeekV4, batch: Tensor, served: TargetOutput) -> None:
     trained = target_forward(target, batch)
     assert_same(trained.hidden, served.hidden, target.config)
-    assert_same(trained.features, served.features, target.config)
+    assert_same(trained.context_features, served.context_features, target.config)
 
 
 def test_the_training_target_refuses_lengths_it_cannot_cut_into_windows(target: DeepSeekV4) -> None:
@@ -75,7 +75,7 @@ def test_the_training_target_refuses_lengths_it_cannot_cut_into_windows(target: 
 def test_training_drafts_the_blocks_that_a_ring_of_context_gives(target: DeepSeekV4, batch: Tensor) -> None:
     config, window = target.config, target.config.sliding_window
     drafter = drafter_of(config)
-    features = target_forward(target, batch).features
+    features = target_forward(target, batch).context_features
     assert features is not None
     sequences, starts = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([1, 16, 3, 17, 41])
     trained = draft_forward(drafter, features, batch, sequences, starts)
@@ -83,8 +83,8 @@ def test_training_drafts_the_blocks_that_a_ring_of_context_gives(target: DeepSee
     rings = [torch.full((len(starts), window, config.head_dim), float("nan")) for _ in drafter.stages]
     for request, (sequence, start) in enumerate(zip(sequences.tolist(), starts.tolist(), strict=True)):
         positions = torch.arange(max(start - window, 0), start)
-        main_x = drafter.project(features.unflatten(0, batch.shape)[sequence, positions])
-        for ring, keys in zip(rings, drafter.context_keys(main_x, positions), strict=True):
+        projected = drafter.project(features.unflatten(0, batch.shape)[sequence, positions])
+        for ring, keys in zip(rings, drafter.context_keys(projected, positions), strict=True):
             ring[request, positions % window] = keys
     visible = torch.arange(window) < starts.unsqueeze(1)
     served = drafter.block(batch[sequences, starts], starts, rings, visible)
