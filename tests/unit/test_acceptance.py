@@ -16,6 +16,7 @@ from torch import Tensor
 from dspark_kernels import reference
 from dspark_kernels.philox import STREAM_DRAFT, STREAM_RECOVER
 from dspark_ray.config import VerificationMode
+from dspark_ray.drafters import draft_sampling
 from dspark_ray.drafters.draft_sampling import DraftChooser, DraftSampling
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.sampling import sampler
@@ -223,9 +224,9 @@ def test_a_budget_may_come_from_an_earlier_rounds_drafts() -> None:
 
 
 def test_the_law_exposes_draft_noise_that_returns_in_a_later_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    coupled_address = sampler._noise_positions
+    coupled_address = draft_sampling._noise_positions
     monkeypatch.setattr(
-        sampler, "_noise_positions", lambda starts, gamma, mode: coupled_address(starts, gamma, "coupled")
+        draft_sampling, "_noise_positions", lambda starts, gamma, mode: coupled_address(starts, gamma, "coupled")
     )
     assert distance(lagged_texts()) > 3 * BOUND
 
