@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -63,17 +64,21 @@ def build(
 
 def held_out_requests(count: int, max_tokens: int, every_kind_of_sampling: bool = False) -> list[Request]:
     """`count` texts that the model was not trained on, every other one greedy, all to `max_tokens`."""
-    tokenizer = Tokenizer.from_directory(TINY)
-    by_kind = held_out_token_ids(tokenizer, -(-count // len(KINDS)))
-    prompts = [prompt for per_kind in zip(*by_kind.values(), strict=True) for prompt in per_kind][:count]
     return [
         Request(
             request_id=str(number),
-            prompt_token_ids=tuple(prompt),
+            prompt_token_ids=prompt,
             sampling=_sampling(number, max_tokens, every_kind_of_sampling),
         )
-        for number, prompt in enumerate(prompts)
+        for number, prompt in enumerate(_prompts(MAX_REQUESTS)[:count])
     ]
+
+
+@cache
+def _prompts(count: int) -> list[tuple[int, ...]]:
+    """Kinds take turns. Looking for them in the corpus takes seconds."""
+    by_kind = held_out_token_ids(Tokenizer.from_directory(TINY), -(-count // len(KINDS)))
+    return [tuple(prompt) for per_kind in zip(*by_kind.values(), strict=True) for prompt in per_kind]
 
 
 def _sampling(number: int, max_tokens: int, every_kind: bool) -> SamplingParams:
