@@ -24,6 +24,8 @@ from deployments.launch.ports import PortError, check_free
 from deployments.launch.processes import supervise
 
 _SERVE_RUN = [sys.executable, "-c", "from ray.serve.scripts import cli; cli(prog_name='serve')", "run"]
+_KEEPER = [sys.executable, "-m", "deployments.launch.processes"]
+"""Between this process and `serve run`: where this one is killed, it ends what Ray's processes leave behind."""
 _BUILDER = "deployments.app:build"
 
 
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         options = read(arguments.config).http_options
         with only_one(arguments.locks, options.port):
             check_free(options.host, options.port)
-            command = [*_SERVE_RUN, "--address", "local", str(arguments.config)]
+            command = [*_KEEPER, *_SERVE_RUN, "--address", "local", str(arguments.config)]
             return supervise(command, ends_with_parent=arguments.with_parent)
     except (StartError, PortError, OSError) as error:
         print(f"{arguments.config}: {error}", file=sys.stderr)

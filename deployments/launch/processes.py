@@ -130,4 +130,6 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(sys.argv[1:]))
+    # As a command of `supervise`, this is the second of two processes that watch: when one is killed, the other ends
+    # everything.
+    sys.exit(supervise(sys.argv[1:], ends_with_parent=True))

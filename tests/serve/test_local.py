@@ -179,8 +179,8 @@ def below(process: psutil.Process) -> list[psutil.Process]:
 
 
 def named(processes: list[psutil.Process], *words: str) -> psutil.Process | None:
-    """The first whose command line has these words."""
-    for process in processes:
+    """The last whose command line has these words; those that watch another one have its words too."""
+    for process in reversed(processes):
         try:
             line = " ".join(process.cmdline())
         except psutil.Error:
@@ -194,7 +194,8 @@ def named(processes: list[psutil.Process], *words: str) -> psutil.Process | None
 WAYS = {
     "Ctrl-C in the terminal": (None, signal.SIGINT),
     "SIGTERM to make": ("make serve", signal.SIGTERM),
-    "SIGTERM to serve run": ("ray.serve.scripts", signal.SIGTERM),
+    "SIGTERM to serve run": ("import cli; cli", signal.SIGTERM),
+    "SIGKILL to the launcher": ("-m deployments.launch.local", signal.SIGKILL),
 }
 
 

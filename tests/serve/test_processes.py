@@ -136,6 +136,17 @@ def test_a_command_dies_with_whoever_watches_it(family: Callable[..., Family]) -
     wait_until_gone([running.command])
 
 
+@pytest.mark.parametrize("whose", ["outer", "inner"])
+def test_of_two_that_watch_either_ends_all_when_the_other_is_killed(family: Callable[..., Family], whose: str) -> None:
+    def twice(command: list[str]) -> list[str]:
+        return [*command[:3], *command]
+
+    running = family("polite", twice)
+    (inner,) = psutil.Process(running.top.pid).children()
+    (running.top if whose == "outer" else inner).kill()
+    wait_until_gone([*running.pids, inner.pid], 60)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_end_of_a_parent_ends_all_where_it_is_asked_for(
     family: Callable[..., Family], number: signal.Signals
