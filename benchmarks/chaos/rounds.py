@@ -286,7 +286,9 @@ def _seconds_until(condition: Callable[[], bool], started: float) -> float | Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no round after this many")
@@ -295,9 +297,9 @@ def main() -> None:
     rounds = _kept(options.output, options.seed)
     faults = schedule(options.seed, options.rounds)
     deadline = time.monotonic() + 60 * options.minutes
-    _set_environment()
-    while len(rounds) < len(faults) and time.monotonic() < deadline:
-        _run(faults, rounds, deadline, options)
+    with closed_cluster():
+        while len(rounds) < len(faults) and time.monotonic() < deadline:
+            _run(faults, rounds, deadline, options)
     num_faults = sum(outcome.num_changed + outcome.num_lost for outcome in rounds)
     sys.exit(1 if num_faults or len(rounds) < len(faults) else 0)
 
@@ -319,18 +321,21 @@ def _run(faults: list[Fault], rounds: list[Round], deadline: float, options: arg
             streams.stop()
 
 
-def _set_environment() -> None:
-    """Before anything imports Ray: its local cluster must be closed to others and leave the home folder alone."""
-    token = Path(tempfile.mkdtemp(prefix="dspark-chaos-"), "auth_token")
-    token.write_text(os.urandom(32).hex())
-    os.environ |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        # Ray gives its workers the lowest priority, and the seconds of a busy machine would be measured.
-        "RAY_worker_niceness": "0",
-    }
+@contextlib.contextmanager
+def closed_cluster() -> Iterator[None]:
+    """Settings of a local cluster that is closed to others and leaves the home folder alone; enter before Ray's import."""
+    with tempfile.TemporaryDirectory(prefix="dspark-chaos-") as folder:
+        token = Path(folder, "auth_token")
+        token.write_text(os.urandom(32).hex())
+        os.environ |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+            # Ray gives its workers the lowest priority, and the seconds of a busy machine would be measured.
+            "RAY_worker_niceness": "0",
+        }
+        yield
 
 
 def _kept(path: Path, seed: int) -> list[Round]:
