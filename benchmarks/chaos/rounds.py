@@ -323,7 +323,10 @@ def _run(faults: list[Fault], rounds: list[Round], deadline: float, options: arg
 
 @contextlib.contextmanager
 def closed_cluster() -> Iterator[None]:
-    """Settings of a local cluster that is closed to others and leaves the home folder alone; enter before Ray's import."""
+    """Settings of a local cluster that is closed to others and leaves the home folder alone.
+
+    To be entered before anything imports Ray.
+    """
     with tempfile.TemporaryDirectory(prefix="dspark-chaos-") as folder:
         token = Path(folder, "auth_token")
         token.write_text(os.urandom(32).hex())
