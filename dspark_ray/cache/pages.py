@@ -1,4 +1,4 @@
-"""Books of the paged cache: integers only."""
+"""Page allocation of the compressed cache: integers only."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ class PagePool:
             pages.append(self._free.pop())
 
     def release(self, pages: list[int]) -> None:
-        """Take all of `pages` back and empty the list."""
+        """Free all of `pages` and empty the list."""
         self._free.extend(reversed(pages))
         pages.clear()

@@ -1,4 +1,4 @@
-"""The size of the target's memory: ring lengths, staging rows and pages."""
+"""Size of the target's KV cache: ring lengths, staging rows and pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dspark_ray.config import CSA_RATIO, ModelConfig
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Ring lengths, staging and paging, from the model and the longest block (specification 3.2)."""
+    """Ring lengths, staging and paging, from the model and the longest verify block (docs/model.md, KV cache)."""
 
     window: int
     window_ring: int
@@ -19,17 +19,17 @@ class CacheShape:
     """Raw rows under one entry: 2r where windows overlap (CSA), else r."""
     page_size: int
     block_length: int
-    """Longest segment that may write its rows before it reads."""
+    """Tokens of the longest verify block: longer segments go through staging."""
     num_slots: int
     max_rows: int
     """Rows of the largest forward."""
 
     @staticmethod
     def of(config: ModelConfig, gamma: int, page_size: int, num_slots: int, max_rows: int) -> CacheShape:
-        """The tight lengths: one slot fewer and a block's last row would overwrite a row still needed.
+        """The shortest rings in which no row of a verify block overwrites a row that is still needed.
 
-        The youngest row of a block of 1+gamma is `gamma` positions ahead of the first, which itself looks back over
-        a whole window.
+        The last row of a block of 1+gamma is `gamma` positions ahead of the first, which looks back over a full
+        window: a ring needs `gamma` rows more than the window.
         """
         ratios = sorted(set(config.compress_ratios) - {0})
         pooled = {ratio: 2 * ratio if ratio == CSA_RATIO else ratio for ratio in ratios}

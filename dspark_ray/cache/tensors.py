@@ -1,7 +1,7 @@
-"""The target's memory: rings by position for what slides, pages for what grows.
+"""The target's KV cache: rings by position for sliding windows, pages for compressed entries (docs/model.md, KV cache).
 
-Nothing here is ever rolled back. A rejected row stays where it is until the position is computed again, and no key is
-visible before that (specification 3.2), so going back is a smaller `length` in the scheduler's books.
+Nothing is ever rolled back. The row of a rejected draft stays until its position is computed again, and is invisible
+until then; rejection only makes the `length` of the sequence smaller.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class LayerCache:
     raw: Tensor | None = None
     """[P, 2 * width] float32 compressor rows: kv, then gate + position bias."""
     entries: Tensor | None = None
-    """[pages * entries_per_page, D], or bytes"""
+    """[pages * entries_per_page, D], or [..., bytes] packed"""
     index_raw: Tensor | None = None
     index_entries: Tensor | None = None
 
@@ -70,7 +70,7 @@ class CacheTensors:
         device: torch.device | str = "cpu",
         packed: bool = False,
     ) -> None:
-        """With `packed`, keys and entries are stored in FP8 (`dspark_kernels.formats`); the indexer's stay in dtype."""
+        """`packed` stores keys and entries in FP8 (`dspark_kernels.formats`), but the indexer's keys in `dtype`."""
         self.shape = shape
         self.layers = [
             LayerCache(config, layer, shape, num_pages, dtype, device, packed)

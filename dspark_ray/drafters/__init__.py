@@ -1,1 +1,1 @@
-"""Drafters: the DSpark module, its heads, its context, and the link to a drafter in another process."""
+"""Drafters: the DSpark module, its heads and context cache, and the messages between verifier and drafter."""

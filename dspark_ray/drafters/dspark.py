@@ -1,10 +1,10 @@
-"""The draft module of the official checkpoints (`mtp.*`): backbone over one block, then a left-to-right loop.
+"""The DSpark module of the official checkpoints (`mtp.*`): stages over one block, then a left-to-right loop.
 
     [anchor, noise x (G-1)] -> stages, which also see W context keys -> hidden h_k, base logits U_k
     for k: logits_k = U_k + Markov(token_{k-1});  token_k ~ logits_k;
            confidence_k = sigmoid(w . [h_k; W1[token_{k-1}]])
 
-Source: DSpark module specification, sections 5-8. Letters: R requests, G gamma, W window, T tapped layers.
+Formulas: docs/dspark.md, Drafter. Letters: R requests, G gamma, W window, T tapped layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dspark_ray.model.rows import PoolIndex
 
 
 class Stage(DecoderLayer):
-    """One draft stage; the first also projects features, the last carries the heads."""
+    """One draft stage; the first also projects context features, the last holds the heads."""
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__(config, config.num_hidden_layers + number, ParallelGroup())
@@ -51,8 +51,10 @@ def project_features(features: Tensor, main_proj: Weight, main_norm: Weight, eps
 
 
 class FeatureProjector(nn.Module):
-    """main_proj and main_norm alone: the part of the drafter that runs on the verifier, so that d numbers travel
-    per token instead of T*d. The tensors keep the names they have in the checkpoint."""
+    """main_proj and main_norm, the drafter's part on the verifier, which so sends d numbers per token instead of T*d.
+
+    Tensors have the names of the checkpoint.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -72,38 +74,38 @@ class FeatureProjector(nn.Module):
 
 @dataclass(frozen=True)
 class BlockOutput:
-    """The parallel part of a draft."""
+    """Results of the stages for R blocks, before the left-to-right loop."""
 
     hidden: Tensor
-    """[R, G, d] before the final norm: input of the confidence head."""
+    """[R, G, d] before the final norm, the input of the confidence head."""
     base_logits: Tensor
     """[R, G, V] float32."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """The sequential part: one token and one confidence logit per position."""
+    """Results of the left-to-right loop: a token and a confidence logit per position."""
 
     tokens: Tensor
     """[R, G]"""
     logits: Tensor
     """[R, G, V] float32, Markov bias included."""
     confidence_logits: Tensor
-    """[R, G] float32, before any temperature and sigmoid."""
+    """[R, G] float32, before calibration and sigmoid."""
 
 
 Choose = Callable[[int, Tensor], Tensor]
 """(position k of the block, logits [R, V]) -> token ids [R]."""
 
 Filters = tuple[Tensor, Tensor, Tensor, int]
-"""top_k, top_p, min_p [R] and the widest top_k, as `dspark_kernels.filter_threshold` takes them."""
+"""top_k, top_p, min_p [R] and the widest top_k: arguments of `dspark_kernels.filter_threshold`."""
 
 KeysOf = Callable[[int, Tensor, Angles], tuple[Tensor, Tensor]]
-"""(stage, normed rows [R*G, d], their angles) -> keys [P, D] and the rows [R, W + G] of them that each request sees."""
+"""(stage, normed rows [R*G, d], angles) -> keys [P, D] and, per request, the index [R, W + G] of keys it sees."""
 
 
 class DSparkModule(nn.Module):
-    """Stages and heads. `embed` and `head` [V, d] are the target's and are not part of the module's state."""
+    """Stages and heads. `embed` and `head` [V, d] are the target's and not in the module's state."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ class DSparkModule(nn.Module):
         return self._rope
 
     def share(self, embed: Tensor, head: Tensor) -> None:
-        """Take the target's embedding and LM head, [V, d] each (a tuple, so that they stay out of the state)."""
+        """Use the target's embedding and LM head, [V, d] each, which a tuple keeps out of the state."""
         self._shared = (embed, head)
 
     def project(self, features: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ class DSparkModule(nn.Module):
         return project_features(features, first.main_proj, first.main_norm, self.config.rms_norm_eps)
 
     def context_keys(self, projected: Tensor, positions: Tensor) -> list[Tensor]:
-        """Per stage the context keys [N, D] of committed tokens at `positions`; not through norms or mHC."""
+        """Per stage the context keys [N, D] of committed tokens at `positions`, without the stages' norms and mHC."""
         angles = self.rope.angles(positions, compressed=False)
         return [stage.attn.keys(projected, angles) for stage in self.stages]
 
@@ -150,10 +152,10 @@ class DSparkModule(nn.Module):
             stage.attn.store_keys(projected, angles, pool, slot_mapping)
 
     def block(self, anchors: Tensor, starts: Tensor, context: Sequence[Tensor], visible: Tensor) -> BlockOutput:
-        """Run the stages over the blocks of R requests, keeping nothing: the form that training differentiates.
+        """Run the stages over the blocks of R requests without a cache: the differentiable form, for training.
 
-        anchors [R] token ids at positions starts [R]; context per stage [R, W, D] with visible [R, W] telling which
-        are keys. Every position of a block sees the same context and the whole block.
+        anchors [R] are token ids at positions starts [R]; context [R, W, D] per stage are keys where visible [R, W].
+        Every position of a block sees the same context and the whole block.
         """
         shown = torch.cat((visible, visible.new_ones(len(visible), self.gamma)), dim=1)
         flat = torch.arange(shown.numel(), device=visible.device).view_as(shown)
@@ -166,9 +168,9 @@ class DSparkModule(nn.Module):
         return self._run(anchors, starts, keys_of)
 
     def cached_block(self, anchors: Tensor, starts: Tensor, pools: Sequence[Tensor], index: PoolIndex) -> BlockOutput:
-        """`block` over pools [P, D], one per stage, that hold the context: the form that serves.
+        """As `block`, with the context in pools [P, D], one per stage: the form for serving.
 
-        `index` says where the R*G block rows are written, and which keys [R, W + G] each request sees.
+        `index` has the pool rows of the R*G block rows and the keys [R, W + G] that each request sees.
         """
 
         def keys_of(stage: int, hidden: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
@@ -178,7 +180,7 @@ class DSparkModule(nn.Module):
         return self._run(anchors, starts, keys_of)
 
     def _run(self, anchors: Tensor, starts: Tensor, keys_of: KeysOf) -> BlockOutput:
-        assert self._shared is not None, "share() comes first"
+        assert self._shared is not None, "call share() first"
         embed, head = self._shared
         num_requests, gamma, config = len(anchors), self.gamma, self.config
         noise = anchors.new_full((num_requests, gamma - 1), self.noise_token_id)
@@ -191,7 +193,7 @@ class DSparkModule(nn.Module):
             def attend(hidden: Tensor, number: int = number, attention: Attention = stage.attn) -> Tensor:
                 query = attention.query(attention.q_latent(hidden), angles)
                 keys, index = keys_of(number, hidden, angles)
-                # The G queries of a request see the same keys: they count as G times as many heads.
+                # The G queries of a request see the same keys, so they are passed as G times as many heads.
                 values = ops.sparse_attention(
                     query.unflatten(0, (num_requests, gamma)).flatten(1, 2),
                     keys,
@@ -219,7 +221,7 @@ class DSparkModule(nn.Module):
 
     @property
     def is_vanilla(self) -> bool:
-        """Whether the Markov bias depends on the token before alone: then `sample` may be used."""
+        """Whether the Markov bias depends on the previous token only, so that `sample` can be used."""
         return type(self.stages[-1].markov_head) is MarkovHead
 
     def sample(
@@ -234,7 +236,7 @@ class DSparkModule(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(tokens [R, G], confidence logits [R, G]) of the first G positions, with the noise of coupled verification.
 
-        What `run_heads` does with a `Choose` that perturbs tempered and filtered logits, in one operation.
+        Equals `run_heads` with a coupled `DraftChooser`, in one operation.
         """
         last = self.stages[-1]
         assert isinstance(last.markov_head, MarkovHead)
@@ -245,7 +247,7 @@ class DSparkModule(nn.Module):
         return tokens, last.confidence_head(block.hidden[:, :num_positions], w1[previous])
 
     def run_heads(self, block: BlockOutput, anchors: Tensor, choose: Choose, num_positions: int | None = None) -> Draft:
-        """Left to right: bias by the token before, choose, and say how sure; None goes to the end of the block."""
+        """The left-to-right loop over `num_positions`, or the whole block: bias, confidence, choice."""
         last = self.stages[-1]
         markov, previous = last.markov_head, anchors
         state = markov.initial_state(len(anchors), block.hidden)
@@ -262,10 +264,10 @@ class DSparkModule(nn.Module):
 
 
 def greedy(k: int, logits: Tensor) -> Tensor:
-    """A `Choose` that takes the likeliest token."""
+    """A `Choose` that takes the most probable token."""
     return logits.argmax(-1)
 
 
 def along(path: Tensor) -> Choose:
-    """A `Choose` that follows a given path [R, G]: teacher forcing, recorded paths."""
+    """A `Choose` that takes the given tokens [R, G]: teacher forcing, recorded paths."""
     return lambda k, logits: path[:, k]

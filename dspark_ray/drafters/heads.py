@@ -1,7 +1,7 @@
 """The sequential part of a DSpark drafter: Markov head and confidence head.
 
-A head adds a bias to the base logits that depends on the token before (`vanilla`), also on the hidden state (`gated`),
-or on everything drafted so far (`rnn`). Source: paper 3.1, DSpark module specification 8 and 14.
+The bias on the base logits depends on the previous token (`vanilla`), on the hidden state too (`gated`), or on all
+drafted tokens (`rnn`). Source: DSpark paper, section 3.1; docs/dspark.md, Markov head.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dspark_ray.model.layers import Weight
 
 
 class MarkovHead(nn.Module):
-    """Low-rank transition bias W2 . f(W1[previous token], hidden)."""
+    """Low-rank transition bias W2 . W1[previous token]."""
 
     def __init__(self, vocab_size: int, rank: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class MarkovHead(nn.Module):
         return self.markov_w1.weight[previous]
 
     def initial_state(self, num_rows: int, like: Tensor) -> Tensor | None:
-        """State before the first position, None where the head has none."""
+        """State before the first position; None for a head without state."""
         return None
 
     def step(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -39,7 +39,7 @@ class MarkovHead(nn.Module):
 
 
 class GatedMarkovHead(MarkovHead):
-    """The bias of the previous token, gated by what the block says."""
+    """Bias of the previous token, gated by the hidden state."""
 
     def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
         super().__init__(vocab_size, rank)
@@ -51,7 +51,7 @@ class GatedMarkovHead(MarkovHead):
 
 
 class RNNMarkovHead(MarkovHead):
-    """A recurrent state over the drafted prefix."""
+    """Bias from a recurrent state over the drafted prefix."""
 
     def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
         super().__init__(vocab_size, rank)
@@ -61,7 +61,7 @@ class RNNMarkovHead(MarkovHead):
         return like.new_zeros(num_rows, self.rank)
 
     def step(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        assert state is not None, "initial_state() comes first"
+        assert state is not None, "call initial_state() first"
         gate, candidate, out = self.joint_proj(torch.cat((state, embedding, hidden), dim=-1)).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
         state = gate * state + (1 - gate) * torch.tanh(candidate)
@@ -78,7 +78,7 @@ def build_markov_head(kind: MarkovHeadType, vocab_size: int, rank: int, hidden_s
 
 
 class ConfidenceHead(nn.Module):
-    """Logit of P(draft stands | all before it stood) from [hidden ; W1[previous token]] (paper 3.2.1)."""
+    """Logit of P(draft accepted | all before it accepted) from [hidden ; W1[previous token]] (paper, 3.2.1)."""
 
     def __init__(self, hidden_size: int, rank: int, bias: bool = False) -> None:
         super().__init__()

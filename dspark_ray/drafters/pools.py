@@ -1,4 +1,4 @@
-"""The drafter's memory: context keys of every stage, by slot and position."""
+"""The drafter's KV cache: context keys of every stage, by slot and position."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dspark_ray.model.rows import PoolIndex
 
 
 class DraftPools:
-    """Per stage a ring of W rows per sequence, then one place for every row of the blocks being drafted.
+    """Per stage a ring of W rows per sequence, then one row for every position of the blocks being drafted.
 
-    Block keys are read in the round that writes them; they never enter the rings, which hold committed tokens alone.
+    Rings hold committed tokens only; keys of block positions are read only in the round that writes them.
     """
 
     def __init__(self, module: DSparkModule, num_slots: int) -> None:
@@ -34,8 +34,10 @@ class DraftPools:
         return slots * self.window + positions % self.window
 
     def index(self, slots: Tensor, starts: Tensor) -> PoolIndex:
-        """Where the rows of R blocks go, and the keys each request sees: the W positions before its anchor, then
-        its block. slots, starts [R]; `starts` are the anchors' positions."""
+        """Slot mapping of R blocks, and the keys each request sees: W positions before its anchor, then its block.
+
+        slots, starts [R]; `starts` are the anchors' positions.
+        """
         num_requests = len(slots)
         wanted = starts.unsqueeze(1) + torch.arange(-self.window, 0, device=slots.device)
         context = torch.where(wanted >= 0, self.context_slot_mapping(slots.unsqueeze(1), wanted), -1)

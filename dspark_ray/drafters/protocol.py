@@ -1,4 +1,4 @@
-"""What verifier and drafter tell each other: one message each way per round.
+"""Messages between verifier and drafter, one each way per round.
 
 To the drafter: context features of newly committed tokens, then the blocks to draft.
 From the drafter: tokens and confidences (and in rejection verification the distributions they were drawn from).
@@ -37,15 +37,15 @@ class DraftRequest:
     anchors: np.ndarray
     """[R] token ids"""
     starts: np.ndarray
-    """[R] position of each anchor: its context are the positions before"""
+    """[R] position of each anchor; its context are the positions before"""
     sampling: DraftSampling
     num_positions: int
-    """The fewest to draft; a drafter for which more cost nothing drafts more."""
+    """At least so many are drafted; a drafter whose cost does not grow with them drafts more."""
 
 
 @dataclass(frozen=True)
 class TruncatedDistributions:
-    """What each drafted token was really drawn from: K ids and probabilities per position."""
+    """The distribution that each drafted token was drawn from: K ids and probabilities per position."""
 
     ids: np.ndarray
     """[R, G, K]"""
@@ -55,16 +55,16 @@ class TruncatedDistributions:
 
 @dataclass(frozen=True)
 class DraftProposal:
-    """Drafted tokens, how sure the drafter is of each, and (rejection only) their distributions."""
+    """Drafted tokens with their confidences and, in rejection verification, their distributions."""
 
     tokens: np.ndarray
     """[R, G]"""
     confidences: np.ndarray
-    """[R, G] P(stands | all before it stood)"""
+    """[R, G] P(accepted | all before it accepted)"""
     distributions: TruncatedDistributions | None = None
 
     def num_usable(self, vocab_size: int) -> np.ndarray:
-        """[R] positions before the first whose token is none, or whose confidence or distribution is not finite."""
+        """[R] positions before the first invalid token id, or non-finite confidence or distribution."""
         is_usable = (self.tokens >= 0) & (self.tokens < vocab_size) & np.isfinite(self.confidences)
         if self.distributions is not None:
             is_usable &= np.isfinite(self.distributions.probabilities).all(-1)
@@ -72,10 +72,10 @@ class DraftProposal:
 
 
 class Drafter(Protocol):
-    """A place where drafts are made: inside rank 0, or in an actor of its own."""
+    """Makes drafts, inside rank 0 or in an actor of its own."""
 
     def submit(self, request: DraftRequest) -> None:
-        """Hand over one round's request; at most one may be open."""
+        """Send one round's request; at most one may be open."""
 
     def collect(self) -> DraftProposal:
         """Wait for the open request's proposal."""
@@ -84,7 +84,7 @@ class Drafter(Protocol):
         """Call once, when the engine begins to serve."""
 
     def keep_alive(self) -> None:
-        """Call now and then while there is nothing to draft."""
+        """Tell the drafter that the verifier lives; call regularly while there is nothing to draft."""
 
     def close(self) -> None:
         """Let the drafter end."""

@@ -1,6 +1,6 @@
-"""DeepSeek-V4: the target. One forward over the flattened rows of many sequences.
+"""DeepSeek-V4, the target: one forward over the flattened rows of many sequences.
 
-Formulas: `mHC read -> norm -> sublayer -> mHC write`, twice per layer; see dspark_kernels.reference for each.
+Twice per layer: hyper-connection read, norm, sublayer, hyper-connection write. docs/model.md has the formulas.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dspark_ray.model.rows import CompressIndex, PoolIndex, Rows
 
 @dataclass(frozen=True)
 class _LayerAngles:
-    """Angles one kind of layer needs in a forward: of the rows, and of the entries that close."""
+    """Rotary angles for one kind of layer in a forward: of the rows, and of the entries that close."""
 
     rows: Angles
     entries: Angles | None
@@ -30,12 +30,12 @@ class _LayerAngles:
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """What a forward leaves behind besides the cache."""
+    """Results of a forward besides the cache that it writes."""
 
     hidden: Tensor
-    """[N, d], after the final norm: input of `DeepSeekV4.logits`."""
+    """[N, d] after the final norm, the input of `DeepSeekV4.logits`."""
     context_features: Tensor | None
-    """[N, T*d]: stream means after the T tapped layers, None where the model has no drafter."""
+    """[N, T*d] means over the streams after the T tapped layers; None for a model without a drafter."""
 
 
 class DeepSeekV4(nn.Module):
@@ -82,7 +82,7 @@ class DeepSeekV4(nn.Module):
         return TargetOutput(self.final_hidden(streams), features)
 
     def embed_streams(self, token_ids: Tensor) -> Tensor:
-        """[N] -> [N, m, d]: every stream starts as the embedding."""
+        """[N] -> [N, m, d]; every stream starts as the embedding."""
         local = token_ids - self.first_token
         mine = (local >= 0) & (local < self.embed.weight.shape[0])
         rows = self.embed.weight[local.clamp(0, self.embed.weight.shape[0] - 1)]
@@ -108,7 +108,7 @@ class DeepSeekV4(nn.Module):
         return ops.linear_float32(hidden, self.head.weight)
 
     def _angles(self, rows: Rows) -> dict[int, _LayerAngles]:
-        """By compression ratio; 0 stands for sliding layers."""
+        """Angles by compression ratio; 0 stands for sliding layers."""
         angles = {0: _LayerAngles(self.rope.angles(rows.positions, compressed=False), None)}
         if rows.compressed:
             compressed = self.rope.angles(rows.positions, compressed=True)
@@ -119,7 +119,7 @@ class DeepSeekV4(nn.Module):
 
 
 class _CachedAttention:
-    """The attention sublayer of one layer in one forward: parameters, indices and cache brought together."""
+    """The attention sublayer of one layer in one forward: its parameters, indices and cache."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class _CachedAttention:
         return attend
 
     def _entries(self, hidden: Tensor, q_latent: Tensor, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Close this forward's entries, then say which entries every row sees."""
+        """Write the entries that close in this forward; (entries, index of those that every row sees)."""
         index, cache, attention = self.compressed, self.cache, self.attention
         if index is None:
             return None, None
@@ -168,7 +168,7 @@ class _CachedAttention:
             return cache.entries, index.visible
         indexer = attention.indexer
         self._store(indexer.compressor, cache.index_raw, cache.index_entries, hidden, positions)
-        if index.visible.shape[1] <= indexer.topk:  # everything visible is chosen
+        if index.visible.shape[1] <= indexer.topk:  # every visible entry is chosen
             return cache.entries, index.visible
         assert cache.index_entries is not None
         query, weights = indexer.query(hidden, q_latent, self.angles.rows)
@@ -183,7 +183,7 @@ class _CachedAttention:
         hidden: Tensor,
         positions: Tensor,
     ) -> None:
-        """Write raw rows, pool the windows that close, write their entries."""
+        """Write raw rows, then pool windows that close and write their entries."""
         assert self.compressed is not None and raw is not None and entries is not None
         index, pool, angles = self.compressed, self.compressed.pool, self.angles.entries
         compressor.store_raw(hidden, positions, raw, pool.slot_mapping)

@@ -1,4 +1,4 @@
-"""The parts a DeepSeek-V4 layer and a DSpark stage share. Parameter names are those of the checkpoint."""
+"""Layers shared by the DeepSeek-V4 target and the DSpark stages. Parameters are named as in the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dspark_ray.model.rope import Angles
 
 
 def empty(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """A parameter that the loader or the initialiser fills."""
+    """An uninitialised parameter, filled by the loader or by `training.initial`."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype))
 
 
 class Weight(nn.Module):
-    """A named weight [out, in] (or [width]) without bias: what the checkpoint calls `X.weight`.
+    """A weight [out, in] (or [width]) without bias, called `X.weight` in the checkpoint.
 
-    One that stays as a checkpoint quantised it has a `scale` too (`checkpoint/stored.py`).
+    A weight kept in its quantised form has a `scale` too (`checkpoint/stored.py`).
     """
 
     scale: nn.Parameter | None
@@ -36,14 +36,14 @@ class Weight(nn.Module):
         return F.linear(x, self.weight) if self.scale is None else ops.linear_fp8(x, self.weight, self.scale)
 
     def in_float32(self, x: Tensor) -> Tensor:
-        """As `forward`, but float32 [N, out], and not rounded to x's dtype unless the weight is quantised."""
+        """As `forward`, but float32 [N, out]; rounded to x's dtype only where the weight is quantised."""
         return ops.linear_float32(x, self.weight) if self.scale is None else self(x).float()
 
 
 def hyper_connection(config: ModelConfig) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-    """fn [(2+m)m, m*d], base [(2+m)m], scale [3] of the mHC around one sublayer, all float32.
+    """fn [(2+m)m, m*d], base [(2+m)m], scale [3] of the hyper-connection around one sublayer, all float32.
 
-    Not a module: the checkpoint keeps them flat on the layer, as hc_attn_fn and so on.
+    Not a module, because the checkpoint has them on the layer, as hc_attn_fn and so on.
     """
     m, mixes = config.hc_mult, (2 + config.hc_mult) * config.hc_mult
     return (
@@ -54,7 +54,7 @@ def hyper_connection(config: ModelConfig) -> tuple[nn.Parameter, nn.Parameter, n
 
 
 class Compressor(nn.Module):
-    """Raw rows of a compressed layer and their pooling into entries (specification 2.3)."""
+    """Raw rows of a compressed layer and their pooling into entries (docs/model.md, Compression)."""
 
     def __init__(self, config: ModelConfig, ratio: int, width: int) -> None:
         super().__init__()
@@ -66,9 +66,9 @@ class Compressor(nn.Module):
         self.norm = Weight(width)
 
     def raw(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(kv, gate) [N, num_series * width] float32 of each row, the gate still without its position bias.
+        """(kv, gate) [N, num_series * width] float32 of each row, the gate without its position bias.
 
-        Not rounded to the rows' dtype: a rounded gate would be wrong by a percent, for as long as its entry is kept.
+        Not rounded to the rows' dtype: rounding would change the gate by a percent, for as long as its entry is kept.
         """
         return self.wkv.in_float32(hidden), self.wgate.in_float32(hidden)
 
@@ -79,11 +79,11 @@ class Compressor(nn.Module):
     def store_entries(
         self, pool: Tensor, keys: Tensor, angles: Angles, entries: Tensor, where: Tensor, quantise: bool
     ) -> None:
-        """Pool the raw rows keys [E, S] of `pool` into rows where [E] of `entries`, at the angles of their windows."""
+        """Pool raw rows keys [E, S] of `pool` into rows where [E] of `entries`, at the angles of their first tokens."""
         ops.compress(pool, keys, self.norm.weight, self.eps, angles.cos, angles.sin, entries, where, quantise)
 
     def pooled(self, kv: Tensor, gate: Tensor, valid: Tensor | None, angles: Angles, dtype: torch.dtype) -> Tensor:
-        """Entries [E, width] of rows kv, gate [E, S, ...] outside of any cache, position bias included."""
+        """Entries [E, width] of raw rows kv, gate [E, S, ...] with position bias, without a cache (training)."""
         if self.num_series == 2:
             kv, gate = ops.overlapping(kv), ops.overlapping(gate)
         pooled = ops.softmax_pool(kv, gate, valid).to(dtype)
@@ -91,7 +91,7 @@ class Compressor(nn.Module):
 
 
 class Indexer(nn.Module):
-    """Chooses which CSA entries a row sees (specification 2.5); replicated on every rank."""
+    """Chooses the CSA entries that a row attends to (docs/model.md, Indexer); replicated on every rank."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Indexer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Shared K=V attention with a latent query, sinks and a grouped output (specification 2.2)."""
+    """Attention with shared K=V, a latent query, sinks and a grouped output (docs/model.md, Attention)."""
 
     def __init__(self, config: ModelConfig, layer: int, group: ParallelGroup) -> None:
         super().__init__()
@@ -136,11 +136,11 @@ class Attention(nn.Module):
             self.indexer = Indexer(config)
 
     def q_latent(self, hidden: Tensor) -> Tensor:
-        """[N, q_lora_rank]: input of the query heads and of the indexer."""
+        """[N, q_lora_rank] latent of the query, also the input of the indexer."""
         return ops.rms_norm(self.wq_a(hidden), self.q_norm.weight, self.config.rms_norm_eps)
 
     def query(self, q_latent: Tensor, angles: Angles) -> Tensor:
-        """[N, H, D], each head normed without a weight, rotated."""
+        """[N, H, D] rotated queries, each head normed without a weight."""
         heads = self.wq_b(q_latent).unflatten(-1, (self.num_heads, self.config.head_dim))
         return ops.norm_rope(heads, None, self.config.rms_norm_eps, angles.cos, angles.sin)
 
@@ -158,12 +158,12 @@ class Attention(nn.Module):
         )
 
     def keys(self, hidden: Tensor, angles: Angles) -> Tensor:
-        """[N, D]: one vector per token that is key and value of every head, as `store_keys` would write it."""
+        """[N, D], one vector per token that is both key and value of every head, as `store_keys` would write it."""
         kv = self.wkv(hidden)
         return self.stored(ops.norm_rope(kv, self.kv_norm.weight, self.config.rms_norm_eps, angles.cos, angles.sin))
 
     def stored(self, keys: Tensor) -> Tensor:
-        """Keys as the cache keeps them: rounded to FP8 outside the rotary part where the model asks for it."""
+        """Keys as the cache stores them: rounded to FP8 outside the rotary part where the model was trained so."""
         if not self.config.kv_fake_quant:
             return keys
         return ops.fake_quant_fp8(keys, self.config.head_dim - self.config.qk_rope_head_dim)
@@ -177,7 +177,7 @@ class Attention(nn.Module):
 
 
 class Gate(nn.Module):
-    """Router: by table in the first layers, by score and bias in the others (specification 2.6)."""
+    """Router: by token id in the first layers, by score and bias in the others (docs/model.md, Experts)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Gate(nn.Module):
         self.tid2eid: Tensor | None = None
         if layer < config.num_hash_layers:
             table = torch.empty(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64)
-            del self.tid2eid  # a buffer takes its place
+            del self.tid2eid  # replaced by a buffer
             self.register_buffer("tid2eid", table)
         else:
             self.bias = empty(config.n_routed_experts, dtype=torch.float32)
@@ -208,7 +208,7 @@ class Gate(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The expert every token takes, its width split over ranks."""
+    """The expert of every token, its width split over ranks."""
 
     def __init__(self, config: ModelConfig, group: ParallelGroup) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class SharedExpert(nn.Module):
 class Experts(nn.Module):
     """This rank's routed experts, stacked so that one product can serve several.
 
-    Those that stay as a checkpoint quantised them have scales too (`checkpoint/stored.py`).
+    Experts kept in their quantised form have scales too (`checkpoint/stored.py`).
     """
 
     w13_scale: nn.Parameter | None
@@ -253,7 +253,7 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config, group)
 
     def forward(self, hidden: Tensor, token_ids: Tensor, padding: Tensor | None = None) -> Tensor:
-        """[N, d] -> [N, d]. Rows that `padding` [N] marks have no experts read for them."""
+        """[N, d] -> [N, d]; no experts are read for rows marked by `padding` [N]."""
         weights, chosen = self.gate(hidden, token_ids, padding)
         experts = self.experts
         routed = ops.moe(
@@ -268,12 +268,12 @@ class MoE(nn.Module):
             experts.w13_scale,
             experts.w2_scale,
         )
-        # Rounded once, behind the sum: ranks add up float32.
+        # Ranks add up float32, and the sum is rounded once.
         return self.group.sum(routed + self.shared_experts(hidden)).to(hidden.dtype)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MoE, each between an mHC read and write: a target layer or a draft stage."""
+    """Attention and MoE, each between a hyper-connection read and write: a target layer or a draft stage."""
 
     def __init__(self, config: ModelConfig, layer: int, group: ParallelGroup) -> None:
         super().__init__()
@@ -294,7 +294,7 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """streams [N, m, d] -> [N, m, d]; `attend` is the attention sublayer on normed rows [N, d].
 
-        `padding` [N] (bool) marks rows whose results are not used.
+        `padding` [N] (bool) marks rows whose results are unused.
         """
         config = self.config
 

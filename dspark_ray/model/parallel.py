@@ -1,4 +1,4 @@
-"""Tensor parallelism: who holds what, and the sums in between."""
+"""Tensor parallelism: how units are split over ranks, and sums over ranks (docs/model.md, Tensor parallelism)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def split_range(total: int, size: int, rank: int) -> tuple[int, int]:
-    """[start, stop) of `total` units that `rank` of `size` holds; the first ranks take the remainder."""
+    """[start, stop) of `total` units for `rank` of `size`; the first ranks take the remainder."""
     share, rest = divmod(total, size)
     start = rank * share + min(rank, rest)
     return start, start + share + (rank < rest)
@@ -29,12 +29,12 @@ class ParallelGroup:
         return split_range(total, self.size, self.rank)
 
     def share(self, total: int) -> int:
-        """How many of `total` units this rank holds."""
+        """This rank's number of `total` units."""
         start, stop = self.range(total)
         return stop - start
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in float32 as the official program does; in place where it can be."""
+        """Sum over ranks, in float32 as in the official program; may overwrite x."""
         if self.size == 1:
             return x
         total = x.float().contiguous()
@@ -42,7 +42,7 @@ class ParallelGroup:
         return total.to(x.dtype)
 
     def gather_to_first(self, x: Tensor) -> list[Tensor] | None:
-        """The ranks' tensors (same shape everywhere) on rank 0; None elsewhere."""
+        """The tensors of all ranks (equal shapes) on rank 0; None on other ranks."""
         if self.size == 1:
             return [x]
         x = x.contiguous()

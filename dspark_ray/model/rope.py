@@ -1,4 +1,4 @@
-"""Rotary angles: plain for sliding layers and draft stages, YaRN for compressed layers (specification 1.2)."""
+"""Rotary angles: plain in sliding layers and draft stages, YaRN in compressed layers (docs/model.md, Attention)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dspark_ray.config import ModelConfig, RopeScaling
 
 @dataclass(frozen=True)
 class Angles:
-    """cos and sin [N, Dr/2] in float32 of N positions."""
+    """cos and sin [N, Dr/2], float32, of N positions."""
 
     cos: Tensor
     sin: Tensor
@@ -37,7 +37,7 @@ def inverse_frequencies(rotary_dims: int, theta: float, scaling: RopeScaling | N
 
 
 class Rope:
-    """The two frequency tables of a model; `main` turns sliding layers, `compressed` all others."""
+    """The two frequency tables of a model: `main` for sliding layers, `compressed` for all others."""
 
     def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
         dims = config.qk_rope_head_dim

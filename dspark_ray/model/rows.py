@@ -1,19 +1,19 @@
-"""What one forward works on: the flattened rows of many sequences, and where each finds its keys.
+"""Input of one forward: the flattened rows of many sequences, and the index of each row's keys.
 
-Cache tensors that slide (window keys, raw compressor rows) are pools: a ring per sequence, then staging.
+Window keys and raw compressor rows are kept in pools: a ring per sequence, then staging.
 
     pool    | ring of slot 0 | ring of slot 1 | ... | staging: one place per row of a forward |
 
-A block (an anchor and its drafts) writes its rows into its ring, at position mod ring length, and reads afterwards: the
-ring is long enough that nothing still needed is overwritten. A longer segment (a chunk of a prompt) may be longer than
-its ring. Its rows are written to staging, keys before its start come from the ring, and when everything has
-been read, its last rows move into the ring:
+A verify block (an anchor and its drafts) writes its rows into its ring, at position mod ring length, before it reads;
+the ring is long enough to keep all rows still needed. A longer segment (a chunk of a prompt) may exceed its ring. Its
+rows are written to staging, keys before its start are read from the ring, and after the reads its last rows move into
+the ring:
 
     positions      start-W+1 ........ start-1 | start ........ start+n-1
     where          the ring, by p mod ring    | staging, by row of the forward
 
-Only integers of the segments come from the host. The indices are worked out on the device that needs them, once per
-forward, and every layer of a kind shares them.
+The host sends the integers of the segments only. Indices are computed on the device, once per forward, and shared by
+all layers of a kind (docs/model.md, Rows and positions).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Moves:
-    """Rows to move from staging to the rings when all layers' reads of a pool are done."""
+    """Rows to move from staging to the rings once a layer has read its pool."""
 
     sources: Tensor
     """[s] pool rows"""
@@ -56,24 +56,24 @@ class Moves:
 
 @dataclass(frozen=True)
 class PoolIndex:
-    """How rows meet a pool: where each is written, and which keys are read afterwards."""
+    """Indices into a pool: where each row is written, and the keys that are read afterwards."""
 
     slot_mapping: Tensor
     """[N] pool row that each row is written to."""
     keys: Tensor
     """[Q, K] pool rows, oldest first, -1 where there is no key."""
     moves: Moves | None
-    """None where every segment is a block."""
+    """None where every segment is a verify block."""
 
 
 @dataclass(frozen=True)
 class CompressIndex:
-    """Entries of one compression ratio: those that close in this forward, and those each row may see."""
+    """Entries of one compression ratio: those that close in this forward, and those visible to each row."""
 
     pool: PoolIndex
-    """keys [E, coff*r] are the raw rows that each of the E closing entries pools."""
+    """keys [E, S] are the raw rows that each of the E closing entries pools; S is r, or 2r in CSA."""
     store_entries: Tensor
-    """[E] flat entries written, -1 for none."""
+    """[E] flat entries to write, -1 for none."""
     entry_positions: Tensor
     """[E] position of each entry's first token."""
     visible: Tensor
@@ -92,32 +92,32 @@ class Rows:
     compressed: dict[int, CompressIndex]
     """By compression ratio."""
     padding: Tensor | None = None
-    """[N] bool: rows that only fill up a recorded step, and need no experts; None where there are none."""
+    """[N] bool: rows that fill up a recorded step and need no experts; None without padding."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The rows of a forward as integers on one device, from which every index follows."""
+    """The rows of a forward as integers on one device, from which all indices are computed."""
 
     token_ids: Tensor
     """[N]"""
     positions: Tensor
     """[N]"""
     slots: Tensor
-    """[N] ring of each row's sequence"""
+    """[N] slot of each row's sequence, which is also its ring"""
     owners: Tensor
     """[N] row of `pages`"""
     pages: Tensor
     """[R, P]"""
     staged_from: Tensor | None
-    """[N] position from which on the row's sequence is in staging, beyond every position for a block; None if all
-    are blocks."""
+    """[N] first position of the row's sequence that is in staging, NOT_STAGED in verify blocks; None if all segments
+    are verify blocks."""
     padding: Tensor | None = None
-    """[N] bool: rows of no sequence; None where there are none."""
+    """[N] bool: rows of no sequence; None without padding."""
 
 
 def build_rows(segments: SequenceOf[Segment], shape: CacheShape, device: torch.device | str = "cpu") -> Rows:
-    """Flatten `segments` and work out every index of the forward."""
+    """Flatten `segments` and compute all indices of the forward."""
     flat = _Flat.of(segments, shape)
 
     def tensor(array: np.ndarray) -> Tensor:
@@ -162,7 +162,7 @@ class _Flat:
     owners: np.ndarray
     pages: np.ndarray
     ends: np.ndarray
-    """Position behind the row's segment."""
+    """[N] first position after the row's segment."""
     staged_from: np.ndarray | None
 
     @staticmethod
@@ -187,17 +187,17 @@ class _Flat:
         )
 
     def kept_from(self, ring: int) -> np.ndarray:
-        """[N] position from which on a staged segment's rows survive in its ring; never, in blocks."""
+        """[N] first position whose row is kept in the ring after a staged segment; NOT_STAGED in verify blocks."""
         assert self.staged_from is not None
         return np.where(self.staged_from == NOT_STAGED, NOT_STAGED, self.ends - ring)
 
 
 NOT_STAGED = 2**62
-"""Beyond every position."""
+"""Larger than every position."""
 
 
 def window_index(layout: Layout, shape: CacheShape, moves: Moves | None) -> PoolIndex:
-    """The sliding window of every row."""
+    """Index of every row's sliding window."""
     rows = torch.arange(len(layout.positions), device=layout.positions.device)
     return _pool_index(layout, shape, rows, shape.window, shape.window_ring, moves)
 
@@ -205,9 +205,10 @@ def window_index(layout: Layout, shape: CacheShape, moves: Moves | None) -> Pool
 def compress_index(
     layout: Layout, shape: CacheShape, ratio: int, closing: Tensor, num_visible: int, moves: Moves | None
 ) -> CompressIndex:
-    """Entries of `ratio`; `closing` [E] are the rows looked at for entries to write: at least all that end a window.
+    """Index of the entries of `ratio`.
 
-    `num_visible` is the most entries that any row sees.
+    `closing` [E] are rows checked for an entry to write, and include every row that ends a window; `num_visible` is the
+    largest number of entries that a row sees.
     """
     entries_per_page = shape.page_size // ratio
     positions = layout.positions[closing]
@@ -220,7 +221,7 @@ def compress_index(
         pool=_pool_index(layout, shape, closing, shape.pooled_rows[ratio], shape.raw_rings[ratio], moves),
         store_entries=torch.where((positions + 1) % ratio == 0, stored, -1),
         entry_positions=entry * ratio,
-        # An entry is visible to a position iff its last token is not younger.
+        # An entry is visible from the position of its last token on.
         visible=torch.where(window < counts, visible[layout.owners], -1),
     )
 
@@ -228,7 +229,7 @@ def compress_index(
 def _pool_index(
     layout: Layout, shape: CacheShape, readers: Tensor, num_keys: int, ring: int, moves: Moves | None
 ) -> PoolIndex:
-    """Where all rows are written; the `num_keys` positions up to each of the rows `readers` [Q] as pool rows."""
+    """Write index of all rows; read index of the `num_keys` positions up to each of the rows `readers` [Q]."""
     offsets = torch.arange(1 - num_keys, 1, device=readers.device)
     positions, slots = layout.positions[readers].unsqueeze(1), layout.slots[readers].unsqueeze(1)
     wanted = positions + offsets

@@ -1,7 +1,7 @@
-"""Operations of a DSpark round. `dspark_kernels.<op>` is what the engine calls.
+"""Operations of a DSpark round, called as `dspark_kernels.<op>`.
 
-Each is a plain-torch function of `reference.py` and a kernel of the same name and signature in `gpu/`. CPU tensors take
-the reference. CUDA tensors take the kernel, except where an argument's gradient is recorded: kernels have none.
+Each is a plain-torch function in `reference.py` and a kernel of the same name and signature in `gpu/`. CPU tensors use
+the reference, CUDA tensors the kernel, except where an argument's gradient is recorded: kernels have no gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def has_kernels(tensor: Tensor) -> bool:
 def takes_kernel(tensor: Tensor, *others: object) -> bool:
     """Whether an operation with these arguments runs as a kernel.
 
-    That gradients could be recorded decides nothing: a caller that forgets `torch.inference_mode` still gets kernels.
+    Enabled gradients alone do not count: a caller without `torch.inference_mode` still gets kernels.
     """
     if not has_kernels(tensor):
         return False
@@ -39,7 +39,7 @@ def takes_kernel(tensor: Tensor, *others: object) -> bool:
 
 
 def _operation(reference_op: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """The operation that decides by its first argument, a tensor, where it runs."""
+    """An operation that runs where its first argument, a tensor, is."""
     kernel: Callable[_Arguments, _Result] | None = None
 
     @wraps(reference_op)
@@ -48,7 +48,7 @@ def _operation(reference_op: Callable[_Arguments, _Result]) -> Callable[_Argumen
         if not takes_kernel(*args, *kwargs.values()):  # type: ignore[arg-type]
             return reference_op(*args, **kwargs)
         if kernel is None:
-            # Triton is imported when a kernel is wanted, and not on machines that have none.
+            # Triton is imported with the first kernel call, so that machines without a GPU do not need it.
             from . import gpu
 
             kernel = getattr(gpu, reference_op.__name__)

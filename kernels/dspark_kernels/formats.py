@@ -1,13 +1,13 @@
-"""How quantised numbers are stored: weights (layout specification, section 3), keys and activations.
+"""Storage formats of quantised weights, keys and activations (docs/model.md, Quantisation).
 
 FP8 weight   E4M3, one power-of-two scale per tile of 128 x 128 (output x input channels)
 FP4 weight   two E2M1 codes per byte, low nibble first, one power-of-two scale per output channel and 32 inputs
 packed key   bytes: E4M3 outside the rotary part, the rotary part as bfloat16, one E8M0 scale per 64 of the former
-activation   E4M3 with one power-of-two scale per row and 128 channels; never stored, only rounded to
+activation   rounded to E4M3 with one power-of-two scale per row and 128 channels; never stored
 
-Scales are E8M0 bytes. Kernels shift a byte into the exponent of a float32 (or bfloat16), which is what `decode_scale`
-does for the bytes 1 .. 254 that checkpoints hold. Byte 0 is 2^-127 here and 0 in kernels, byte 255 NaN here and inf
-there.
+Scales are E8M0 bytes. Kernels shift a byte into the exponent of a float32 (or bfloat16), which equals `decode_scale`
+for the bytes 1 .. 254 that checkpoints hold. Byte 0 is 2^-127 here and 0 in kernels, byte 255 is NaN here and inf in
+kernels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def decode_scale(scale: Tensor) -> Tensor:
     """Scales as float32: E8M0 bytes b mean 2^(b-127) and 255 is NaN; other dtypes are plain numbers."""
     if scale.dtype != torch.float8_e8m0fnu:
         return scale.float()
-    # The bytes, because arithmetic on this dtype is missing on several devices.
+    # Via bytes, because several devices lack arithmetic on this dtype.
     exponent = scale.view(torch.uint8).to(torch.int32) - _E8M0_BIAS
     value = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
     return torch.where(exponent == 255 - _E8M0_BIAS, torch.nan, value)
@@ -104,7 +104,7 @@ def _encode_exponent(exponent: Tensor) -> Tensor:
 
 
 def round_fp8(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """(E4M3 values [..., groups, group_size], float32 scales [..., groups, 1]) of x, as the official program rounds.
+    """(E4M3 values [..., groups, group_size], float32 scales [..., groups, 1]) of x, as in the official program.
 
     Scales are powers of two, of at least 1e-4 / 448.
     """

@@ -1,7 +1,8 @@
 """Counter-based noise: Philox-4x32-10 (Salmon et al., SC 2011), the same bits on every device and rank.
 
-A draw is addressed, never consumed: (seed, stream, position, token id) names it, so the drafter, every
-tensor-parallel rank and a replay of the request all see the same number without exchanging any state.
+A number is addressed by (seed, stream, position, token id) instead of drawn from a state, so the drafter, every
+tensor-parallel rank and a replay of the request compute the same number without communication (docs/dspark.md, Noise
+by address).
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor
 
 STREAM_SAMPLE = 0
-"""Noise that picks a token: shared by drafter and verifier in coupled verification."""
+"""Noise of the target's tokens, shared with the drafter in coupled verification."""
 STREAM_DRAFT = 1
-"""Draft tokens in rejection verification, which must not share noise with anything else."""
+"""Noise of drafts in rejection verification, which must be independent of all other noise."""
 STREAM_ACCEPT = 2
-"""The uniform of the accept test."""
+"""Uniforms of the acceptance test."""
 STREAM_RECOVER = 3
-"""Sampling from the residual after a rejection."""
+"""Noise of the draw from the residual after a rejection."""
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -62,14 +63,14 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tenso
 def _uniform(seeds: Tensor, positions: Tensor, stream: int, first_id: int, num_ids: int) -> Tensor:
     """[N, num_ids] float64 in (0, 1), exact in 32 random bits each, for seeds, positions [N]."""
     # Four ids share one call: id // 4 is a counter word, id % 4 picks the output word.
-    first_block, last_block = first_id // 4, (first_id + num_ids + 3) // 4
-    blocks = torch.arange(first_block, last_block, device=seeds.device)
+    first_call, last_call = first_id // 4, (first_id + num_ids + 3) // 4
+    calls = torch.arange(first_call, last_call, device=seeds.device)
     position, seed = positions.long().unsqueeze(1), seeds.long().unsqueeze(1)
     words = philox_4x32(
-        (blocks, position & _MASK, (position >> 32) & _MASK, torch.full_like(blocks, stream)),
+        (calls, position & _MASK, (position >> 32) & _MASK, torch.full_like(calls, stream)),
         (seed & _MASK, (seed >> 32) & _MASK),
     )
-    offset = first_id - 4 * first_block
+    offset = first_id - 4 * first_call
     bits = torch.stack(words, dim=-1).flatten(1)[:, offset : offset + num_ids]
     return (bits.double() + 0.5) * 2.0**-32
 
@@ -84,5 +85,5 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, stream: int, first_id: int, n
 
     seeds, positions [N] int64. argmax(logits + noise) is a draw from softmax(logits).
     """
-    # Logarithms in float64: libraries differ in their last bit, which rounding to float32 hides.
+    # Logarithms in float64, because libraries differ in the last bit; rounding to float32 hides that.
     return -(-_uniform(seeds, positions, stream, first_id, num_ids).log()).log().float()

@@ -1,4 +1,4 @@
-"""The operations of a DSpark round in plain torch: what every kernel of the same name must reproduce.
+"""The operations of a DSpark round in plain torch; the kernel of the same name must reproduce each.
 
 Functions allocate their results, except the three that write the cache (`store_window`, `store_raw`, `compress`).
 They compute in float32 where the official program does; activations keep the dtype they came in.
@@ -24,7 +24,7 @@ from .formats import (
 )
 from .philox import STREAM_ACCEPT, STREAM_RECOVER, STREAM_SAMPLE, gumbel_noise, uniform_noise
 
-# Below both, computing every expert for every row costs less than the launches that choosing would take.
+# Up to both, computing every expert for every row costs less than launching a product per chosen expert.
 _DENSE_MAX_EXPERTS, _DENSE_MAX_ROWS = 16, 64
 
 
@@ -37,10 +37,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """Rotate adjacent pairs of the last `2 * cos.shape[-1]` channels of x [N, ..., D] by angles cos/sin [N, Dr/2].
 
-    Source: DeepSeek-V4 specification 1.2 (interleaved pairs, rotary part last, float32 arithmetic).
+    Interleaved pairs, rotary part last, float32 arithmetic. See docs/model.md, Attention.
     """
     rotary_dims = 2 * cos.shape[-1]
-    # A pair is a complex number, and turning it is one product.
+    # A pair is a complex number, and its rotation one product.
     turn = torch.complex(cos, -sin if inverse else sin)
     turn = turn.view(len(turn), *(1,) * (x.dim() - 2), turn.shape[-1])
     plain, rotary = x.split((x.shape[-1] - rotary_dims, rotary_dims), dim=-1)
@@ -70,11 +70,11 @@ def mhc_read(
     eps: float,
     rms_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Collapse residual streams [N, m, d] to a sublayer input and the two mixes that `mhc_write` needs.
+    """Collapse residual streams [N, m, d] to a sublayer input, and compute the two mixes for `mhc_write`.
 
     fn [(2+m)m, m*d], base [(2+m)m], scale [3], all float32; norm [d] is the weight of the sublayer's own RMS norm.
-    Returns (u [N, d] normed, in the streams' dtype, post [N, m] float32, comb [N, m, m] float32, doubly stochastic).
-    Source: DeepSeek-V4 specification 2.1 (one row softmax, `iters` column steps, `iters - 1` row steps).
+    Returns (u [N, d] normed, in the streams' dtype, post [N, m] float32, comb [N, m, m] float32, doubly stochastic:
+    one row softmax, `iters` column steps, `iters - 1` row steps). See docs/model.md, Hyper-connections.
     """
     m = streams.shape[-2]
     _, z = _mhc_project(streams, fn, rms_eps)  # [N, (2+m)*m]
@@ -91,13 +91,13 @@ def mhc_read(
 
 
 def mhc_write(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """X'_k = post_k * out + sum_j comb[j, k] X_j: put a sublayer's output [N, d] back into the streams [N, m, d]."""
+    """X'_k = post_k * out + sum_j comb[j, k] X_j: write a sublayer's output [N, d] into the streams [N, m, d]."""
     kept = torch.bmm(comb.transpose(1, 2), streams.float())
     return torch.addcmul(kept, post.unsqueeze(-1), out.float().unsqueeze(1)).to(streams.dtype)
 
 
 def mhc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float) -> Tensor:
-    """Collapse streams [N, m, d] to [N, d] in front of a final norm (no mixes, no Sinkhorn)."""
+    """Collapse streams [N, m, d] to [N, d] before a final norm (no mixes, no Sinkhorn)."""
     _, z = _mhc_project(streams, fn, rms_eps)
     weights = torch.sigmoid(z * scale + base) + eps
     return torch.bmm(weights.unsqueeze(1), streams.float()).squeeze(1).to(streams.dtype)
@@ -106,7 +106,7 @@ def mhc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: floa
 def fake_quant_fp8(x: Tensor, num_channels: int, group_size: int = KEY_GROUP) -> Tensor:
     """Round the first `num_channels` of x's last dimension to E4M3 with a power-of-two scale per `group_size`.
 
-    Source: KV rounding of the official program (DSpark module specification, section 4).
+    This is the key rounding of the official program. See docs/model.md, Quantisation.
     """
     head, tail = x.split((num_channels, x.shape[-1] - num_channels), dim=-1)
     values, scale = round_fp8(head, group_size)
@@ -123,10 +123,10 @@ def store_window(
     slot_mapping: Tensor,
     quantise: bool = False,
 ) -> None:
-    """Write keys of N tokens into rows slot_mapping [N] of `pool`: norm, rotation, and rounding to FP8 where asked for.
+    """Norm and rotate keys of N tokens, round them to FP8 with `quantise`, write them to rows slot_mapping [N].
 
-    kv [N, D] as projected; pool [P, D], or uint8 [P, packed_key_bytes], which holds the rounded values themselves.
-    Source: DeepSeek-V4 specification 2.2 and 5.
+    kv [N, D] as projected; pool [P, D], or uint8 [P, packed_key_bytes], which always holds rounded values.
+    See docs/model.md, Attention and KV cache.
     """
     _store_keys(norm_rope(kv, weight, eps, cos, sin), pool, slot_mapping, 2 * cos.shape[-1], quantise)
 
@@ -143,7 +143,7 @@ def store_raw(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, pool: Te
     """Write compressor rows of N tokens: pool[slot_mapping] = [kv | gate + ape[position mod ratio]] in float32.
 
     kv, gate [N, C]; ape [ratio, C] float32; pool [P, 2C] float32; positions, slot_mapping [N].
-    Source: DeepSeek-V4 specification 2.3.
+    See docs/model.md, Compression.
     """
     pool[slot_mapping] = torch.cat((kv.float(), gate.float() + ape[positions % len(ape)]), dim=-1)
 
@@ -152,7 +152,7 @@ def softmax_pool(kv: Tensor, gate: Tensor, valid: Tensor | None = None) -> Tenso
     """Pool raw rows kv, gate [E, S, D] into [E, D] by a softmax over the S rows, channel by channel.
 
     `valid` [E, S] marks the rows that exist; the others may hold anything, NaN included.
-    Source: DeepSeek-V4 specification 2.3.
+    See docs/model.md, Compression.
     """
     if valid is not None:
         gate = torch.where(valid.unsqueeze(-1), gate, float("-inf"))
@@ -161,7 +161,7 @@ def softmax_pool(kv: Tensor, gate: Tensor, valid: Tensor | None = None) -> Tenso
 
 
 def overlapping(rows: Tensor) -> Tensor:
-    """Of rows [E, 2r, 2D], series A (first D channels) of the first r, then series B of the others: [E, 2r, D]."""
+    """[E, 2r, D] of rows [E, 2r, 2D]: series A (first D channels) of the first r rows, series B of the others."""
     first, second = rows.chunk(2, dim=1)
     width = rows.shape[-1] // 2
     return torch.cat((first[..., :width], second[..., width:]), dim=1)
@@ -178,13 +178,13 @@ def compress(
     store_entries: Tensor,
     quantise: bool = False,
 ) -> None:
-    """Write entries of E closing windows: pool their raw rows, norm, rotate, round to FP8 where asked for.
+    """Write entries of E closing windows: pool their raw rows, norm, rotate, round to FP8 with `quantise`.
 
-    pool [P, 2C] float32 as `store_raw` writes it; index [E, S] its rows of each window, -1 before the text begins;
+    pool [P, 2C] float32 as `store_raw` writes it; index [E, S] its rows of each window, -1 before position 0;
     C is D, or 2D where windows overlap (S = 2r: series A of the first r rows, series B of the others).
     weight [D] of the norm; cos, sin [E, Dr/2] of each window's first token. entries [Q, D] or uint8 packed;
     store_entries [E] its rows to write, -1 for a window that does not close.
-    Source: DeepSeek-V4 specification 2.3.
+    See docs/model.md, Compression.
     """
     closes = store_entries >= 0
     if not closes.all():
@@ -199,12 +199,12 @@ def compress(
 
 
 def indexer_topk(query: Tensor, head_weights: Tensor, keys: Tensor, entry_index: Tensor, topk: int) -> Tensor:
-    """Choose the `topk` best-scoring visible entries of every row.
+    """Choose the `topk` visible entries of every row with the highest scores.
 
     query [N, Hi, Di], head_weights [N, Hi], keys [P, Di], entry_index [N, K] into keys, -1 behind the visible ones.
     score = sum over h of head_weights[h] * relu(query[h] . key). Ties go to the earlier entry.
     Returns [N, min(topk, K)] of entry_index's values in their order, -1 behind them where a row sees fewer.
-    Source: DeepSeek-V4 specification 2.5.
+    See docs/model.md, Indexer.
     """
     gathered = keys[entry_index.clamp_min(0)].to(query.dtype)  # [N, K, Di]
     scores = torch.einsum("nhd,nkd->nhk", query, gathered).float().relu()
@@ -230,7 +230,7 @@ def sparse_attention(
     window_index [N, Kw] points into window_keys [P, D], entry_index [N, Ke] into entry_keys [Q, D]; -1 is no key, and
     in entry_index stands behind all keys. Keys may be packed (uint8). `sink` [H] is one more logit that only enters
     the denominator. With cos, sin [N, Dr/2] the results' last Dr channels are rotated back by those angles.
-    Returns [N, H, D]. Source: DeepSeek-V4 specification 2.2.
+    Returns [N, H, D]. See docs/model.md, Attention.
     """
     head_dim, rotary_dims = query.shape[-1], 0 if cos is None else 2 * cos.shape[-1]
     keys, index = _chosen(window_keys, window_index, head_dim, rotary_dims).to(query.dtype), window_index
@@ -238,7 +238,7 @@ def sparse_attention(
         entries = _chosen(entry_keys, entry_index, head_dim, rotary_dims).to(query.dtype)
         keys, index = torch.cat((keys, entries), dim=1), torch.cat((index, entry_index), dim=1)
     missing = index < 0  # [N, K]
-    keys = keys.masked_fill(missing.unsqueeze(2), 0.0)  # a slot nobody wrote may hold NaN
+    keys = keys.masked_fill(missing.unsqueeze(2), 0.0)  # an unwritten row may hold NaN
     logits = torch.bmm(query, keys.transpose(1, 2)).float() * softmax_scale
     logits = logits.masked_fill(missing.unsqueeze(1), float("-inf"))
     logits = torch.cat((logits, sink.float().view(1, -1, 1).expand(len(query), -1, 1)), dim=-1)
@@ -250,7 +250,7 @@ def sparse_attention(
 
 
 def _chosen(keys: Tensor, index: Tensor, head_dim: int, rotary_dims: int) -> Tensor:
-    """keys [P, D], or packed ones, at index [N, K]: [N, K, D], anything where the index is -1."""
+    """[N, K, D] of keys [P, D], or packed keys, at index [N, K]; arbitrary where the index is -1."""
     rows = keys.index_select(0, index.clamp_min(0).flatten())
     if keys.dtype == torch.uint8:
         rows = unpack_keys(rows, head_dim, rotary_dims)
@@ -267,12 +267,12 @@ def route(
     norm: bool,
     padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose experts: by `hash_experts` [N, top_k] where given, else the best of score + bias.
+    """Choose experts: `hash_experts` [N, top_k] where given, else those with the highest score + bias.
 
-    Rows that `padding` [N] (bool) marks choose expert -1, which is none; their weights may be anything.
+    Rows marked by `padding` [N] (bool) get expert -1, which is none, and arbitrary weights.
 
-    Returns (weights [N, top_k] float32, experts [N, top_k]). Chosen experts are distinct and in range whatever the
-    scores are: NaN counts as one of the best, and makes weights NaN. Source: DeepSeek-V4 specification 2.6.
+    Returns (weights [N, top_k] float32, experts [N, top_k]). Chosen experts are distinct and in range for any scores;
+    NaN counts as a highest score, and makes weights NaN. See docs/model.md, Experts.
     """
     scores = F.softplus(F.linear(hidden.float(), gate.float())).sqrt()
     if hash_experts is not None:
@@ -291,9 +291,9 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x [N, in] times an FP8 weight [out, in] with block scales; x is rounded to FP8 per 128 channels first.
+    """x [N, in] times an FP8 weight [out, in] with one scale per tile; x is first rounded to FP8 per 128 channels.
 
-    Returns [N, out] in x's dtype. Source: DSpark module specification 3.2 and 4.
+    Returns [N, out] in x's dtype. See docs/model.md, Quantisation.
     """
     rounded = _rounded_activations(x)
     return F.linear(rounded.float(), dequantise_fp8(weight, scale)).to(x.dtype)
@@ -324,12 +324,12 @@ def moe(
     """Routed experts of rows hidden [N, d]: sum over k of weights[:, k] * expert(experts[:, k]).
 
     w13 [E, 2I, d] holds the gate rows first, w2 [E, d, I]: this rank's experts, numbers first_expert ..
-    first_expert + E - 1 of the layer's `num_experts`. The others belong to other ranks and add nothing, nor does
-    expert -1, which padding rows choose. Returns [N, d] in float32.
+    first_expert + E - 1 of the layer's `num_experts`. Experts of other ranks add nothing, nor does expert -1, which
+    padding rows have. Returns [N, d] in float32.
 
     Quantised weights come with scales: FP8 (E4M3, [E, ceil(2I/128), ceil(d/128)]) or FP4 (int8 [E, 2I, d/2] with
     scales [E, 2I, d/32]). Then the inputs of both products are rounded to FP8 per 128 channels, as the official
-    program does; I must be a multiple of 128 so that no block of scales holds gate and up rows.
+    program does; I must be a multiple of 128, so that no scale tile holds both gate and up rows.
     """
     check_expert_range(num_experts, first_expert, len(w13))
     if w13_scale is not None and w2_scale is not None:
@@ -340,7 +340,7 @@ def moe(
 
 
 def check_expert_range(num_experts: int, first_expert: int, num_local_experts: int) -> None:
-    """Raise ValueError where a rank's experts are not some of the layer's."""
+    """Raise ValueError unless a rank's experts are a part of the layer's."""
     last = first_expert + num_local_experts - 1
     if first_expert < 0 or last >= num_experts:
         raise ValueError(f"experts {first_expert} .. {last} of {num_experts}: expected some of 0 .. {num_experts - 1}")
@@ -355,7 +355,7 @@ def _moe_quantised(
     limit: float,
     first_expert: int,
 ) -> Tensor:
-    """One expert at a time, dequantised when somebody chose it."""
+    """One expert at a time, dequantised only if a row chose it."""
     out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     rounded = _rounded_activations(hidden).float()
     for expert in range(len(w13[0])):
@@ -392,10 +392,11 @@ def _moe_dense(
 def _moe_grouped(
     hidden: Tensor, weights: Tensor, experts: Tensor, w13: Tensor, w2: Tensor, limit: float, first_expert: int
 ) -> Tensor:
-    """Rows sorted by expert, one product per expert that anybody chose."""
+    """Rows sorted by expert, one product per chosen expert."""
     num_experts, top_k = w13.shape[0], experts.shape[1]
     local = experts.flatten() - first_expert
-    local = torch.where((local >= 0) & (local < num_experts), local, num_experts)  # the last stands for all others
+    # The number after the last local expert stands for experts of other ranks.
+    local = torch.where((local >= 0) & (local < num_experts), local, num_experts)
     order = local.argsort(stable=True)
     counts = torch.bincount(local, minlength=num_experts).tolist()
     out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
@@ -415,10 +416,11 @@ def _moe_grouped(
 def edit_logits(
     logits: Tensor, rows: Tensor, token_ids: Tensor, factors: Tensor, offsets: Tensor, first_id: int = 0
 ) -> Tensor:
-    """logits [n, V] with single ones changed: x -> (x / factor if x > 0 else x * factor) + offset.
+    """logits [n, V] with some of them changed: x -> (x / factor if x > 0 else x * factor) + offset.
 
     rows, token_ids, factors, offsets [m], each pair (row, token) at most once; the columns stand for token ids
-    first_id .. first_id + V - 1, and pairs outside of them belong to other ranks. Returns float32 [n, V].
+    first_id .. first_id + V - 1, and pairs of other token ids are ignored: they belong to other ranks. Returns
+    float32 [n, V].
     """
     local = (token_ids >= first_id) & (token_ids < first_id + logits.shape[1])
     where = (rows[local], token_ids[local] - first_id)
@@ -428,7 +430,7 @@ def edit_logits(
 
 
 def apply_temperature(logits: Tensor, temperatures: Tensor) -> Tensor:
-    """logits [n, V] / temperatures [n], where a temperature is not 0."""
+    """float32 logits [n, V] / temperatures [n]; rows with temperature 0 stay as they are."""
     divisors = torch.where(temperatures > 0, temperatures, 1.0)
     return logits.float() / divisors.float().unsqueeze(1)
 
@@ -438,7 +440,7 @@ def filter_threshold(
 ) -> Tensor:
     """[n] lowest logit, after temperature, that top_k, then top_p, then min_p keep in each row of logits [n, V].
 
-    top_k [n] int64, at most `widest_top_k` of which count; top_p, min_p [n] float64. The best token always stays. A
+    top_k [n] int64, limited to `widest_top_k`; top_p, min_p [n] float64. The best token always stays. A
     filter is a threshold: tokens that tie with a kept one stay, and how a device sorts equal logits does not matter.
     NaN for rows that hold NaN or +inf.
     """
@@ -447,16 +449,16 @@ def filter_threshold(
     last = top_k.clamp(max=width).unsqueeze(1) - 1
     lowest = torch.maximum(best.gather(1, last), _lowest_of_top_p(best, last, top_p.unsqueeze(1)))
     lowest = torch.maximum(lowest, best[:, :1] + min_p.log().float().unsqueeze(1))
-    return torch.where(best[:, :1] < torch.inf, lowest, torch.nan).squeeze(1)  # NaN is sorted before inf
+    return torch.where(best[:, :1] < torch.inf, lowest, torch.nan).squeeze(1)  # NaN sorts before inf
 
 
 def _lowest_of_top_p(best: Tensor, last: Tensor, top_p: Tensor) -> Tensor:
-    """[n, 1] the lowest logit among the fewest of the first last+1 tokens whose probability reaches top_p."""
+    """[n, 1] lowest logit of the smallest set of the first last+1 tokens whose probability reaches top_p."""
     outside = torch.arange(best.shape[1], device=best.device) > last
     probabilities = best.masked_fill(outside, -torch.inf).double().softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     count = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
-    # Rounding must not cut the tail of rows without top_p.
+    # In rows without top_p rounding must not cut the tail.
     return torch.where(top_p < 1, best.gather(1, count - 1), -torch.inf)
 
 
@@ -471,13 +473,13 @@ def gumbel_argmax(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One draw per row from a shard of the vocabulary: (values [n], token ids [n] int64, log-sum-exp [n]).
 
-    x = logits [n, V] / temperature, as it is at temperature 0. The value is the largest x + noise(seed, position,
+    x = logits [n, V] / temperature, or the logits at temperature 0. The value is the largest x + noise(seed, position,
     token id), without noise at temperature 0, among tokens with x >= threshold [n]; of equal ones the lowest id wins.
     The log-sum-exp is that of all x. Columns stand for token ids from first_id on. Values are float32.
 
-    A row that nothing can be drawn from has id -1. Where some x is NaN or +inf there is no softmax: the value is NaN,
-    which `argmax` over shards takes for the largest, and the log-sum-exp is not finite. Where no token that is kept has
-    x above -inf the value is -inf, and another shard may have a better one.
+    A row without a possible token has id -1. If some x is NaN or +inf there is no softmax: the value is NaN, which
+    `argmax` over shards takes for the largest, and the log-sum-exp is not finite. If no kept token has x above -inf
+    the value is -inf, and another shard may have a larger one.
     """
     scaled = apply_temperature(logits, temperatures)
     kept = scaled if threshold is None else scaled.masked_fill(scaled < threshold.unsqueeze(1), -torch.inf)
@@ -504,13 +506,13 @@ def markov_sample(
 ) -> tuple[Tensor, Tensor]:
     """Draft left to right: token k = argmax(x_k + noise), x_k = (base_logits[:, k] + W2 . W1[token k-1]) / temperature.
 
-    base_logits [R, G, V]; anchors [R] are the tokens before; w1, w2 [V, r]; temperatures, seeds [R]; positions [R]
-    of the first drafted token, whose noise is that of the target at the same positions. `filters` are the last four
-    arguments of `filter_threshold`, below which no token is taken. Returns (tokens [R, G] int64, log-sum-exp of x_k
-    [R, G] float32). Source: DSpark module specification 8.
+    base_logits [R, G, V]; anchors [R] are the previous tokens; w1, w2 [V, r]; temperatures, seeds [R]; positions [R]
+    of the first drafted token; the target has the same noise at the same positions. `filters` are the last four
+    arguments of `filter_threshold`; no token below the threshold is drafted. Returns (tokens [R, G] int64,
+    log-sum-exp of x_k [R, G] float32). See docs/dspark.md, Markov head.
 
-    Drafts are always token ids 0 .. V - 1, because they are verified: where logits hold NaN or +inf the draft is any of
-    them, and its log-sum-exp is not finite.
+    Drafts are always token ids 0 .. V - 1, because they are indices in verification: where logits hold NaN or +inf the
+    draft is an arbitrary token and its log-sum-exp is not finite.
     """
     num_requests, num_positions, vocab_size = base_logits.shape
     noise = None
@@ -537,9 +539,9 @@ def admit_prefixes(confidences: Tensor, limits: Tensor, thresholds: Tensor, budg
     """How many drafts of each request to verify: lengths [R] int64.
 
     survival = running product of confidences [R, G] in float64. The best `budget` (int64, no dimensions) of the
-    survivals at positions below limits [R] are admitted; of equal ones the earlier request, and within a request the
-    earlier position, comes first. Then positions with survival below thresholds [R] are dropped.
-    Source: paper 3.2.2 and 5.2.
+    survivals at positions below limits [R] are admitted; of equal ones the earlier request, then the earlier position,
+    is admitted first. Then positions with survival below thresholds [R] are dropped.
+    Source: DSpark paper, sections 3.2.2 and 5.2; docs/dspark.md, Schedules.
     """
     num_requests, gamma = confidences.shape
     survival = confidences.double().cumprod(-1)
@@ -555,10 +557,10 @@ def admit_prefixes(confidences: Tensor, limits: Tensor, thresholds: Tensor, budg
 def pack_rows(
     lengths: Tensor, anchors: Tensor, drafts: Tensor, starts: Tensor, num_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Flatten [anchor, first `length` drafts] of R requests into `num_rows` rows, of which the last may stay empty.
+    """Flatten [anchor, first `length` drafts] of R requests into `num_rows` rows, the last of which may be padding.
 
     lengths, anchors, starts (position of the anchor) [R]; drafts [R, G]; R + sum(lengths) <= num_rows.
-    Returns int64 (token_ids, positions, owners [num_rows], first_rows [R + 1]). Empty rows have token 0, position 0
+    Returns int64 (token_ids, positions, owners [num_rows], first_rows [R + 1]). Padding rows have token 0, position 0
     and owner -1; request r has rows first_rows[r] .. first_rows[r + 1] - 1.
     """
     first_rows = F.pad((lengths + 1).cumsum(0), (1, 0))
@@ -578,11 +580,11 @@ def pack_rows(
 
 
 def accept_coupled(row_tokens: Tensor, target_tokens: Tensor, first_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Which drafts stand, and the token behind them: (num_accepted [R], next_anchors [R]), both int64.
+    """Number of accepted drafts, and the token that follows them: (num_accepted [R], next_anchors [R]), both int64.
 
     Request r has rows first_rows[r] .. first_rows[r + 1] - 1 of row_tokens [N] (the anchor, then its drafts) and of
-    target_tokens [N] (what the target says behind each). A draft stands if it is what the target said before it and
-    all drafts before it stand. A request without rows accepts 0 and has next anchor -1.
+    target_tokens [N] (the target's token after each). A draft is accepted if it is the target's token of the row before
+    and all drafts before it are accepted. A request without rows accepts 0 and has next anchor -1.
     """
     if len(row_tokens) == 0:
         return _without_rows(first_rows)
@@ -590,18 +592,18 @@ def accept_coupled(row_tokens: Tensor, target_tokens: Tensor, first_rows: Tensor
     return num_accepted, _unless_empty(target_tokens[last_rows], first_rows)
 
 
-def _leading(stands: Tensor, first_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many of each request's drafts stand, the row behind which its next token is drawn), both [R].
+def _leading(matches: Tensor, first_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(number of accepted drafts of each request, the row that predicts its next token), both [R].
 
-    stands [N - 1] says of every row but the first whether the draft in it stands.
+    matches [N - 1] tells for every row but the first whether its draft passes its own test.
     """
-    num_rows, num_requests, device = len(stands) + 1, len(first_rows) - 1, stands.device
+    num_rows, num_requests, device = len(matches) + 1, len(first_rows) - 1, matches.device
     rows = torch.arange(1, num_rows, device=device)
     owners = torch.searchsorted(first_rows, rows, right=True) - 1
     owner = owners.clamp(0, num_requests - 1)
-    falls = (owners == owner) & ~stands & (rows > first_rows[owner])
-    # The first row that falls, or the end: what lies between it and the anchor is accepted.
-    ends = first_rows[1:].clone().scatter_reduce(0, owner[falls], rows[falls], "amin")
+    rejected = (owners == owner) & ~matches & (rows > first_rows[owner])
+    # The rows between the anchor and the first rejected row, or the end, are accepted.
+    ends = first_rows[1:].clone().scatter_reduce(0, owner[rejected], rows[rejected], "amin")
     num_accepted = (ends - first_rows[:-1] - 1).clamp_min(0)
     return num_accepted, (first_rows[:-1] + num_accepted).clamp(max=num_rows - 1)
 
@@ -627,15 +629,16 @@ def accept_rejection(
 ) -> tuple[Tensor, Tensor]:
     """Speculative sampling over ragged rows: (num_accepted [R], next_anchors [R]), both int64.
 
-    Rows as in `accept_coupled`; logits [N, V] are the target's behind each row, processed and filtered; positions [N]
-    those of the tokens that the rows predict; seeds [R]. q_probabilities [N, K] over q_ids are what the draft in the
-    NEXT row was drawn from; those of a request's last row are not read. A draft stands where u * q(draft) <
-    p(draft); behind the first that falls comes a draw from max(p - q, 0), behind all of them one from p. The test, the
-    recovery and the token behind the last draft have a noise stream each, so that none share a number. A request
+    Rows as in `accept_coupled`; logits [N, V] are the target's in each row, processed and filtered; positions [N] are
+    of the tokens that the rows predict; seeds [R]. q_probabilities [N, K] over q_ids are the distribution that the
+    draft in the NEXT row was drawn from; those of a request's last row are not read. A draft is accepted where
+    u * q(draft) < p(draft). The next token is drawn from max(p - q, 0) after a rejection, else from p. The test, the
+    recovery and the token after the last draft have a noise stream each, so that none share a number. A request
     without rows accepts 0 and has next anchor -1.
 
-    A row that holds NaN or +inf, or nothing above -inf, has no softmax: no draft behind it stands, and a request that
-    would be drawn from it has next anchor -1. Where a q of a row is NaN the draft falls, and p itself is drawn from.
+    A row that holds NaN or +inf, or nothing above -inf, has no softmax: no draft after it is accepted, and a request
+    whose next token it predicts has next anchor -1. Where a q of a row is NaN the draft is rejected, and the next token
+    is drawn from p.
     """
     if len(row_tokens) == 0:
         return _without_rows(first_rows)
@@ -643,7 +646,7 @@ def accept_rejection(
     owners = torch.searchsorted(first_rows, torch.arange(len(p), device=p.device), right=True) - 1
     row_seeds = seeds[owners.clamp(0, len(seeds) - 1)]
     before = (tensor[:-1] for tensor in (p, q_ids, q_probabilities, row_seeds, positions))
-    num_accepted, last_rows = _leading(_stands(row_tokens[1:], *before), first_rows)
+    num_accepted, last_rows = _leading(_passes(row_tokens[1:], *before), first_rows)
     p_next, position = p[last_rows], positions[last_rows]
     residual = _residual(p_next, q_ids[last_rows], q_probabilities[last_rows])
     recovered = _draw(residual, seeds, position, STREAM_RECOVER)
@@ -653,19 +656,19 @@ def accept_rejection(
     return num_accepted, _unless_empty(tokens, first_rows)
 
 
-def _stands(
+def _passes(
     drafts: Tensor, p: Tensor, q_ids: Tensor, q_probabilities: Tensor, seeds: Tensor, positions: Tensor
 ) -> Tensor:
-    """[n] whether a uniform is below p(draft) / q(draft), for drafts [n] by the rows before them."""
+    """[n] whether a uniform is below p(draft) / q(draft), for drafts [n] and the rows before them."""
     draft = drafts.unsqueeze(1)
     q_draft = (q_probabilities.double() * (q_ids == draft)).sum(-1)
     return uniform_noise(seeds, positions, STREAM_ACCEPT) * q_draft < p.gather(1, draft).squeeze(1)
 
 
 def _residual(p: Tensor, q_ids: Tensor, q_probabilities: Tensor) -> Tensor:
-    """[N, V] max(p - q, 0), which need not sum to 1 to be drawn from."""
+    """[N, V] max(p - q, 0), unnormalised."""
     residual = p.scatter_add(-1, q_ids, -q_probabilities.double()).clamp(min=0)
-    # Where p equals q up to rounding nothing is left, and hardly anything is ever rejected: p is right there.
+    # Where p equals q up to rounding nothing is left, and rejections are rare: p is right there.
     return torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
 
 
