@@ -51,7 +51,8 @@ applications:
         valid_heartbeats: 3
     deployments:
       - name: Ingress
-        ray_actor_options: {{num_cpus: 0.1}}
+        # Serve answers 500 for what an Ingress had accepted when its node died, and a node dies here.
+        ray_actor_options: {{num_cpus: 0.1, resources: {{head: 0.1}}}}
       - name: Engine
         num_replicas: 2
 """
@@ -100,7 +101,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         "idle": driver_library(base / "idle", "idle", tensor_percent=3, milliwatts=200_000),
         "loaded": driver_library(base / "loaded", "loaded", tensor_percent=58, milliwatts=650_000),
     }
-    with running_cluster(num_cpus=2) as cluster:
+    with running_cluster(num_cpus=2, resources={"head": 1}) as cluster:
         raylets = {
             name: cluster.add_node(**node(num_gpus=1, env_vars={"LD_LIBRARY_PATH": folder}))
             for name, folder in folders.items()
@@ -129,7 +130,8 @@ def app(nodes: Nodes, checkpoint: Path) -> Iterator[Application]:
 
 
 def admin(app: Application, path: str, **query: object) -> dict[str, Any]:
-    return httpx.get(f"{app.client.base_url}../admin/{path}", params=query, timeout=30).raise_for_status().json()
+    answer = httpx.get(f"{app.client.base_url}../admin/{path}", params=query, timeout=30)
+    return answer.raise_for_status().json()
 
 
 def tensor_activities(app: Application) -> list[float | None]:

@@ -86,7 +86,7 @@ def running_application(args: dict[str, Any]) -> Iterator[Application]:
     try:
         deploy("app", {**args, "served_model_name": "small"})
         with openai.OpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300
         ) as client:
             yield Application("app", client)
     finally:
@@ -107,7 +107,7 @@ def running_yaml(config: dict[str, Any]) -> Iterator[Application]:
         deploy_yaml(config)
         name = config["applications"][0]["name"]
         wait_until(lambda: serve.status().applications[name].status == "RUNNING", 180)
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120) as api:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300) as api:
             yield Application(name, api)
     finally:
         serve.shutdown()

@@ -95,8 +95,8 @@ def test_thresholds_rise_first_then_a_replica_comes_and_goes(app, session):
     def keep_asking() -> int:
         num_answers = 0
         while not is_enough.is_set():
-            answer = app.complete("more", max_tokens=400, extra_body={"ignore_eos": True})
-            assert answer.usage.completion_tokens == 400
+            answer = app.complete("more", max_tokens=160, extra_body={"ignore_eos": True})
+            assert answer.usage.completion_tokens == 160
             num_answers += 1
         return num_answers
 

@@ -194,7 +194,6 @@ def named(processes: list[psutil.Process], *words: str) -> psutil.Process | None
 WAYS = {
     "Ctrl-C in the terminal": (None, signal.SIGINT),
     "SIGTERM to make": ("make serve", signal.SIGTERM),
-    "SIGTERM to serve run": ("import cli; cli", signal.SIGTERM),
     "SIGKILL to the launcher": ("-m deployments.launch.local", signal.SIGKILL),
 }
 
