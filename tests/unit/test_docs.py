@@ -19,7 +19,7 @@ HISTORY = {"CHANGELOG.md"}
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
 _PATH = re.compile(r"`((?:dspark_ray|kernels|autoscale|deployments|benchmarks|tests|docs)/[\w./-]*)`")
-_CITED = re.compile(r"docs/(model|dspark)\.md,\s+([A-Z][A-Za-z-]+(?: [a-z]+)*)")
+_CITED = re.compile(r"docs/(model|dspark)\.md,\s+([A-Z][A-Za-z-]+(?:\s+[a-z]+)*)")
 
 
 def by_name(page: Path) -> str:
@@ -48,6 +48,7 @@ def test_sections_that_code_cites_exist() -> None:
     for folder in ("dspark_ray", "kernels", "autoscale", "deployments", "benchmarks", "tests"):
         for file in (ROOT / folder).rglob("*.py"):
             for page, cited in _CITED.findall(file.read_text()):
+                cited = " ".join(cited.split())
                 # The sentence may go on behind the section's name.
                 if not any(cited == section or cited.startswith(f"{section} ") for section in sections[page]):
                     wrong.append(f"{by_name(file)} cites docs/{page}.md, {cited}")
