@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message names file, tensor, what was expected and what was found."""
+    """A checkpoint cannot be loaded; the message names file, tensor, the expected and the found value."""

@@ -1,4 +1,4 @@
-"""What the index and the headers of safetensors files say, checked before anything is read by it.
+"""Index and headers of safetensors files, checked before tensors are read.
 
 A file is eight bytes with the length of its header, the header as JSON, and the tensors, without gaps:
 
@@ -26,7 +26,7 @@ _BYTES_PER_ELEMENT = {
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
-"""Of the dtypes whose sizes are checked; what a model may be made of is checked later."""
+"""Dtypes whose sizes are checked here; the dtypes that a model may use are checked later."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> Iterator[StoredTensor]:
-    """Those of the files that the index names, or of all *.safetensors without an index. Raises CheckpointError."""
+    """Tensors of the files named by the index, or of all *.safetensors without one. Raises CheckpointError."""
     index = path / INDEX_FILE
     if index.is_file():
         yield from _by_index(index)
@@ -78,7 +78,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:
-    """All tensors of one file, which must fill it as its header says."""
+    """All tensors of one file. Raises CheckpointError if file size and header disagree."""
     raw, header_bytes, file_bytes = _raw_header(file)
     raw.pop("__metadata__", None)
     tensors, ranges = {}, []
@@ -92,7 +92,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
-    """(the header, bytes up to its end, bytes of the file)"""
+    """(header, bytes up to its end, bytes of the file)"""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -110,7 +110,7 @@ def _raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _described(name: str, file: Path, entry: object) -> tuple[StoredTensor, int]:
-    """(the tensor, where it starts in bytes behind the header)"""
+    """(tensor, its start in bytes after the header)"""
     values = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
     if not isinstance(dtype, str):
@@ -128,7 +128,7 @@ def _described(name: str, file: Path, entry: object) -> tuple[StoredTensor, int]
 
 
 def _end_of(file: Path, ranges: list[tuple[int, int, str]]) -> int:
-    """Where the last of the tensors ends; `ranges` are (start, stop, name) in the file's order, which leaves no gap."""
+    """End of the last tensor; `ranges` are sorted (start, stop, name). Raises CheckpointError for gaps and overlaps."""
     end, before = 0, "the header"
     for start, stop, name in ranges:
         if start != end:
@@ -147,6 +147,6 @@ def _wrong(file: Path, name: str, key: str, value: object, expected: str) -> Che
 
 
 def _shown(value: object) -> str:
-    """As in JSON, and not without end."""
+    """As JSON, cut to 100 characters."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 100 else f"{text[:100]}..."

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from its configuration and its files' headers, and whether its weights are numbers."""
+"""Describe a checkpoint from its configuration and headers, and search its weights for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class DrafterDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """Everything `inspect` says."""
+    """The report of `dspark-ray inspect`."""
 
     path: str
     architecture: dict[str, int]
     """Sizes by name."""
     layers: dict[str, int]
-    """Number of target layers by kind of attention, and by kind of MoE."""
+    """Number of target layers by kind of attention and of MoE."""
     parameters: int
-    """Of the target; a quantised weight counts as many as it stands for, its scales as none."""
+    """Parameters of the target; scales of quantised weights do not count."""
     active_parameters: int
-    """Of the target, those that one token uses: without the experts not chosen and the embedding table."""
+    """Parameters of the target used for one token: without unchosen experts and the embedding table."""
     num_files: int
     num_tensors: int
     num_bytes: int
@@ -59,11 +59,11 @@ class Description:
     bytes_by_dtype: dict[str, int]
     drafter: DrafterDescription | None
     unused_tensors: int
-    """Stored, but neither the target's nor the drafter's."""
+    """Stored tensors that neither target nor drafter uses."""
     problems: tuple[str, ...] = field(default=())
-    """What stands in the way of loading it; empty for a good checkpoint."""
+    """Reasons why the checkpoint cannot be loaded."""
     values_read: bool = False
-    """Whether weights were searched for NaN and infinity, rather than headers alone."""
+    """Whether weights were searched for NaN and infinity, besides the headers."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -113,9 +113,9 @@ class Description:
 
 
 def describe(path: Path | str, read_values: bool = False, progress: Progress | None = None) -> Description:
-    """Read headers and, where they are right and `read_values` says so, every weight that is used.
+    """Read headers and, with `read_values` and without problems in the headers, every used weight.
 
-    Raises ConfigError and CheckpointError where headers cannot be read.
+    Raises ConfigError and CheckpointError if configuration or headers cannot be read.
     """
     checkpoint = Checkpoint.open(path)
     config, tensors = checkpoint.config, checkpoint.tensors
@@ -142,7 +142,7 @@ def describe(path: Path | str, read_values: bool = False, progress: Progress | N
 
 
 def _value_problems(checkpoint: Checkpoint, wanted: set[str], progress: Progress | None) -> list[str]:
-    """One sentence per tensor with a value that is not a finite number."""
+    """One sentence per tensor that has NaN or infinity."""
     used = {name: tensor for name, tensor in checkpoint.tensors.items() if _owner(name) in wanted}
     done, total, problems = 0, sum(tensor.num_bytes for tensor in used.values()), []
     for name, tensor in used.items():
@@ -156,7 +156,7 @@ def _value_problems(checkpoint: Checkpoint, wanted: set[str], progress: Progress
 
 
 def _compare(checkpoint: Checkpoint) -> tuple[set[str], list[str]]:
-    """(names that loading wants, problems it would have)."""
+    """(names of the tensors that are loaded, problems of loading them)."""
     config = checkpoint.config
     with torch.device("meta"):
         modules = [DeepSeekV4(config)] + ([DSparkModule(config)] if config.dspark else [])
@@ -216,14 +216,14 @@ def _num_active(tensors: dict[str, StoredTensor], config: ModelConfig) -> int:
 
 
 def _size(name: str, tensor: StoredTensor) -> int:
-    """Parameters a stored tensor stands for: two per byte of FP4, none in scales and routing tables."""
+    """Number of parameters in a stored tensor: two per byte of FP4, none in scales and routing tables."""
     if _owner(name) != name or name.endswith(".tid2eid"):
         return 0
     return math.prod(tensor.shape) * (2 if tensor.dtype == "I8" else 1)
 
 
 def _owner(name: str) -> str:
-    """The weight a scale belongs to; any other name itself."""
+    """The weight of a scale; other names unchanged."""
     return name.removesuffix(".scale") + ".weight" if name.endswith(".scale") else name
 
 

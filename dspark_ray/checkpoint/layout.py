@@ -1,6 +1,6 @@
-"""Where the values of every parameter are in a checkpoint (layout specification, sections 2 and 4).
+"""Map parameters to tensors of a checkpoint (docs/model.md, Checkpoint layout).
 
-A parameter is called as its tensor in the checkpoint, except that the routed experts of a layer are stacked:
+A parameter has the name of its tensor in the checkpoint, except for the routed experts of a layer, which are stacked:
 
     ffn.experts.w13 [E, 2I, d]   <-  ffn.experts.K.w1.weight [I, d] above ffn.experts.K.w3.weight [I, d]
     ffn.experts.w2  [E, d, I]    <-  ffn.experts.K.w2.weight [d, I]
@@ -22,7 +22,7 @@ Range = tuple[int, int]
 
 FUSED_W13 = "ffn.experts.gate_up_proj"
 FUSED_W2 = "ffn.experts.down_proj"
-"""Names of stacked experts [E, ...] in checkpoints that keep them so."""
+"""Names of experts [E, ...] in checkpoints that store them stacked."""
 
 FP8_WEIGHTS = frozenset(
     {
@@ -31,14 +31,14 @@ FP8_WEIGHTS = frozenset(
         "main_proj.weight",
     }
 )
-"""Weights of a layer or stage that a release keeps in FP8."""
+"""Weights of a layer or stage that the releases store in FP8."""
 
 SCALES_OF_EXPERTS = ("ffn.experts.w13_scale", "ffn.experts.w2_scale")
 """Parameters that hold the scales of quantised experts."""
 
 _PREFIX = re.compile(r"^(?:layers|mtp)\.\d+\.")
 
-# Other programs' spellings of official names; applied in order, at most once each.
+# Names in other programs and their official spelling; applied in order, at most once each.
 _ALIASES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -56,52 +56,52 @@ _ALIASES = tuple(
 
 
 def official_name(name: str) -> str:
-    """The official spelling of a tensor that another program may have written."""
+    """The official name of a tensor written by another program."""
     for pattern, replacement in _ALIASES:
         name = pattern.sub(replacement, name, count=1)
     return name
 
 
 def scale_name(name: str) -> str:
-    """The tensor of tile scales beside a quantised weight."""
+    """Name of the scales of a quantised weight."""
     return name.removesuffix(".weight") + ".scale"
 
 
 def local_name(name: str) -> str:
-    """A name without its `layers.N.` or `mtp.N.`."""
+    """A name without the prefix `layers.N.` or `mtp.N.`."""
     return _PREFIX.sub("", name)
 
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A region of one tensor in a checkpoint, and where it goes in a parameter."""
+    """A region of one tensor in a checkpoint, and its place in a parameter."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor, before it was quantised."""
+    """Shape of the complete tensor, before quantisation."""
     region: tuple[Range, ...]
-    """Wanted part, one range per dimension."""
+    """Ranges to read, one per dimension."""
     target: tuple[int | slice, ...] = ()
-    """Index into the parameter; empty for all of it."""
+    """Index into the parameter; empty for the complete parameter."""
 
 
 def full_region(shape: tuple[int, ...]) -> tuple[Range, ...]:
-    """The region that is all of a tensor."""
+    """The region that covers a tensor."""
     return tuple((0, size) for size in shape)
 
 
 def parts_of(
     module: nn.Module, config: ModelConfig, group: ParallelGroup, stored: Container[str] = ()
 ) -> Iterator[tuple[str, TensorPart]]:
-    """(parameter or buffer name, part) for all that a rank's target, or a whole drafter, has to be filled with.
+    """(parameter or buffer name, part) for everything that a rank's target, or a drafter, loads.
 
-    `stored` are the official names in the checkpoint: they tell whether experts are stacked there.
+    `stored` has the official names in the checkpoint, from which follows whether experts are stacked there.
     """
     shards = _shards(config)
     for name, parameter in module.state_dict(keep_vars=True).items():
         local = local_name(name)
         if local.endswith((".scale", *SCALES_OF_EXPERTS)):
-            continue  # comes with its weight
+            continue  # loaded with its weight
         if local == "ffn.experts.w13":
             parts = _gate_up_parts(name, parameter, config, _experts_of(name, config, group), stored)
         elif local == "ffn.experts.w2":
@@ -115,7 +115,7 @@ def parts_of(
 
 @dataclass(frozen=True)
 class _Shard:
-    """A dimension that ranks share out in units of `width` channels."""
+    """A dimension that is split over ranks in units of `width` channels."""
 
     dim: int
     num_units: int
@@ -127,7 +127,7 @@ class _Shard:
 
 
 def _shards(config: ModelConfig) -> dict[str, _Shard]:
-    """What is split over ranks; everything else is on each of them."""
+    """Parameters that are split over ranks; all others are replicated."""
     heads, groups, rank = config.num_attention_heads, config.o_groups, config.o_lora_rank
     width = config.moe_intermediate_size * config.n_shared_experts
     return {

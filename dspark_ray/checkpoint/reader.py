@@ -1,7 +1,7 @@
 """Reads checkpoints: headers first, then only the slices that one rank needs.
 
-Everything that can be wrong with a checkpoint's files, names, shapes and dtypes is found from the headers, before
-any weight is read; a weight that is NaN or infinite is found when it is read.
+Errors in files, names, shapes and dtypes are found in the headers, before any weight is read; NaN and infinity are
+found when a weight is read.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Checkpoint:
 
     @staticmethod
     def open(path: Path | str) -> Checkpoint:
-        """Read the headers of the files that the index names, or of all *.safetensors without an index.
+        """Read the headers of the files named by the index, or of all *.safetensors without one.
 
-        Raises CheckpointError for files that are missing, cut short or no safetensors.
+        Raises CheckpointError for files that are missing, truncated or no safetensors.
         """
         path = Path(path)
         tensors: dict[str, StoredTensor] = {}
@@ -63,12 +63,12 @@ class Checkpoint:
         return ModelConfig.from_file(self.path)
 
     def validate(self, parts: Iterable[TensorPart]) -> list[str]:
-        """What headers already tell to be wrong, one sentence per tensor that is wanted."""
+        """Problems of the parts' tensors found in headers, one sentence per tensor."""
         wanted = {part.name: part for part in parts}
         return [problem for part in wanted.values() if (problem := self._problem(part))]
 
     def require(self, parts: Iterable[TensorPart]) -> None:
-        """Raise CheckpointError with the first problems that `validate` finds."""
+        """Raise CheckpointError with the first problems found by `validate`."""
         problems = self.validate(parts)
         if not problems:
             return
@@ -78,7 +78,7 @@ class Checkpoint:
         raise CheckpointError(f"{self.path}: this checkpoint does not fit its configuration:\n  {shown}{more}")
 
     def read(self, part: TensorPart) -> Tensor:
-        """The part's region; float32 where the file holds it quantised, else in the file's dtype.
+        """The part's region: dequantised to float32 if it is stored quantised, else in the stored dtype.
 
         Raises CheckpointError for NaN and infinity.
         """
@@ -88,7 +88,7 @@ class Checkpoint:
         return self._read_quantised(tensor, self.tensors[scale_name(part.name)], part.region)
 
     def read_stored(self, part: TensorPart) -> tuple[Tensor, Tensor]:
-        """(weights, scales) of a quantised part as the file holds them; its region is of whole tiles.
+        """(weights, scales) of a quantised part as stored; its region consists of complete scale tiles.
 
         Raises CheckpointError for NaN and infinity.
         """
@@ -103,7 +103,7 @@ class Checkpoint:
         return self._finite(tensor, (rows, (first // packed, stop // packed))), self._finite(scale, scale_region)
 
     def dtype_of(self, name: str) -> str | None:
-        """Of a tensor as safetensors spells it; None for one that is not there, or whose scales are not E8M0."""
+        """Stored dtype of a tensor in safetensors' spelling; None if it is missing or its scales are not E8M0."""
         tensor = self.tensors.get(name)
         if tensor is None or tensor.dtype not in SCALE_TILES:
             return None if tensor is None else tensor.dtype
@@ -135,7 +135,7 @@ class Checkpoint:
         return None
 
     def _read_quantised(self, weight: StoredTensor, scale: StoredTensor, region: tuple[Range, ...]) -> Tensor:
-        """Read whole tiles around the region, dequantise, cut."""
+        """Read complete scale tiles around the region, dequantise, cut."""
         tile = SCALE_TILES[weight.dtype]
         tiles = tuple((start // size, -(-stop // size)) for (start, stop), size in zip(region, tile, strict=True))
         rows, columns = (
@@ -151,7 +151,7 @@ class Checkpoint:
         return values[first_row - rows[0] : last_row - rows[0], first_column - columns[0] : last_column - columns[0]]
 
     def value_problem(self, name: str) -> str | None:
-        """Read a tensor whole, a part at a time: which value is not a finite number, in a sentence."""
+        """Read a tensor chunk by chunk; a sentence about its first NaN or infinity, None if there is none."""
         tensor = self.tensors[name]
         per_row = max(1, tensor.num_bytes // max(1, tensor.shape[0])) if tensor.shape else 1
         rows_at_once = max(1, _BYTES_AT_ONCE // per_row)
@@ -164,7 +164,7 @@ class Checkpoint:
         return None
 
     def _finite(self, tensor: StoredTensor, region: tuple[Range, ...]) -> Tensor:
-        """Raises CheckpointError for a value that is not a finite number."""
+        """Values of the region. Raises CheckpointError for NaN and infinity."""
         values = self._slice(tensor, region)
         bad = first_bad_value(values)
         if bad is not None:
@@ -185,8 +185,8 @@ def load_target(
 ) -> None:
     """Fill this rank's parameters; those on the meta device are first allocated on `device`.
 
-    With `keep_quantised`, weights that an operation can use as they are stored stay so. Raises CheckpointError before
-    anything is allocated.
+    With `keep_quantised`, weights stay quantised if there is an operation for their stored form. Raises CheckpointError
+    before anything is allocated.
     """
     _fill(model, model.config, model.group, checkpoint, device, keep_quantised)
 
@@ -198,9 +198,9 @@ def load_drafter(
     shared: tuple[Tensor, Tensor] | None = None,
     keep_quantised: bool = False,
 ) -> None:
-    """Fill the draft stages and share the target's whole embedding and head.
+    """Fill the draft stages and share the target's embedding and head.
 
-    `shared` are those two [V, d] where the process already holds them; otherwise they are read too.
+    `shared` is (embedding, head), [V, d] each, if the process has them already; otherwise they are read.
     """
     embed, head = (_table(name, module.config) for name in ("embed.weight", "head.weight"))
     extra = () if shared else (embed, head)
@@ -249,7 +249,7 @@ def _fill(
 
 
 def _copy_stored(parameters: dict[str, Tensor], name: str, part: TensorPart, checkpoint: Checkpoint) -> None:
-    """Weights and scales as bytes, because copies between some of these dtypes would convert."""
+    """Copy weights and scales as bytes, because copies between some of these dtypes convert."""
     owner, _, attribute = name.rpartition(".")
     weights, scales = checkpoint.read_stored(part)
     targets = part.target, scale_target(part, checkpoint.tensors[part.name].dtype)
@@ -258,7 +258,7 @@ def _copy_stored(parameters: dict[str, Tensor], name: str, part: TensorPart, che
 
 
 def _check_values(values: Tensor, part: TensorPart, checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """A routing table that names no expert would read foreign memory much later."""
+    """Raise CheckpointError for a routing table with invalid experts, which would be used as indices later."""
     if not _is_table(part):
         return
     low, high = int(values.min()), int(values.max())

@@ -1,10 +1,10 @@
-"""Parameters that keep the form in which a checkpoint quantised them, with their scales beside them.
+"""Parameters kept in their quantised form, with their scales.
 
     X.weight [out, in] in E4M3                 X.scale [ceil(out/128), ceil(in/128)]
     ffn.experts.w13 [E, 2I, d] in E4M3         ffn.experts.w13_scale [E, 2I/128, ceil(d/128)]
     ffn.experts.w13 [E, 2I, d/2] in E2M1       ffn.experts.w13_scale [E, 2I, d/32]
 
-Only what an operation can compute with stays so; everything else is dequantised when it is read.
+A parameter stays quantised only if there is an operation for its form; others are dequantised when they are read.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from dspark_ray.config import ModelConfig
 from dspark_ray.model.parallel import ParallelGroup
 
 SCALE_TILES = {"F8_E4M3": FP8_SCALE_TILE, "I8": FP4_SCALE_TILE}
-"""Channels (output, input) under one scale, by the dtype of a quantised weight as safetensors spells it."""
+"""(output, input) channels per scale, by safetensors' dtype of a quantised weight."""
 
 _DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
 _LINEAR = FP8_WEIGHTS - {"attn.wo_a.weight"}
-"""wo_a is one matrix per group, for which there is no quantised product: the official program dequantises it too."""
+"""wo_a is one matrix per group and has no quantised product; the official program dequantises it too."""
 _EXPERTS = ("ffn.experts.w13", "ffn.experts.w2")
 
 StoredDtype = Callable[[str], str | None]
-"""dtype of a tensor of the checkpoint, None where it has no such tensor"""
+"""Name of a tensor -> its stored dtype, None if it is missing."""
 
 
 def keep_stored(module: nn.Module, config: ModelConfig, group: ParallelGroup, dtype_of: StoredDtype) -> None:
-    """Give parameters of `module`, which must be on the meta device, the form that their tensors are stored in."""
+    """Replace parameters of `module`, which must be on the meta device, by their stored form where possible."""
     parts_by_name: dict[str, list[TensorPart]] = {}
     for name, part in parts_of(module, config, group):
         parts_by_name.setdefault(name, []).append(part)
     stay = {name: dtype for name, parts in parts_by_name.items() if (dtype := _staying_dtype(name, parts, dtype_of))}
     for name, dtype in stay.items():
-        # Both products of an expert are quantised, or none is.
+        # Either both products of an expert are quantised or none.
         if all(name.removesuffix(local_name(name)) + partner in stay for partner in _partners(name)):
             _keep(module, name, dtype)
 
 
 def _partners(name: str) -> tuple[str, ...]:
-    """Parameters, as local names, without which this one cannot stay."""
+    """Local names of parameters that must stay quantised together with this one."""
     return _EXPERTS if local_name(name) in _EXPERTS else ()
 
 
 def _staying_dtype(name: str, parts: list[TensorPart], dtype_of: StoredDtype) -> str | None:
-    """The stored dtype of a parameter that can stay as it is stored; None of another."""
+    """The stored dtype of a parameter that can stay quantised, else None."""
     dtypes = {dtype_of(part.name) for part in parts}
     dtype, local = dtypes.pop(), local_name(name)
     if dtypes or dtype not in SCALE_TILES:
@@ -59,7 +59,7 @@ def _staying_dtype(name: str, parts: list[TensorPart], dtype_of: StoredDtype) ->
 
 
 def _is_computable(part: TensorPart, dtype: str) -> bool:
-    """Whether a part begins and ends with a scale tile, in tensor and parameter, and its inputs can be rounded."""
+    """Whether a part is aligned to scale tiles, in tensor and parameter, and its input to activation groups."""
     for (start, stop), size, total in zip(part.region, SCALE_TILES[dtype], part.shape, strict=True):
         if start % size or (stop % size and stop != total):
             return False
@@ -76,17 +76,17 @@ def _keep(module: nn.Module, name: str, dtype: str) -> None:
 
 
 def scale_attribute(weight: str) -> str:
-    """Name of the scales beside a parameter called `weight` in its module."""
+    """Attribute of the scales of a parameter called `weight`."""
     return "scale" if weight == "weight" else f"{weight}_scale"
 
 
 def is_quantised(parameter: Tensor) -> bool:
-    """Whether a parameter keeps its stored form."""
+    """Whether a parameter is kept in its quantised form."""
     return parameter.dtype in _DTYPES.values()
 
 
 def scale_target(part: TensorPart, dtype: str) -> tuple[int | slice, ...]:
-    """Where the scales of `part` go, from where its weights go."""
+    """Index of the scales of `part` in their parameter."""
     rows = SCALE_TILES[dtype][0]
     return tuple(
         slice(index.start // rows, -(-index.stop // rows)) if isinstance(index, slice) else index

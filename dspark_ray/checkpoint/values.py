@@ -1,4 +1,4 @@
-"""Weights that are not numbers: one NaN or infinity turns every logit into NaN."""
+"""Search for NaN and infinity in weights: a single one makes every logit NaN."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _NAN_BYTES = {torch.float8_e4m3fn: (0x7F, 0x7F), torch.float8_e8m0fnu: (0xFF, 0x
 
 
 def first_bad_value(values: Tensor) -> tuple[int, ...] | None:
-    """Index of the first NaN or infinity; None where every value is a finite number."""
+    """Index of the first NaN or infinity; None if all values are finite."""
     if values.dtype in _NAN_BYTES:
         mask, nan = _NAN_BYTES[values.dtype]
         bad = (values.contiguous().view(torch.uint8) & mask) == nan
-    # A sum is several times as fast as a test of every value, and is finite where all of them are, short of overflow.
+    # A sum is several times as fast as a test of every value; it is finite if all are, except for overflow.
     elif not values.is_floating_point() or torch.isfinite(values.sum(dtype=torch.float32)):
         return None
     else:

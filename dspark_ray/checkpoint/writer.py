@@ -1,4 +1,4 @@
-"""Writes a target and its drafter in the official file layout, plain or quantised as a release is."""
+"""Writes a target and its drafter in the official file layout, plain or quantised like a release."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def save_checkpoint(
 ) -> None:
     """Write shards, index and config.json; `quantise` stores linears in FP8 and routed experts in FP4.
 
-    Plain weights become BF16. Raises ValueError for one rank of several, which holds only a part, and for weights that
-    were kept as a checkpoint stored them.
+    Plain weights become BF16. Raises ValueError for one rank of several, which has only a part of the weights, and for
+    weights that are kept quantised.
     """
     if model.group.size != 1:
         raise ValueError(f"tensor-parallel rank {model.group.rank} of {model.group.size}: expected the whole target")
     modules = [model] if drafter is None else [model, drafter]
     for name, parameter in (pair for module in modules for pair in module.named_parameters()):
         if is_quantised(parameter):
-            raise ValueError(f"{name} is kept as it was stored ({parameter.dtype}): expected dequantised weights")
+            raise ValueError(f"{name} is kept quantised ({parameter.dtype}): expected dequantised weights")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     bundles = (bundle for module in modules for bundle in _bundles(module, quantise))
@@ -58,7 +58,7 @@ def save_checkpoint(
 
 
 def _bundles(module: nn.Module, quantise: bool) -> Iterator[Tensors]:
-    """Tensors that belong into one shard: a weight, with its scale where it has one."""
+    """Tensors to be stored in the same shard: a weight, with its scale if it has one."""
     for name, parameter in module.state_dict().items():
         for official, values in _unstacked(name, parameter):
             yield _stored(official, values, quantise)
@@ -83,7 +83,7 @@ def _stored(name: str, values: Tensor, quantise: bool) -> Tensors:
     elif quantise and local in FP8_WEIGHTS:
         weight, scale = quantise_fp8(values)
     else:
-        # A copy, because the file format refuses tensors that share memory.
+        # A copy, because safetensors refuses tensors that share memory.
         return {name: values.to("cpu", _plain_dtype(name, values), copy=True).contiguous()}
     return {name: weight.cpu().contiguous(), scale_name(name): scale.cpu().contiguous()}
 
@@ -96,7 +96,7 @@ def _plain_dtype(name: str, values: Tensor) -> torch.dtype:
 
 
 def _write_shards(directory: Path, bundles: Iterator[Tensors], max_shard_bytes: int) -> None:
-    """Shards are written as they fill, and named when their number is known."""
+    """Write shards one by one, then rename them once their number is known."""
     parts: list[tuple[Path, list[str]]] = []
     total = 0
     for shard in _shards(bundles, max_shard_bytes):
@@ -130,7 +130,7 @@ def _num_bytes(tensors: Tensors) -> int:
 
 
 def _config(raw: dict[str, Any], quantise: bool) -> dict[str, Any]:
-    """The configuration, telling how the weights are really stored."""
+    """The configuration, with the quantisation of the written weights."""
     plain = {key: value for key, value in raw.items() if key not in ("quantization_config", "expert_dtype")}
     if not quantise:
         return plain

@@ -268,6 +268,6 @@ def greedy(k: int, logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def along(path: Tensor) -> Choose:
+def follow_path(path: Tensor) -> Choose:
     """A `Choose` that takes the given tokens [R, G]: teacher forcing, recorded paths."""
     return lambda k, logits: path[:, k]

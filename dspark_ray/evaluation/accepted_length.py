@@ -2,8 +2,8 @@
 
     python -m dspark_ray.evaluation.accepted_length --model deployments/tiny
 
-Accepted length counts the tokens committed per round, the target's own token included. Every draft is verified:
-costs, which are the machine's, have no say.
+Accepted length is the number of tokens committed per round, the target's own token included. Every draft is verified,
+so that the result does not depend on the machine's costs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class AcceptedLength:
 
 
 def held_out_token_ids(tokenizer: Tokenizer, count: int, kinds: tuple[str, ...] = KINDS) -> dict[str, list[list[int]]]:
-    """`count` prompts of each kind, as the model was trained to see them: behind the first special token."""
+    """`count` prompts of each kind, each after the begin token as in training."""
     return {
         kind: [[tokenizer.bos_token_id, *tokenizer.encode(text)] for text in held_out_prompts(kind, count)]
         for kind in kinds
@@ -49,7 +49,7 @@ def held_out_token_ids(tokenizer: Tokenizer, count: int, kinds: tuple[str, ...] 
 
 
 def measure(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> AcceptedLength:
-    """Run all prompts to max_tokens, one seed each, and add up their rounds."""
+    """Generate from all prompts, with a seed each, and sum their rounds."""
     for number, prompt in enumerate(prompts):
         request = Request(
             request_id=f"prompt-{number}",
@@ -68,7 +68,7 @@ def measure(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) 
 def report(
     model: Path, count: int, max_tokens: int, gamma: int | None, verification: VerificationMode
 ) -> dict[str, dict[str, float]]:
-    """Accepted length by temperature ("greedy", "sampled") and kind, with "all" over every kind."""
+    """Accepted length by temperature ("greedy", "sampled") and kind, with "all" for all kinds together."""
     tokenizer = Tokenizer.from_directory(model)
     config = EngineConfig(max_num_seqs=16, gamma=gamma, verification=verification, schedule="fixed")
     engine = build_engine(model, config)

@@ -1,8 +1,8 @@
-"""Fit the temperatures of the confidences on one part of the prompts, and report on the other what they are worth.
+"""Fit temperatures of the confidences on one part of the prompts, and report calibration errors on the other.
 
     dspark-ray calibrate --model deployments/tiny --picture reliability.png
 
-Every drafted token is verified, so that which outcomes are known does not depend on what is to be calibrated.
+Every drafted token is verified, so that the known outcomes do not depend on the confidences to be calibrated.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.types import RequestError, SamplingParams
 
 Progress = Callable[[int, int], None]
-"""(requests finished, requests in all)"""
+"""(requests finished, requests in total)"""
 
 _MAX_NUM_SEQS = 16
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """What became of drafts: confidences [N, G] as drafted, drafts verified and drafts that stood [N]."""
+    """Outcomes of N rounds: confidences [N, G], number of verified and of accepted drafts [N]."""
 
     confidences: np.ndarray
     admitted: np.ndarray
@@ -57,7 +57,7 @@ class Rounds:
 
 
 class RoundRecorder:
-    """Listens to a planner and keeps every round."""
+    """A planner's listener that keeps every round."""
 
     def __init__(self, gamma: int) -> None:
         self._rounds = [Rounds(np.empty((0, gamma)), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))]
@@ -66,7 +66,7 @@ class RoundRecorder:
         self._rounds.append(Rounds(confidences.copy(), admitted.copy(), accepted.copy()))
 
     def rounds(self) -> Rounds:
-        """All that was heard so far."""
+        """All rounds recorded so far."""
         return Rounds(
             np.concatenate([part.confidences for part in self._rounds]),
             np.concatenate([part.admitted for part in self._rounds]),
@@ -76,7 +76,7 @@ class RoundRecorder:
 
 @dataclass(frozen=True)
 class Split:
-    """Prompts to fit on and prompts to report on; none is in both."""
+    """Disjoint prompts for the fit and for the report."""
 
     fitted_on: list[TokenIds]
     reported_on: list[TokenIds]
@@ -84,15 +84,15 @@ class Split:
 
 @dataclass(frozen=True)
 class PositionReport:
-    """What one temperature is worth on rounds it was not fitted on."""
+    """Effect of one temperature on rounds outside of the fit."""
 
     temperature: float
     ece_before: float
     ece_after: float
     area_under_curve: float
-    """Of the calibrated survival."""
+    """AUC of the calibrated survival."""
     count: int
-    """Rounds that verified the position."""
+    """Number of rounds that verified the position."""
     before: Reliability
     after: Reliability
 
@@ -101,7 +101,7 @@ class PositionReport:
 
 
 def split_prompts(groups: Iterable[Sequence[TokenIds]], held_out_share: float, seed: int) -> Split:
-    """Shuffle each group and keep a share of it for the report, at least one prompt; raises ConfigError for none."""
+    """Shuffle each group and keep a share, at least one prompt, for the report; ConfigError if that is impossible."""
     if not 0 < held_out_share < 1:
         raise ConfigError(f"held_out_share={held_out_share}: expected a number between 0 and 1")
     fitted_on: list[TokenIds] = []
@@ -165,7 +165,7 @@ def _held_out_groups(tokenizer: Tokenizer, count: int) -> list[list[TokenIds]]:
 def collect(
     engine: Engine, prompts: Sequence[TokenIds], samplings: Sequence[SamplingParams], progress: Progress | None = None
 ) -> Rounds:
-    """Every round of every prompt with every sampling, each request with a seed of its own."""
+    """All rounds of all prompts with all samplings, each request with its own seed."""
     recorder = RoundRecorder(engine.gamma)
     engine.planner.listener = recorder
     serve(engine, prompts, samplings, progress)
@@ -174,31 +174,31 @@ def collect(
 
 
 def report(temperatures: Temperatures, rounds: Rounds) -> list[PositionReport]:
-    """What the temperatures are worth on `rounds`, by position."""
+    """Calibration errors on `rounds` before and after the temperatures, by position."""
     in_use = np.array(temperatures.temperatures)
     before = survival(rounds.confidences.astype(np.float64))
     after = survival(calibrated(rounds.confidences.astype(np.float64), in_use))
     reports = []
     for position, temperature in enumerate(temperatures.temperatures):
         rows = rounds.admitted > position
-        stood = rounds.accepted[rows] > position
+        is_accepted = rounds.accepted[rows] > position
         old, new = before[rows, position], after[rows, position]
         reports.append(
             PositionReport(
                 temperature=temperature,
-                ece_before=expected_calibration_error(old, stood),
-                ece_after=expected_calibration_error(new, stood),
-                area_under_curve=area_under_curve(new, stood),
-                count=len(stood),
-                before=reliability(old, stood),
-                after=reliability(new, stood),
+                ece_before=expected_calibration_error(old, is_accepted),
+                ece_after=expected_calibration_error(new, is_accepted),
+                area_under_curve=area_under_curve(new, is_accepted),
+                count=len(is_accepted),
+                before=reliability(old, is_accepted),
+                after=reliability(new, is_accepted),
             )
         )
     return reports
 
 
 def table(reports: Sequence[PositionReport]) -> str:
-    """The reports as lines of text, with the means last."""
+    """The reports as lines of text, followed by their means."""
     lines = ["position  temperature  ECE before  ECE after    AUC   count"]
     for number, found in enumerate(reports, start=1):
         lines.append(
@@ -213,7 +213,7 @@ def table(reports: Sequence[PositionReport]) -> str:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that are known."""
+    """Mean of the values that are not NaN."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 
@@ -233,7 +233,7 @@ def _panels(reports: Sequence[PositionReport]) -> list[ReliabilityPanel]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Fit, report, write. The errors in the file are those of the report: of prompts that were not fitted on."""
+    """Fit, report, write. The file contains the errors of the report, on prompts outside of the fit."""
     torch.set_num_threads(arguments.threads)
     config = _engine_config(arguments)
     output = arguments.output or Path(arguments.model) / STS_FILE
@@ -261,14 +261,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace, config: EngineConfig, prompts: Split) -> tuple[Rounds, Rounds]:
-    """Rounds to fit on and rounds to report on; raises ConfigError where either had no draft."""
+    """(rounds for the fit, rounds for the report); raises ConfigError if no draft was verified in one of them."""
     samplings = [
         SamplingParams(temperature=temperature, max_tokens=arguments.max_tokens, seed=arguments.seed)
         for temperature in _temperatures(arguments)
     ]
     most_requests = len(samplings) * max(len(prompts.fitted_on), len(prompts.reported_on))
     config = replace(config, max_waiting=most_requests)
-    # What is beside the checkpoint may be what is to be replaced: it is not even read.
+    # Temperatures stored with the checkpoint are about to be replaced, so they are not read.
     gamma = ModelConfig.from_file(Path(arguments.model)).gamma
     engine = build_engine(arguments.model, config, temperatures=Temperatures.identity(gamma))
     rounds = (
@@ -282,7 +282,7 @@ def _measure(arguments: argparse.Namespace, config: EngineConfig, prompts: Split
 
 
 def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
-    """Verifies every draft, whatever its confidence, and learns nothing on the way. Raises ConfigError."""
+    """A configuration that verifies every draft and updates nothing. Raises ConfigError without a DSpark module."""
     model = ModelConfig.from_file(Path(arguments.model))
     if model.dspark is None:
         raise ConfigError(f"{arguments.model}: the checkpoint has no DSpark module, so there is nothing to calibrate")
@@ -315,7 +315,7 @@ def _prompts(arguments: argparse.Namespace, max_model_len: int) -> Split:
 
 
 def _check_writable(path: Path | None) -> None:
-    """Before the measuring rather than after it. Raises ConfigError."""
+    """Raise ConfigError for an unwritable path, before the measurement."""
     if path is None:
         return
     if not path.parent.is_dir() or path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -327,14 +327,14 @@ def _temperatures(arguments: argparse.Namespace) -> tuple[float, ...]:
 
 
 def _dataset(arguments: argparse.Namespace) -> str:
-    """What the file says it was fitted on."""
+    """Description of the data of the fit, for the file."""
     source = arguments.prompts.name if arguments.prompts else f"{arguments.count} held-out prompts of each kind"
     sampled = ", ".join(f"{temperature:g}" for temperature in _temperatures(arguments))
     return f"{source}; temperature {sampled}; {arguments.verification} verification; seed {arguments.seed}"
 
 
 def _progress(part: str) -> Progress:
-    """Tells stderr about every tenth of the requests."""
+    """Report every tenth of the requests on stderr."""
 
     def tell(done: int, total: int) -> None:
         if done == total or done * 10 // total > (done - 1) * 10 // total:

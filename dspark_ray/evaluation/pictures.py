@@ -1,4 +1,4 @@
-"""Pictures of what was measured; the only place that draws, and matplotlib is needed nowhere else."""
+"""Reliability diagrams; the only file that needs matplotlib."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReliabilityPanel:
 
 
 def draw_reliability(panels: Sequence[ReliabilityPanel], path: Path) -> None:
-    """Write a PNG: one column per position, share that stood by prediction above, how often it was predicted below.
+    """Write a PNG with one column per position: acceptance rate by prediction above, histogram of predictions below.
 
     Raises ImportError where matplotlib is not installed.
     """
@@ -38,7 +38,7 @@ def draw_reliability(panels: Sequence[ReliabilityPanel], path: Path) -> None:
     for column, panel in enumerate(panels):
         _draw_curves(axes[0, column], panel)
         _draw_histogram(axes[1, column], panel)
-    axes[0, 0].set_ylabel("share that stood")
+    axes[0, 0].set_ylabel("share accepted")
     axes[1, 0].set_ylabel("share of rounds")
     axes[0, 0].legend(loc="upper left", fontsize="small", frameon=False)
     figure.savefig(path, dpi=120, format="png")
@@ -47,7 +47,7 @@ def draw_reliability(panels: Sequence[ReliabilityPanel], path: Path) -> None:
 def _draw_curves(axes: Axes, panel: ReliabilityPanel) -> None:
     axes.plot((0, 1), (0, 1), color="grey", linewidth=1, linestyle=":")
     for found, color, label in ((panel.before, _BEFORE, "before"), (panel.after, _AFTER, "after")):
-        # Bins with many rounds have large dots: the error weighs them so.
+        # The size of a dot shows the number of rounds in its bin, its weight in the error.
         share = found.counts / max(1, found.counts.sum())
         axes.plot(found.predicted, found.stood, color=color, linewidth=1)
         axes.scatter(found.predicted, found.stood, s=6 + 150 * share, color=color, label=label)

@@ -1,4 +1,4 @@
-"""Tokens to text while they arrive: whole characters only, and nothing behind a stop string."""
+"""Incremental detokenisation: complete characters only, up to a stop string."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from dspark_ray.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What some tokens brought."""
+    """Text added by a call of `TextStream.push`."""
 
     text: str
-    """May lag behind the tokens: the start of a character or of a stop string waits."""
+    """Lags behind the tokens where they end within a character or a possible stop string."""
     stopped: bool
-    """A stop string is complete; the text ends before it (or behind it, where stop strings are shown)."""
+    """Whether a stop string is complete; the text ends before it, or after it with `include_stop`."""
     num_tokens_kept: int
-    """How many of the pushed tokens belong to the text: all, or up to the one that completed the stop string."""
+    """Number of pushed tokens in the text: all, or up to the one that completed the stop string."""
     stop: str | None = None
     """The stop string that was found."""
 
 
 class TextStream:
-    """One text under construction. After a stop, tokens change nothing."""
+    """One text being decoded. Tokens after a stop string are ignored."""
 
     def __init__(
         self,
@@ -35,18 +35,18 @@ class TextStream:
         show_special: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        """`show_special` spells special tokens out. A stop string that is complete before `min_tokens` is text."""
+        """`show_special` includes special tokens. A stop string that ends before `min_tokens` is plain text."""
         self._tokenizer, self._stop, self.include_stop = tokenizer, tuple(stop), include_stop
         self._show_special, self._min_tokens = show_special, min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self._num_tokens = 0
         self._num_passed = 0
-        """Characters at the start of the held text in which no stop string may end: they came before min_tokens."""
+        """Characters of the held text that came before min_tokens: no stop string ends in them."""
         self._stopped = False
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
-        """Text that these tokens make certain."""
+        """Add tokens; returns the text that can no longer change."""
         if self._stopped:
             return TextDelta("", stopped=True, num_tokens_kept=0)
         shown = []
@@ -59,7 +59,7 @@ class TextStream:
         return TextDelta("".join(shown), stopped=False, num_tokens_kept=len(token_ids))
 
     def flush(self) -> str:
-        """The rest at the end of the tokens: an unfinished stop string, an unfinished character as U+FFFD."""
+        """The held text at the end of the tokens; an unfinished character becomes U+FFFD."""
         if self._stopped:
             return ""
         text, found = self._add(self._decoder.decode(b"", final=True))
@@ -68,7 +68,7 @@ class TextStream:
         return text if found is not None else text + rest
 
     def _add(self, text: str) -> tuple[str, str | None]:
-        """(text to show, stop string that is now complete)."""
+        """(text to return, stop string that is now complete)."""
         self._held += text
         if self._num_tokens < self._min_tokens:
             self._num_passed = len(self._held)
@@ -78,20 +78,19 @@ class TextStream:
             shown = self._held[: start + len(stop)] if self.include_stop else self._held[:start]
             self._held, self._stopped = "", True
             return shown, stop
-        waits = self._num_waiting()
-        cut = len(self._held) - waits
+        cut = len(self._held) - self._num_waiting()
         shown, self._held = self._held[:cut], self._held[cut:]
         self._num_passed = max(0, self._num_passed - cut)
         return shown, None
 
     def _first_stop(self) -> tuple[int, str] | None:
-        """The stop string that completes first, which is what one character at a time would find."""
+        """(start, stop string) of the stop string that ends first, as if characters came one at a time."""
         found = [(self._held.find(stop, max(0, self._num_passed - len(stop) + 1)), stop) for stop in self._stop]
         complete = [(start, stop) for start, stop in found if start >= 0]
         return min(complete, key=lambda hit: (hit[0] + len(hit[1]), hit[0]), default=None)
 
     def _num_waiting(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest suffix of the held text that may begin a stop string."""
         longest = min(len(self._held), max(map(len, self._stop), default=1) - 1)
         ends = (length for length in range(longest, 0, -1) if self._may_become_stop(self._held[-length:]))
         return next(ends, 0)

@@ -15,11 +15,11 @@ from dspark_ray.text.messages.deepseek_v4 import SPECIAL, Message, PromptPart, r
 
 
 class TokenizerError(ConfigError):
-    """A tokenizer that cannot be used; the message names the file and what is wrong with it."""
+    """An unusable tokenizer; the message names the file and the problem."""
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer: every token is a sequence of bytes, special ones are empty in text."""
+    """A byte-level BPE tokenizer: every token is a sequence of bytes; special tokens are empty in text."""
 
     def __init__(self, backend: tokenizers.Tokenizer, bos_token_id: int, eos_token_id: int) -> None:
         self._backend = backend
@@ -27,9 +27,9 @@ class Tokenizer:
 
     @staticmethod
     def from_directory(path: Path | str) -> Tokenizer:
-        """Read `tokenizer.json`, and `tokenizer_config.json` where it exists.
+        """Read `tokenizer.json`, and `tokenizer_config.json` if there is one.
 
-        Raises TokenizerError for files that are missing or of another kind.
+        Raises TokenizerError for missing or unsupported files.
         """
         path = Path(path)
         file = path / "tokenizer.json"
@@ -51,9 +51,9 @@ class Tokenizer:
 
     @cached_property
     def longest_token(self) -> int | None:
-        """Most characters that one token can stand for, from which follow the fewest tokens of a text.
+        """Largest number of characters per token, which bounds the number of tokens of a text from below.
 
-        None where the tokenizer may drop characters.
+        None if the tokenizer may drop characters.
         """
         content = json.loads(self._backend.to_str())
         normalizer = content["normalizer"] or {}
@@ -61,19 +61,19 @@ class Tokenizer:
         swallows = any(token["lstrip"] or token["rstrip"] for token in content["added_tokens"])
         if may_shrink or swallows:
             return None
-        # In byte-level BPE a token is spelled with a character per byte, and a text has no more characters than bytes.
+        # Byte-level BPE spells a token with one character per byte, and a text has at most as many characters as bytes.
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; nothing is added, and special strings in it become their tokens."""
+        """Token ids of `text`, without added tokens; special strings in it become special tokens."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode`, of each text. Other threads run meanwhile: the library's batch call releases the interpreter."""
+        """`encode` for each text, without holding the GIL."""
         return _ids(self._backend, texts)
 
     def encode_parts(self, parts: Sequence[PromptPart]) -> list[int]:
-        """Token ids of a prompt: markers become their tokens, and texts never do. Releases the interpreter too."""
+        """Token ids of a prompt: only markers become control tokens. Does not hold the GIL while encoding."""
         texts = iter(_ids(self._literal, [part.text for part in parts if not part.is_marker]))
         ids: list[int] = []
         for part in parts:
@@ -81,13 +81,13 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens without special ones; bytes that are no UTF-8 become U+FFFD."""
+        """Text of tokens, without special tokens; invalid UTF-8 becomes U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
 
     def token_bytes(self, token_id: int, special: bool = False) -> bytes:
-        """What one token adds to the text, before it is read as UTF-8; empty for unknown ids.
+        """Bytes that one token adds to the text; empty for unknown ids.
 
-        Special tokens are empty too, or with `special` their names.
+        Special tokens are empty too, unless `special` is set.
         """
         added = self._added.get(token_id)
         if added is not None:
@@ -96,11 +96,11 @@ class Tokenizer:
         return b"" if token is None else bytes(_BYTES[character] for character in token)
 
     def apply_chat(self, messages: Sequence[Message], **options: Any) -> str:
-        """The prompt of a conversation as one string: see `dspark_ray.text.messages.deepseek_v4.render`."""
+        """The prompt of a conversation as one string; see `dspark_ray.text.messages.deepseek_v4.render`."""
         return render(messages, **options)
 
     def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
-        """Token ids of the prompt of a conversation: see `dspark_ray.text.messages.deepseek_v4.render_parts`."""
+        """Token ids of the prompt of a conversation; see `dspark_ray.text.messages.deepseek_v4.render_parts`."""
         return self.encode_parts(render_parts(messages, **options))
 
     @cached_property
@@ -109,7 +109,7 @@ class Tokenizer:
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, which knows no marker: it reads markers as the text they are spelled with."""
+        """The tokenizer without added tokens: it encodes markers as plain text."""
         content = json.loads(self._backend.to_str())
         content["added_tokens"] = []
         return tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -140,7 +140,7 @@ def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
 
 
 def _named_ids(file: Path, backend: tokenizers.Tokenizer, **defaults: str) -> dict[str, int]:
-    """Ids of the tokens that `tokenizer_config.json` names under these keys, or of their defaults."""
+    """Ids of the tokens that `tokenizer_config.json` names under these keys, with defaults."""
     names = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     ids = {}
     for key, default in defaults.items():

@@ -1,12 +1,12 @@
-"""Refit the confidence head of a checkpoint on what became of its drafts.
+"""Refit the confidence head of a checkpoint on the outcomes of its drafts.
 
     python -m dspark_ray.training.confidence --model deployments/tiny
 
-Training the drafter teaches the head how much drafter and target agree. Under coupled verification a draft stands
-less often than that, so the head is fitted once more, on outcomes. Drafts and what stands of them stay as they were.
+Training the drafter fits the head to the overlap of drafter and target distributions. Coupled verification accepts a
+draft less often, so the head is fitted again to outcomes. Drafts and their acceptance do not change.
 
-Prompts come from the corpus's train split. Recorded rounds are kept in parts, and the same command goes on where it
-stopped. Letters: N rounds, G gamma, K inputs of the head, M judged drafts.
+Prompts come from the corpus's train split. Recorded rounds are kept in parts, and the same command resumes where it
+stopped. Letters: N rounds, G gamma, K inputs of the head, M drafts with a known outcome.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from dspark_ray.training.corpus import KINDS, training_prompts
 from dspark_ray.types import SamplingParams
 
 RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-"""Tried from strong to weak where no --l2 is given."""
+"""Strengths of the ridge, tried from strong to weak without --l2."""
 
 _HEAD = "confidence_head.proj.weight"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _PROMPTS_PER_PART = 16
-"""Of each kind; half of them are continued greedily, half sampled."""
+"""Prompts of each kind in a part; half of them are continued greedily, half sampled."""
 _MAX_TOKENS = 96
 _HELD_BACK = 5
-"""Every fifth part is not fitted on. Parts have no prompt in common."""
+"""Every fifth part is held back from the fit. Parts have no prompt in common."""
 
 
 # Recording.
@@ -57,10 +57,10 @@ _HELD_BACK = 5
 
 @dataclass(frozen=True)
 class HeadRounds:
-    """What the head saw in each round, and what became of the drafts."""
+    """Inputs of the head in each round, and the outcomes of the drafts."""
 
     inputs: np.ndarray
-    """[N, G, K] float32: hidden state and Markov embedding of the token before."""
+    """[N, G, K] float32: hidden state and Markov embedding of the previous token."""
     verified: np.ndarray
     """[N]"""
     accepted: np.ndarray
@@ -75,8 +75,8 @@ class HeadRounds:
             np.concatenate([part.accepted for part in parts]),
         )
 
-    def judged(self) -> tuple[Tensor, Tensor]:
-        """Inputs [M, K] and outcomes [M], both float64, of drafts that were verified and before which all stood."""
+    def outcomes(self) -> tuple[Tensor, Tensor]:
+        """Inputs [M, K] and outcomes [M], float64, of verified drafts whose predecessors were all accepted."""
         positions = np.arange(self.inputs.shape[1])
         reached = (positions < self.verified[:, None]) & (positions <= self.accepted[:, None])  # [N, G]
         stood = positions < self.accepted[:, None]
@@ -84,7 +84,7 @@ class HeadRounds:
 
 
 class HeadRecorder:
-    """Hears the inputs of a confidence head, then from a planner what became of the drafts they belong to."""
+    """Records inputs of a confidence head, and the outcomes of the same drafts as the planner reports them."""
 
     def __init__(self, gamma: int) -> None:
         self._gamma = gamma
@@ -92,8 +92,8 @@ class HeadRecorder:
         self._logits: list[Tensor] = []
         self._rounds: list[HeadRounds] = []
 
-    def hear_head(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """A forward hook; the head runs once per block, or once per position of it."""
+    def record_head(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """A forward hook; the head runs once per block, or once per position of a block."""
         if not isinstance(module, ConfidenceHead):
             return
         joined = torch.cat([part.float() for part in inputs], dim=-1)
@@ -106,16 +106,16 @@ class HeadRecorder:
         self._logits.append(output)
 
     def __call__(self, confidences: np.ndarray, verified: np.ndarray, accepted: np.ndarray) -> None:
-        """A listener of a planner. Rounds count only where nobody left between drafting and verifying."""
+        """A listener of a planner. Skips rounds in which a request ended between drafting and verification."""
         drafted = torch.sigmoid(torch.stack(self._logits, 1)).cpu().numpy()
         if len(drafted) != len(confidences):
             return
-        assert np.array_equal(drafted, confidences), "the planner spoke of another block than the head's latest"
+        assert np.array_equal(drafted, confidences), "the planner reports another block than the head's latest"
         inputs = torch.stack(self._inputs, 1).cpu().numpy()
         self._rounds.append(HeadRounds(inputs, verified.copy(), accepted.copy()))
 
     def rounds(self) -> HeadRounds:
-        """All that was heard so far."""
+        """All rounds recorded so far."""
         return HeadRounds.joined(self._rounds)
 
 
@@ -123,7 +123,7 @@ class HeadRecorder:
 def recording(engine: Engine) -> Iterator[HeadRecorder]:
     """Record every round of `engine`, whose drafter must be in this process."""
     recorder = HeadRecorder(engine.gamma)
-    handle = register_module_forward_hook(recorder.hear_head)
+    handle = register_module_forward_hook(recorder.record_head)
     engine.planner.listener = recorder
     try:
         yield recorder
@@ -142,9 +142,9 @@ def record_part(engine: Engine, prompts: list[TokenIds], seed: int) -> HeadRound
 
 
 def record(engine: Engine, prompts: Iterator[list[TokenIds]], folder: Path, num_rounds: int) -> list[HeadRounds]:
-    """Parts with `num_rounds` in all, enough of them to hold one back.
+    """Parts with `num_rounds` in total, enough of them to hold one back.
 
-    Those that `folder` has are read, the others recorded and kept there.
+    Parts in `folder` are read; the others are recorded and saved there. Raises ConfigError if prompts run out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts: list[HeadRounds] = []
@@ -162,7 +162,7 @@ def record(engine: Engine, prompts: Iterator[list[TokenIds]], folder: Path, num_
 
 
 def _save(rounds: HeadRounds, file: Path) -> None:
-    """Written beside its place, then moved, so that an interruption leaves no half part."""
+    """Write a partial file, then rename it, so that an interruption leaves no incomplete part."""
     partial = file.with_suffix(".partial.npz")
     np.savez(partial, inputs=rounds.inputs, verified=rounds.verified, accepted=rounds.accepted)
     partial.replace(file)
@@ -200,7 +200,7 @@ def fit_weights(inputs: Tensor, stood: Tensor, start: Tensor, ridge: float, cent
         curvature = inputs.T @ (inputs * (predicted * (1 - predicted)).unsqueeze(1))
         curvature += ridge * torch.eye(len(weights), dtype=weights.dtype)
         step = torch.linalg.solve(curvature, gradient)
-        # Far from the minimum a whole step may overshoot.
+        # Far from the minimum a full step may overshoot.
         while (found := objective(weights - step)) > value and step.abs().max() > 1e-12:
             step = step / 2
         if value - found <= 1e-9 * value:
@@ -210,18 +210,18 @@ def fit_weights(inputs: Tensor, stood: Tensor, start: Tensor, ridge: float, cent
 
 
 def log_loss(inputs: Tensor, stood: Tensor, weights: Tensor) -> float:
-    """Mean over judged drafts, in nats."""
+    """Mean over drafts, in nats."""
     return F.binary_cross_entropy_with_logits(inputs @ weights, stood).item()
 
 
 def choose_weights(
     fitted_on: HeadRounds, held_back: HeadRounds, current: Tensor, ridges: tuple[float, ...], dtype: torch.dtype
 ) -> Tensor:
-    """The fit with the smallest loss on rounds it has not seen, after rounding to `dtype`.
+    """The fit with the smallest loss on held-back rounds, after rounding to `dtype`.
 
     The ridge pulls towards the current weights or towards zero.
     """
-    seen, unseen = fitted_on.judged(), held_back.judged()
+    seen, unseen = fitted_on.outcomes(), held_back.outcomes()
     best, lowest = current, log_loss(*unseen, current)
     for name, centre in (("current", current), ("zero", torch.zeros_like(current))):
         weights = current
@@ -236,7 +236,7 @@ def choose_weights(
 
 
 def calibration_error(rounds: HeadRounds, weights: Tensor) -> float:
-    """Mean over positions of the calibration error of survival."""
+    """Calibration error of survival, averaged over positions."""
     gamma = rounds.inputs.shape[1]
     confidences = torch.sigmoid(torch.from_numpy(rounds.inputs).double() @ weights).numpy()
     return float(np.mean(survival_errors(confidences, rounds.verified, rounds.accepted, np.ones(gamma))))
@@ -247,7 +247,7 @@ def calibration_error(rounds: HeadRounds, weights: Tensor) -> float:
 
 @dataclass(frozen=True)
 class StoredHead:
-    """Where a checkpoint has the weights of its confidence head: bytes start .. stop of a file."""
+    """Location of a checkpoint's confidence head: bytes start .. stop - 1 of a file."""
 
     file: Path
     start: int
@@ -274,9 +274,9 @@ class StoredHead:
         return torch.frombuffer(bytearray(stored), dtype=self.dtype).double()
 
     def write(self, weights: Tensor) -> None:
-        """Put weights [K] into the file, no other byte of which changes."""
+        """Write weights [K] to the file and change no other byte."""
         stored = weights.to(self.dtype)
-        assert torch.equal(stored.double(), weights), "weights are rounded before they are judged"
+        assert torch.equal(stored.double(), weights), "weights must be rounded to the stored dtype first"
         values = stored.view(torch.uint8).numpy().tobytes()
         assert len(values) == self.stop - self.start
         content = self.file.read_bytes()
@@ -285,7 +285,7 @@ class StoredHead:
         partial.replace(self.file)
 
     def fingerprint(self) -> str:
-        """Of all weights but the head's."""
+        """Digest of all weights except the head's."""
         digest = hashlib.sha256()
         for file in sorted(self.file.parent.glob("*.safetensors")):
             content = file.read_bytes()
@@ -294,7 +294,7 @@ class StoredHead:
 
 
 def _span(tensor: StoredTensor) -> tuple[int, int]:
-    """A safetensors file is the length of its header, the header in JSON, and the data that offsets refer to."""
+    """Byte range of a tensor in its file: data offsets count from the end of the header."""
     with tensor.file.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         start, stop = json.loads(file.read(length))[tensor.stored_name]["data_offsets"]
@@ -305,14 +305,14 @@ def _span(tensor: StoredTensor) -> tuple[int, int]:
 
 
 def refit(parts: list[HeadRounds], current: Tensor, ridges: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """New weights, as they will be stored; prints what they are worth on parts that were not fitted on."""
+    """New weights, rounded as stored; prints losses before and after on held-back parts."""
     fitted_on = HeadRounds.joined([part for number, part in enumerate(parts) if (number + 1) % _HELD_BACK])
     held_back = HeadRounds.joined(parts[_HELD_BACK - 1 :: _HELD_BACK])
     weights = choose_weights(fitted_on, held_back, current, ridges, dtype)
-    judged = held_back.judged()
+    outcomes = held_back.outcomes()
     for name, which in (("before", current), ("after", weights)):
         print(
-            f"confidence: {name}: loss {log_loss(*judged, which):.5f}, "
+            f"confidence: {name}: loss {log_loss(*outcomes, which):.5f}, "
             f"ECE of survival {calibration_error(held_back, which):.2%} on held-back prompts"
         )
     return weights
@@ -321,11 +321,11 @@ def refit(parts: list[HeadRounds], current: Tensor, ridges: tuple[float, ...], d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("deployments/tiny"))
-    parser.add_argument("--output", type=Path, help="where the refitted checkpoint goes (default: the model's folder)")
+    parser.add_argument("--output", type=Path, help="folder for the refitted checkpoint (default: the model's folder)")
     parser.add_argument("--rounds", type=int, default=40_000, help="rounds to record (default: %(default)s)")
-    parser.add_argument("--l2", type=float, help="strength of the ridge (default: what held-back prompts prefer)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts")
-    parser.add_argument("--data", type=Path, default=Path(".build/confidence"), help="where recorded rounds are kept")
+    parser.add_argument("--l2", type=float, help="strength of the ridge (default: chosen on held-back prompts)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of prompts")
+    parser.add_argument("--data", type=Path, default=Path(".build/confidence"), help="folder of recorded rounds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     head = StoredHead.find(arguments.model)

@@ -1,7 +1,7 @@
 """The training corpus of the tiny model: the standard library, arithmetic and short chats.
 
-Everything comes out of the running interpreter's own library or out of a seeded generator, so
-the corpus needs no download and is the same for everyone who runs the same Python version.
+All texts come from the running interpreter's own library or from seeded generators (generated.py), so the corpus needs
+no download and is the same for all who run the same Python version.
 """
 
 import ast
@@ -11,12 +11,14 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import count as count_from
 from pathlib import Path
 from typing import Literal, get_args
+
+from dspark_ray.training.generated import arithmetic_text, question_and_answer
 
 Kind = Literal["code", "prose", "arithmetic", "chat"]
 Split = Literal["train", "heldout"]
@@ -53,7 +55,7 @@ class Document:
 
 @dataclass(frozen=True)
 class _Docstring:
-    """A cleaned docstring and the dotted name, inside its module, of what it describes."""
+    """A cleaned docstring, with the dotted name of its owner inside the module."""
 
     owner: str
     text: str
@@ -91,7 +93,7 @@ def render_chat_prompt(question: str, system: str = "") -> str:
 
 
 def held_out_prompts(kind: str, count: int, seed: int = 0, library: Path | None = None) -> list[str]:
-    """Cut prompts out of held-out documents; none of them carries the begin marker."""
+    """Cut prompts out of held-out documents, without the begin marker."""
     rng = random.Random(f"prompts:{kind}:{seed}")
     sources = list(documents_of_kind(kind, "heldout", seed, library))
     rng.shuffle(sources)
@@ -112,7 +114,7 @@ def held_out_prompts(kind: str, count: int, seed: int = 0, library: Path | None 
 
 
 def training_prompts(kind: str, seed: int = 0, library: Path | None = None) -> Iterator[str]:
-    """Cut a different prompt out of each training document, in shuffled order; a chat's is all of its question."""
+    """Cut a different prompt out of each training document, in shuffled order; of a chat, its full question."""
     rng = random.Random(f"prompts:train:{kind}:{seed}")
     sources = list(documents_of_kind(kind, "train", seed, library))
     rng.shuffle(sources)
@@ -125,7 +127,7 @@ def training_prompts(kind: str, seed: int = 0, library: Path | None = None) -> I
 
 
 def _cut_prompt(document: Document, rng: random.Random, from_start: bool) -> str | None:
-    """Return one prompt out of a document, or nothing where the document has no place to cut."""
+    """Cut one prompt out of a document; None if it is too short."""
     if document.kind == "chat":
         header = ASSISTANT + THINK_END
         return document.text[: document.text.index(header) + len(header)]
@@ -145,7 +147,7 @@ def _cut_prompt(document: Document, rng: random.Random, from_start: bool) -> str
 
 
 def lines_of(text: str) -> list[str]:
-    """Cut a text behind every newline and nowhere else, which ``splitlines`` does not promise."""
+    """Cut a text after every newline and nowhere else (`str.splitlines` also cuts at other characters)."""
     return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
@@ -164,7 +166,7 @@ def _split_of(name: str) -> Split:
 
 
 def _code_documents(split: str, seed: int, library: Path) -> Iterator[Document]:
-    """Yield the library's modules, test modules being at most a third of all bytes."""
+    """Yield the library's modules; test modules are at most a third of all bytes."""
     for name in _chosen_modules(library, seed):
         if _split_of(name) == split and (text := _read(library / name)):
             yield Document(f"code/{name}", "code", text)
@@ -194,7 +196,7 @@ def _modules(library: Path) -> tuple[str, ...]:
 
 
 def _is_excluded(name: str, library: Path) -> bool:
-    """Tell installed packages, test data and generated tables apart from written modules."""
+    """Whether a module is installed, test data or a generated table."""
     parts = Path(name).parts
     if parts[0].startswith(("_sysconfigdata", "config-")) or name == _TOPICS:
         return True
@@ -213,7 +215,7 @@ def _is_test(name: str) -> bool:
 
 @cache
 def _read(path: Path) -> str:
-    """Read a module with its line ends as they are, or nothing where it is not UTF-8."""
+    """Read a module without translating line ends; empty where it is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8")
     except (UnicodeDecodeError, OSError):
@@ -265,7 +267,7 @@ def _docstrings(path: Path) -> tuple[_Docstring, ...]:
 
 
 def _parse(path: Path) -> ast.Module | None:
-    """Parse a module, or return nothing where it is meant not to parse."""
+    """Parse a module; None for test files that do not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -278,7 +280,7 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _walk_docstrings(node: _Documented, owner: str) -> Iterator[_Docstring]:
-    """Yield the docstring of a module, class or function and of what it defines directly."""
+    """Yield the docstrings of a module, class or function and of its members."""
     text = ast.get_docstring(node, clean=False)
     is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     if text and text.strip():
@@ -292,7 +294,7 @@ def _walk_docstrings(node: _Documented, owner: str) -> Iterator[_Docstring]:
 
 @cache
 def _topics(library: Path) -> dict[str, str]:
-    """Read the help topics, which one generated module holds as a dictionary literal."""
+    """Read the help topics from the dictionary literal of a generated module."""
     tree = _parse(library / _TOPICS)
     for node in tree.body if tree else ():
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
@@ -300,142 +302,19 @@ def _topics(library: Path) -> dict[str, str]:
     return {}
 
 
-# Arithmetic: regular lines.
+# Arithmetic: generated lines.
 
 
 def _arithmetic_documents(split: Split, seed: int) -> Iterator[Document]:
-    """Yield generated documents whose own text decides their split."""
+    """Yield generated documents; the hash of a text decides its split."""
     rng = random.Random(f"arithmetic:{split}:{seed}")
     missing = _GENERATED_DOCUMENTS[split]["arithmetic"]
     while missing:
-        text = _arithmetic_text(rng)
+        text = arithmetic_text(rng)
         name = f"arithmetic/{hashlib.sha256(text.encode()).hexdigest()[:20]}"
         if _split_of(name) == split:
             missing -= 1
             yield Document(name, "arithmetic", text)
-
-
-def _arithmetic_text(rng: random.Random) -> str:
-    """Write one to three blocks of regular lines."""
-    blocks = ["\n".join(rng.choice(_BLOCKS)(rng)) for _ in range(rng.randint(1, 3))]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _limit(rng: random.Random) -> int:
-    """Draw the largest operand of a block, small ones being the most frequent."""
-    return rng.choice((10, 10, 20, 20, 50, 100, 100, 1000))
-
-
-def _sums(rng: random.Random) -> list[str]:
-    """Write random additions."""
-    limit = _limit(rng)
-    pairs = [(rng.randint(0, limit), rng.randint(0, limit)) for _ in range(rng.randint(6, 20))]
-    return [f"{a} + {b} = {a + b}" for a, b in pairs]
-
-
-def _differences(rng: random.Random) -> list[str]:
-    """Write random subtractions with results of zero or more."""
-    limit = _limit(rng)
-    pairs = [(rng.randint(0, limit), rng.randint(0, limit)) for _ in range(rng.randint(6, 20))]
-    return [f"{max(pair)} - {min(pair)} = {max(pair) - min(pair)}" for pair in pairs]
-
-
-def _products(rng: random.Random) -> list[str]:
-    """Write random multiplications of small numbers."""
-    pairs = [(rng.randint(0, 12), rng.randint(0, 12)) for _ in range(rng.randint(6, 20))]
-    return [f"{a} x {b} = {a * b}" for a, b in pairs]
-
-
-def _quotients(rng: random.Random) -> list[str]:
-    """Write random divisions without a remainder."""
-    pairs = [(rng.randint(0, 12), rng.randint(1, 12)) for _ in range(rng.randint(6, 16))]
-    return [f"{a * b} / {b} = {a}" for a, b in pairs]
-
-
-def _times_table(rng: random.Random) -> list[str]:
-    """Write a part of the multiplication table of one number."""
-    factor, first = rng.randint(1, 20), rng.randint(0, 4)
-    rows = range(first, first + rng.randint(6, 12))
-    return [f"{factor} x {row} = {factor * row}" for row in rows]
-
-
-def _addition_table(rng: random.Random) -> list[str]:
-    """Write consecutive additions to one number."""
-    term, first = rng.randint(1, 100), rng.randint(0, 20)
-    rows = range(first, first + rng.randint(6, 16))
-    return [f"{row} + {term} = {row + term}" for row in rows]
-
-
-def _counting(rng: random.Random) -> list[str]:
-    """Write counting sequences, upwards and downwards, one to a line."""
-    return [_count_line(rng) for _ in range(rng.randint(2, 6))]
-
-
-def _count_line(rng: random.Random) -> str:
-    """Write one counting sequence behind its description."""
-    first, step, length = (
-        rng.randint(0, 100),
-        rng.choice((1, 1, 1, 2, 3, 5, 10)),
-        rng.randint(5, 15),
-    )
-    numbers = [first + step * index for index in range(length)]
-    if rng.random() < 0.25:
-        numbers.reverse()
-    by = "" if step == 1 else f" by {step}"
-    return f"Count from {numbers[0]} to {numbers[-1]}{by}: {_listed(numbers)}"
-
-
-def _number_column(rng: random.Random) -> list[str]:
-    """Write a counting sequence one number to a line."""
-    first, step = rng.randint(0, 500), rng.choice((1, 1, 2, 5, 10))
-    return [str(first + step * index) for index in range(rng.randint(8, 25))]
-
-
-def _comparisons(rng: random.Random) -> list[str]:
-    """Write comparisons of random numbers."""
-    limit = _limit(rng)
-    lines = []
-    for _ in range(rng.randint(6, 20)):
-        a, b = rng.randint(0, limit), rng.randint(0, limit)
-        sign = "<" if a < b else ">" if a > b else "="
-        lines.append(f"{a} {sign} {b}")
-    return lines
-
-
-def _parities(rng: random.Random) -> list[str]:
-    """Write which consecutive numbers are even and which are odd."""
-    first = rng.randint(0, 200)
-    rows = range(first, first + rng.randint(6, 14))
-    return [f"{row} is {'odd' if row % 2 else 'even'}" for row in rows]
-
-
-def _squares(rng: random.Random) -> list[str]:
-    """Write consecutive numbers beside their doubles and squares."""
-    first = rng.randint(0, 20)
-    rows = range(first, first + rng.randint(5, 10))
-    header = ["| n | n + n | n x n |", "| --- | --- | --- |"]
-    return header + [f"| {row} | {row + row} | {row * row} |" for row in rows]
-
-
-_BLOCKS: tuple[Callable[[random.Random], list[str]], ...] = (
-    _sums,
-    _sums,
-    _differences,
-    _products,
-    _quotients,
-    _times_table,
-    _addition_table,
-    _counting,
-    _number_column,
-    _comparisons,
-    _parities,
-    _squares,
-)
-
-
-def _listed(numbers: list[int]) -> str:
-    """Join numbers with commas."""
-    return ", ".join(map(str, numbers))
 
 
 # Chat: one question and its answer.
@@ -453,81 +332,13 @@ _DESCRIPTION_QUESTIONS = (
     "Describe {} in Python.",
 )
 
-_OPERATIONS = (
-    # the function's name, what it does to two numbers, its value
-    ("add", "adds", "{a} + {b}"),
-    ("subtract", "subtracts", "{a} - {b}"),
-    ("multiply", "multiplies", "{a} * {b}"),
-    ("divide", "divides", "{a} / {b}"),
-    ("compare", "compares", "{a} == {b}"),
-    ("average", "averages", "({a} + {b}) / 2"),
-)
-
-_ARGUMENT_NAMES = (("a", "b"), ("x", "y"), ("first", "second"), ("left", "right"), ("m", "n"))
-
-_FUNCTIONS = (
-    # what the function does, its name, its argument, its body
-    ("returns the length of a list", "length", "items", "return len(items)"),
-    ("returns the largest item of a list", "largest", "items", "return max(items)"),
-    ("returns the smallest item of a list", "smallest", "items", "return min(items)"),
-    ("sums a list of numbers", "total", "numbers", "return sum(numbers)"),
-    ("reverses a string", "reverse", "text", "return text[::-1]"),
-    ("reverses a list", "reverse", "items", "return items[::-1]"),
-    ("sorts a list", "sort", "items", "return sorted(items)"),
-    ("returns the first item of a list", "first", "items", "return items[0]"),
-    ("returns the last item of a list", "last", "items", "return items[-1]"),
-    ("squares a number", "square", "n", "return n * n"),
-    ("doubles a number", "double", "n", "return n * 2"),
-    ("negates a number", "negate", "n", "return -n"),
-    ("checks whether a number is even", "is_even", "n", "return n % 2 == 0"),
-    ("checks whether a number is odd", "is_odd", "n", "return n % 2 == 1"),
-    ("checks whether a number is positive", "is_positive", "n", "return n > 0"),
-    ("checks whether a list is empty", "is_empty", "items", "return len(items) == 0"),
-    ("converts a string to upper case", "upper", "text", "return text.upper()"),
-    ("converts a string to lower case", "lower", "text", "return text.lower()"),
-    ("splits a string into words", "words", "text", "return text.split()"),
-    ("counts the words of a string", "count_words", "text", "return len(text.split())"),
-    ("removes duplicates from a list", "unique", "items", "return list(set(items))"),
-    ("greets a person", "greet", "name", 'return f"Hello, {name}!"'),
-    (
-        "computes the factorial of a number",
-        "factorial",
-        "n",
-        "if n <= 1:\n        return 1\n    return n * factorial(n - 1)",
-    ),
-    (
-        "computes a Fibonacci number",
-        "fibonacci",
-        "n",
-        "if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)",
-    ),
-    (
-        "returns the absolute value of a number",
-        "absolute",
-        "n",
-        "if n < 0:\n        return -n\n    return n",
-    ),
-    (
-        "prints every item of a list",
-        "print_all",
-        "items",
-        "for item in items:\n        print(item)",
-    ),
-    (
-        "reads a file",
-        "read_file",
-        "path",
-        'with open(path, encoding="utf-8") as file:\n        return file.read()',
-    ),
-)
-
 
 def _chat_documents(split: Split, seed: int, library: Path) -> Iterator[Document]:
     """Yield generated chats, then one chat for each documented function."""
     rng = random.Random(f"chat:{split}:{seed}")
     missing = _GENERATED_DOCUMENTS[split]["chat"]
     while missing:
-        question, answer = rng.choices(_CHATS, _CHAT_WEIGHTS)[0](rng)
+        question, answer = question_and_answer(rng)
         # The question alone decides the split, so that no held-out question is trained on.
         if _split_of(f"chat/{question}") == split:
             missing -= 1
@@ -544,7 +355,7 @@ def _chat(question: str, answer: str, rng: random.Random) -> Document:
 
 
 def _descriptions(split: str, library: Path) -> Iterator[tuple[str, str]]:
-    """Yield the public functions of ordinary modules and what their docstrings say first."""
+    """Yield (public function, first paragraph of its docstring) of ordinary modules."""
     for name in _modules(library):
         if _is_test(name) or _split_of(name) != split:
             continue
@@ -561,98 +372,3 @@ def _dotted(name: str) -> str:
     """Turn a module's file name into the name by which users import it."""
     dotted = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     return {"posixpath": "os.path"}.get(dotted, dotted)
-
-
-def _calculation_chat(rng: random.Random) -> tuple[str, str]:
-    """Ask for one calculation."""
-    limit = _limit(rng)
-    a, b = rng.randint(0, limit), rng.randint(0, limit)
-    sign = rng.choice("++-x")
-    if sign == "-":
-        a, b = max(a, b), min(a, b)
-    if sign == "x":
-        a, b = rng.randint(0, 12), rng.randint(0, 12)
-    value = {"+": a + b, "-": a - b, "x": a * b}[sign]
-    form = rng.choice(("What is {}?", "What is {}?", "Calculate {}.", "How much is {}?"))
-    expression = f"{a} {sign} {b}"
-    return form.format(expression), f"{expression} = {value}."
-
-
-def _counting_chat(rng: random.Random) -> tuple[str, str]:
-    """Ask for a counting sequence."""
-    first, length = rng.randint(0, 90), rng.randint(3, 15)
-    numbers = list(range(first, first + length))
-    direction = ""
-    if rng.random() < 0.25:
-        numbers.reverse()
-        direction = " down"
-    return f"Count{direction} from {numbers[0]} to {numbers[-1]}.", _listed(numbers)
-
-
-def _comparison_chat(rng: random.Random) -> tuple[str, str]:
-    """Ask which of two numbers is larger or smaller."""
-    a, b = rng.sample(range(_limit(rng) + 1), 2)
-    word, pick = rng.choice((("larger", max), ("smaller", min)))
-    return f"Which is {word}, {a} or {b}?", f"{pick(a, b)} is {word}."
-
-
-def _parity_chat(rng: random.Random) -> tuple[str, str]:
-    """Ask whether a number is even or odd."""
-    number, asked = rng.randint(0, 1000), rng.choice(("even", "odd"))
-    actual = "odd" if number % 2 else "even"
-    return f"Is {number} {asked}?", f"{'Yes' if asked == actual else 'No'}, {number} is {actual}."
-
-
-def _operation_chat(rng: random.Random) -> tuple[str, str]:
-    """Ask for a function of two numbers."""
-    name, verb, expression = rng.choice(_OPERATIONS)
-    a, b = rng.choice(_ARGUMENT_NAMES)
-    named = rng.random() < 0.5
-    which = f"two numbers {a} and {b}" if named else "two numbers"
-    if not named:
-        a, b = _ARGUMENT_NAMES[0]
-    return (
-        f"Write a function that {verb} {which}.",
-        _fenced(f"def {name}({a}, {b}):\n    return {expression.format(a=a, b=b)}"),
-    )
-
-
-def _constant_chat(rng: random.Random) -> tuple[str, str]:
-    """Ask for a function that applies one constant to a number."""
-    number = rng.randint(2, 100)
-    verb, sign, name = rng.choice(
-        (
-            ("adds {} to a number", "+", "add_{}"),
-            ("subtracts {} from a number", "-", "subtract_{}"),
-            ("multiplies a number by {}", "*", "multiply_by_{}"),
-            ("divides a number by {}", "/", "divide_by_{}"),
-        )
-    )
-    return (
-        f"Write a function that {verb.format(number)}.",
-        _fenced(f"def {name.format(number)}(n):\n    return n {sign} {number}"),
-    )
-
-
-def _function_chat(rng: random.Random) -> tuple[str, str]:
-    """Ask for a well-known small function."""
-    purpose, name, argument, body = rng.choice(_FUNCTIONS)
-    form = rng.choice(("Write a function that {}.", "Write a Python function that {}."))
-    return form.format(purpose), _fenced(f"def {name}({argument}):\n    {body}")
-
-
-def _fenced(code: str) -> str:
-    """Put code between Markdown fences."""
-    return f"```python\n{code}\n```"
-
-
-_CHATS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
-    _calculation_chat,
-    _counting_chat,
-    _comparison_chat,
-    _parity_chat,
-    _operation_chat,
-    _constant_chat,
-    _function_chat,
-)
-_CHAT_WEIGHTS = (40, 20, 10, 5, 4, 9, 12)

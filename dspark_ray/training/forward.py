@@ -1,7 +1,7 @@
-"""Whole-sequence forwards for training: the same parameters and formulas as serving, without a cache.
+"""Full-sequence forwards for training: parameters and formulas of serving, without a cache.
 
-Serving gathers keys by index, row by row; here whole sequences of equal length are known at once, so the window is a
-band of dense chunks and compressed entries are one matrix. A test holds the two equal.
+Serving gathers keys by index, row by row. Here complete sequences of equal length are given, so the window is a band of
+dense chunks and compressed entries are one matrix. A test compares the two.
 
 Letters as in dspark_ray.config, with B sequences of T tokens each, N = B * T.
 """
@@ -22,16 +22,16 @@ from dspark_ray.model.rope import Angles
 
 @dataclass(frozen=True)
 class TrainingOutput:
-    """[N, d] input of the LM head, and features [N, T*d] where the model has a drafter."""
+    """[N, d] input of the LM head, and context features [N, T*d] if the model has a drafter."""
 
     hidden: Tensor
     context_features: Tensor | None
 
 
 def target_forward(model: DeepSeekV4, token_ids: Tensor) -> TrainingOutput:
-    """Run the target on token_ids [B, T]; T must be a multiple of the window and of every ratio.
+    """Run the target on token_ids [B, T]; raises ValueError unless T is a multiple of the window and of every ratio.
 
-    Every visible CSA entry is attended: sequences longer than index_topk * 4 need the serving forward.
+    Every visible CSA entry is attended to: sequences longer than index_topk * 4 need the serving forward.
     """
     config = model.config
     num_sequences, length = token_ids.shape
@@ -112,7 +112,7 @@ def _entries(
     num_sequences: int,
     angles: Angles,
 ) -> Tensor:
-    """All entries [B, T/r, D]; entry 0 of an overlapping compressor has no window before it."""
+    """All entries [B, T/r, D]; in an overlapping compressor entry 0 has no previous window."""
     ratio = compressor.ratio
     kv, gate = compressor.raw(hidden)
     raw = torch.cat((kv, gate + compressor.ape[positions % ratio]), dim=-1)
@@ -135,7 +135,7 @@ def draft_forward(
 ) -> BlockOutput:
     """Draft blocks at A sampled anchors: anchor i is the token of sequence sequences[i] at position starts[i].
 
-    features [N, T*d] of token_ids [B, T]; context of an anchor at n are positions n-W .. n-1.
+    features [N, T*d] are context features of token_ids [B, T]; an anchor at n has context n-W .. n-1.
     """
     num_sequences, length = token_ids.shape
     window = drafter.config.sliding_window

@@ -1,4 +1,4 @@
-"""Starting values of a network that is trained from nothing."""
+"""Initial values of a network that is trained from scratch."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def _fill(name: str, parameter: Tensor, generator: torch.Generator, residual_sca
 
 
 def _fill_mix_base(base: Tensor, generator: torch.Generator) -> None:
-    """Streams start almost independent: read their mean, write to all, keep each to itself."""
+    """Streams start almost independent: a sublayer reads their mean and writes to all, and streams hardly mix."""
     m = next(m for m in range(1, 64) if (2 + m) * m == len(base))
     base.normal_(0.0, 0.5, generator=generator)
     base[2 * m :] += 3.0 * torch.eye(m).flatten()
 
 
 def _fill_hash_table(gate: Gate, generator: torch.Generator) -> None:
-    """Every token draws its experts without replacement."""
+    """Draw the experts of every token without replacement."""
     assert gate.tid2eid is not None
     config = gate.config
     scores = torch.rand(config.vocab_size, config.n_routed_experts, generator=generator)

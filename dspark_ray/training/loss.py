@@ -1,4 +1,4 @@
-"""The training objective of a DSpark drafter (paper 3.3): follow the target's distribution, and know how well."""
+"""The training objective of a DSpark drafter (paper, section 3.3; docs/dspark.md, Training)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _DENOMINATOR_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the three terms, and how fast later positions count less."""
+    """Weights of the three terms, and the decay of weights along a block."""
 
     cross_entropy: float = 0.1
     l1: float = 0.9
     confidence: float = 1.0
     decay: float | None = 4.0
-    """Position k weighs exp(-k / decay); None weighs all alike."""
+    """Position k has weight exp(-k / decay); None gives all positions the same weight."""
 
 
 @dataclass(frozen=True)
 class DraftLoss:
-    """The weighted total and the sums it is made of."""
+    """The weighted total and its sums."""
 
     total: Tensor
     cross_entropy_sum: Tensor
@@ -45,8 +45,8 @@ def draft_loss(
 ) -> DraftLoss:
     """Loss of A blocks of G positions.
 
-    draft_logits, target_logits [A, G, V] are for the same positions; confidence_logits, labels, mask [A, G], where
-    mask is 1 for positions that count.
+    draft_logits, target_logits [A, G, V] are for the same positions; confidence_logits, labels, mask [A, G];
+    mask is 1 for positions in the loss, else 0.
     """
     weights = weights or LossWeights()
     position_weight = mask.float()

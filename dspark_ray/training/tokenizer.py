@@ -1,4 +1,4 @@
-"""Trains the tiny model's byte-level tokenizer and encodes its corpus into token streams."""
+"""Train the tiny model's byte-level tokenizer and encode its corpus into token streams."""
 
 import argparse
 import json
@@ -67,7 +67,7 @@ def train_tokenizer(directory: Path, texts: Iterable[str] | None = None) -> None
 
 
 def _untrained_tokenizer() -> Tokenizer:
-    """Build the byte-level pipeline, which reproduces any text exactly."""
+    """Build the byte-level pipeline, which is lossless."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -80,7 +80,7 @@ def _untrained_tokenizer() -> Tokenizer:
 
 
 def _without_markers(text: str) -> str:
-    """Take the chat markers out, so that no merge is spent on spelling them."""
+    """Remove chat markers, so that no merge is spent on spelling them."""
     return re.sub("|".join(map(re.escape, MARKERS)), "\n", text)
 
 
@@ -96,7 +96,7 @@ def _sample_texts() -> Iterator[str]:
 
 
 def _write_config(path: Path) -> None:
-    """Write what transformers needs besides the tokenizer itself."""
+    """Write tokenizer_config.json for transformers."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -126,7 +126,7 @@ def encode_corpus(tokenizer_file: Path, output: Path, max_tokens: int | None, se
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
-    """Encode texts between begin and end markers, cutting those too long until all pieces fit."""
+    """Encode texts between begin and end markers; texts that are too long are cut until all pieces fit."""
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     while texts:
         too_long: list[str] = []
@@ -189,12 +189,12 @@ def _shuffled(kind: str, split: str, seed: int) -> list[Document]:
 
 
 def _cut(text: str, tokens: int) -> list[str]:
-    """Cut a text at line ends into about equal pieces; a single line gives no piece at all."""
+    """Cut a text at line ends into pieces of about equal length; none if it is a single line."""
     lines = lines_of(text)
     if len(lines) == 1:
         # Only tables of data have lines this long, and a model learns nothing from them.
         return []
-    # Some room below the limit spares most pieces, which are never quite equal, a second cut.
+    # A margin below the limit, because pieces differ in length and few should need a second cut.
     parts = math.ceil(tokens / (0.85 * LONGEST_DOCUMENT))
     pieces: list[str] = []
     piece, ends = "", 0
@@ -206,7 +206,7 @@ def _cut(text: str, tokens: int) -> list[str]:
             piece = ""
     if piece:
         pieces.append(piece)
-    # One huge last line would come back with everything before it, for ever.
+    # With a very long last line the only piece would be the full text, indefinitely.
     return pieces if len(pieces) > 1 else ["".join(lines[:-1]), lines[-1]]
 
 
@@ -216,7 +216,7 @@ def _length(pieces: list[np.ndarray]) -> int:
 
 
 def _write_stream(pieces: list[np.ndarray], path: Path, seed: int) -> None:
-    """Shuffle pieces and write them one behind the other."""
+    """Shuffle pieces and write their concatenation."""
     random.Random(f"stream:{seed}").shuffle(pieces)
     stream = np.concatenate(pieces)
     np.save(path, stream)
@@ -226,7 +226,7 @@ def _write_stream(pieces: list[np.ndarray], path: Path, seed: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train the tokenizer and encode the corpus from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for all results")
+    parser.add_argument("--output", type=Path, required=True, help="output folder")
     parser.add_argument("--tokens", type=int, help="training tokens (default: all code once)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

@@ -114,7 +114,7 @@ def test_no_training_prompt_is_a_held_out_one(kind):
 )
 def test_a_draft_counts_if_it_was_verified_and_all_before_it_stood(verified, accepted, judged):
     inputs = np.arange(GAMMA, dtype=np.float32).reshape(1, GAMMA, 1)
-    found, stood = HeadRounds(inputs, np.array([verified]), np.array([accepted])).judged()
+    found, stood = HeadRounds(inputs, np.array([verified]), np.array([accepted])).outcomes()
     assert stood.tolist() == judged
     assert found.flatten().tolist() == list(range(len(judged)))
 
@@ -125,21 +125,21 @@ def test_a_draft_counts_if_it_was_verified_and_all_before_it_stood(verified, acc
 def test_the_fit_finds_the_weights_that_the_outcomes_came_from():
     true = torch.tensor([1.5, -1.0, 0.5, 0.0], dtype=torch.float64)
     rounds = outcomes(true, 20_000, seed=0)
-    fitted = fit_weights(*rounds.judged(), torch.zeros(4, dtype=torch.float64), 1.0, torch.zeros_like(true))
+    fitted = fit_weights(*rounds.outcomes(), torch.zeros(4, dtype=torch.float64), 1.0, torch.zeros_like(true))
     torch.testing.assert_close(fitted, true, atol=0.06, rtol=0)
 
 
 def test_an_endless_ridge_keeps_the_weights_where_it_pulls_to():
     rounds = outcomes(torch.ones(4, dtype=torch.float64), 100, seed=0)
     centre = torch.tensor([0.5, -0.5, 2.0, 0.0], dtype=torch.float64)
-    fitted = fit_weights(*rounds.judged(), torch.zeros_like(centre), 1e9, centre)
+    fitted = fit_weights(*rounds.outcomes(), torch.zeros_like(centre), 1e9, centre)
     torch.testing.assert_close(fitted, centre, atol=1e-4, rtol=0)
 
 
 def test_the_fit_converges_from_weights_that_are_far_off():
     rounds = outcomes(torch.ones(4, dtype=torch.float64), 500, seed=0)
     zero = torch.zeros(4, dtype=torch.float64)
-    near, far = (fit_weights(*rounds.judged(), start, 1.0, zero) for start in (zero, zero + 40))
+    near, far = (fit_weights(*rounds.outcomes(), start, 1.0, zero) for start in (zero, zero + 40))
     torch.testing.assert_close(near, far, atol=1e-3, rtol=0)
 
 

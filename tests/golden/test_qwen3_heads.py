@@ -13,7 +13,7 @@ import torch
 from golden_files import GoldenCase, case_files, case_name
 from torch import Tensor, nn
 
-from dspark_ray.drafters.dspark import BlockOutput, Choose, Draft, DSparkModule, along, greedy
+from dspark_ray.drafters.dspark import BlockOutput, Choose, Draft, DSparkModule, follow_path, greedy
 from dspark_ray.drafters.heads import ConfidenceHead, RNNMarkovHead, build_markov_head
 
 TOLERANCE = 1e-4
@@ -78,7 +78,7 @@ def test_logits_and_confidences_of_greedy_drafts_equal_the_recorded_ones(heads: 
 
 def test_logits_and_confidences_along_a_given_path_equal_the_recorded_ones(heads: Heads) -> None:
     for recorded in rounds(heads):
-        draft = heads.draft(recorded, along(recorded["fixed_path.tokens"]))
+        draft = heads.draft(recorded, follow_path(recorded["fixed_path.tokens"]))
         close(draft.logits, recorded["fixed_path.corrected_logits"])
         close(draft.confidence_logits, recorded["fixed_path.confidence_logits"])
 

@@ -22,7 +22,7 @@ from torch.nn import Module
 from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.config import ModelConfig
-from dspark_ray.drafters.dspark import BlockOutput, Draft, DSparkModule, along, greedy
+from dspark_ray.drafters.dspark import BlockOutput, Draft, DSparkModule, follow_path, greedy
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.rows import Segment, build_rows
 
@@ -131,7 +131,7 @@ class Replay:
             confidence_logits=draft.confidence_logits,
         )
         path = recorded["fixed_path.tokens"]
-        forced = self.drafter.run_heads(block, anchors, along(path))
+        forced = self.drafter.run_heads(block, anchors, follow_path(path))
         self._keep(
             f"{name}fixed_path.",
             corrected_logits=forced.logits,

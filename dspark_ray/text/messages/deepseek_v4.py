@@ -3,7 +3,7 @@
     BOS system <User>question<Assistant></think>answer EOS <User>question<Assistant></think>          chat mode
     BOS system <User>question<Assistant><think>reasoning</think>answer EOS                             thinking mode
 
-The content of a message is text, even where it spells a marker: only the markers that this module writes become control
+The content of a message is plain text, even if it spells a marker: only markers written by this module become control
 tokens. The checkpoint has no template file for this layout.
 """
 
@@ -21,7 +21,7 @@ from dspark_ray.types import RequestError
 
 @dataclass(frozen=True)
 class SpecialStrings:
-    """What the tokenizer knows as one token each."""
+    """Strings that are one token each."""
 
     bos: str = "<｜begin▁of▁sentence｜>"
     eos: str = "<｜end▁of▁sentence｜>"
@@ -39,14 +39,14 @@ _MARKERS = re.compile("|".join(map(re.escape, astuple(SPECIAL))))
 
 @dataclass(frozen=True)
 class PromptPart:
-    """A piece of a prompt: a control marker, or text that stays text whatever it spells."""
+    """A part of a prompt: a control marker or plain text."""
 
     text: str
     is_marker: bool = False
 
 
 def _template(text: str) -> list[PromptPart]:
-    """Text of this module, whose markers count."""
+    """Parts of a template string, with its markers as control markers."""
     parts, start = [], 0
     for found in _MARKERS.finditer(text):
         parts += [PromptPart(text[start : found.start()]), PromptPart(found.group(), is_marker=True)]
@@ -60,7 +60,7 @@ TurnKind = Literal["system", "user", "developer", "latest_reminder", "assistant"
 _ROLES = ("system", "user", "assistant", "tool", "developer", "latest_reminder")
 _ASKING: tuple[TurnKind, ...] = ("user", "developer")
 _BLANK_LINE = "\n\n"
-# Their prompts contain fixed English paragraphs that are not part of the specification this package has.
+# Their prompts contain fixed English paragraphs that are not implemented.
 _UNSUPPORTED_KEYS = ("tools", "response_format", "task")
 _SUPPORTED_EFFORTS = (None, "none", "low")
 
@@ -74,18 +74,18 @@ class _ToolCall:
 
 @dataclass(frozen=True)
 class _Turn:
-    """One or, of a user and the tools, several messages."""
+    """One message, or adjacent messages of user and tools merged."""
 
     kind: TurnKind
     text: str
     reasoning: str = ""
     tool_calls: tuple[_ToolCall, ...] = ()
     ends: bool = True
-    """Whether an assistant turn is complete; False lets the model go on with it."""
+    """Whether an assistant turn is complete; the model continues an incomplete one."""
 
 
 def render(messages: Sequence[Message], **options: Any) -> str:
-    """The prompt of a conversation as one string, for people to read: see `render_parts`."""
+    """The prompt of a conversation as one readable string; see `render_parts`."""
     return "".join(part.text for part in render_parts(messages, **options))
 
 
@@ -98,12 +98,12 @@ def render_parts(
     drop_thinking: bool = True,
     add_generation_prompt: bool | None = None,
 ) -> list[PromptPart]:
-    """The prompt of a conversation, markers and texts taking turns; `Tokenizer.encode_parts` makes tokens of it.
+    """The prompt of a conversation as markers and plain texts, for `Tokenizer.encode_parts`.
 
-    `thinking` None follows the effort, and without one is chat mode. `drop_thinking` leaves out what was reasoned (and
-    what developers said) before the last question. `add_generation_prompt` opens an assistant turn at the end; None
+    `thinking` None means thinking with effort "low" and chat mode otherwise. `drop_thinking` drops reasoning (and
+    developer messages) before the last question. `add_generation_prompt` opens an assistant turn at the end; None
     does so unless the last message is the assistant's. A last message with `wo_eos` is always continued. Raises
-    RequestError naming the field that is wrong.
+    RequestError that names the invalid field.
     """
     thinks = _thinks(thinking, reasoning_effort)
     if tools:
@@ -130,7 +130,7 @@ def _opens_a_turn(last: _Turn, asked: bool | None) -> bool:
 
 
 def _merged(parts: Sequence[PromptPart]) -> list[PromptPart]:
-    """Neighbouring texts as one, so that they are tokenised as one; empty ones left out."""
+    """Merge adjacent texts, so that they are tokenised together; drop empty ones."""
     merged = []
     for is_marker, run in groupby((part for part in parts if part.text), key=lambda part: part.is_marker):
         texts = [part.text for part in run]
@@ -152,7 +152,7 @@ def _header(thinks: bool) -> list[PromptPart]:
 
 
 def _last_asking(turns: Sequence[_Turn]) -> int:
-    """Number of the last user or developer turn."""
+    """Index of the last user or developer turn."""
     return max((number for number, turn in enumerate(turns) if turn.kind in _ASKING), default=0)
 
 
@@ -198,7 +198,7 @@ def _parameter(name: str, value: Any) -> list[PromptPart]:
 
 
 def _turns(messages: Sequence[Message]) -> Iterator[_Turn]:
-    """Messages checked, and those of the user and the tools between two others merged."""
+    """Validate messages, and merge adjacent messages of user and tools."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise RequestError("messages", f"messages={messages!r}: expected a list of at least one message")
     calls: tuple[_ToolCall, ...] = ()
@@ -246,7 +246,7 @@ def _part(message: Message, role: str, where: str) -> _Part:
 
 
 def _user_turn(parts: Sequence[_Part], calls: Sequence[_ToolCall]) -> Iterator[_Turn]:
-    """One turn of all parts; tool results trade places until they are in the order of their calls."""
+    """One turn of all parts, with tool results sorted into the order of their calls."""
     if not parts:
         return
     order = {call.id: number for number, call in enumerate(calls)}
@@ -308,14 +308,14 @@ def _tool_call(call: Any, where: str) -> _ToolCall:
         where = f"{where}.function"
         raise RequestError(where, f"{where}={function!r}: expected an object with name and arguments")
     arguments = _arguments(function.get("arguments", "{}"))
-    if not _can_be_spelled([function["name"], arguments]):
+    if not _is_encodable([function["name"], arguments]):
         where = f"{where}.function"
         raise RequestError(where, f"{where}: expected valid Unicode and moderate nesting")
     return _ToolCall(call.get("id"), function["name"], arguments)
 
 
 def _arguments(arguments: Any) -> Mapping[str, Any]:
-    """Arguments by name; what is no JSON object becomes one argument, as the model may really have written it."""
+    """Arguments by name; a string that is no JSON object, which a model may have written, is kept as one argument."""
     if isinstance(arguments, Mapping):
         return arguments
     try:
@@ -325,8 +325,8 @@ def _arguments(arguments: Any) -> Mapping[str, Any]:
     return parsed if isinstance(parsed, dict) else {"arguments": arguments}
 
 
-def _can_be_spelled(value: Any) -> bool:
-    """Whether JSON in UTF-8 can spell it: JSON's escapes can also write half of a surrogate pair."""
+def _is_encodable(value: Any) -> bool:
+    """Whether UTF-8 JSON can encode the value; JSON escapes can also stand for a lone surrogate."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
