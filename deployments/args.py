@@ -16,7 +16,16 @@ from autoscale.controller import ControllerConfig
 from autoscale.presets import controller_config
 from deployments.http.keys import KeySource, read_keys
 from deployments.user_cache import cache_directory
-from dspark_ray.config import CacheDType, ConfigError, DType, EngineConfig, ModelConfig, ScheduleKind, VerificationMode
+from dspark_ray.config import (
+    CacheDType,
+    ConfigError,
+    DType,
+    EngineConfig,
+    ModelConfig,
+    ResolvedConfig,
+    ScheduleKind,
+    VerificationMode,
+)
 from dspark_ray.types import MAX_DRAFT_TOKENS
 
 _ENGINE = EngineConfig()
@@ -335,7 +344,7 @@ class AppArgs(_Block):
             f" expected {expected}, or no enable_adaptive_verification"
         )
 
-    def resolve(self) -> tuple[ModelConfig, EngineConfig]:
+    def resolve(self) -> tuple[ModelConfig, ResolvedConfig]:
         """Check the checkpoint's config against this. Raises ConfigError."""
         model = ModelConfig.from_file(self.checkpoint)
         if self.speculative_config is not None and model.dspark is None:

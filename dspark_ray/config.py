@@ -9,7 +9,7 @@ Letters used throughout the package for shapes:
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -326,11 +326,12 @@ def _dspark(raw: dict[str, Any], num_stages: int) -> DSparkConfig | None:
 
 DType = Literal["float32", "bfloat16"]
 CacheDType = Literal["auto", "fp8"]
+KeyDType = Literal["float32", "bfloat16", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How an engine runs a checkpoint; built once and passed down in parts."""
+    """How an engine runs a checkpoint, as the user wrote it; `for_model` turns it into a ResolvedConfig."""
 
     max_num_seqs: int = 32
     """Sequences decoded together; each holds one slot of every ring."""
@@ -391,18 +392,11 @@ class EngineConfig:
                 " fixed, or verification='coupled'"
             )
 
-    @property
-    def keeps_quantised(self) -> bool:
-        """Whether quantised weights stay as they are stored."""
-        return self.device.startswith("cuda") if self.keep_quantised is None else self.keep_quantised
+    def for_model(self, model: ModelConfig) -> ResolvedConfig:
+        """Decide what depends on the checkpoint or the device, and check the two configurations against each other.
 
-    @property
-    def schedule_kind(self) -> ScheduleKind:
-        """The schedule in force."""
-        return self.schedule or ("full" if self.verification == "coupled" else "lagged")
-
-    def for_model(self, model: ModelConfig) -> EngineConfig:
-        """Fill what depends on the checkpoint and check the two against each other."""
+        Raises ConfigError.
+        """
         gamma = model.gamma if self.gamma is None else self.gamma
         if not 0 <= gamma <= model.gamma:
             # More positions than the drafter was trained with changes every position's output.
@@ -429,8 +423,28 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: expected at least max_num_seqs*(1+gamma)"
                 f" = {self.max_num_seqs * (1 + gamma)}"
             )
-        fp8_keys = self.kv_cache_dtype == "fp8" or (model.kv_fake_quant and self.device.startswith("cuda"))
-        return replace(self, gamma=gamma, num_pages=num_pages, kv_cache_dtype="fp8" if fp8_keys else "auto")
+        on_gpu = self.device.startswith("cuda")
+        fp8_keys = self.kv_cache_dtype == "fp8" or (model.kv_fake_quant and on_gpu)
+        decided = {
+            "gamma": gamma,
+            "num_pages": num_pages,
+            "schedule": self.schedule or ("full" if self.verification == "coupled" else "lagged"),
+            "keep_quantised": on_gpu if self.keep_quantised is None else self.keep_quantised,
+            "kv_cache_dtype": "fp8" if fp8_keys else self.dtype,
+        }
+        return ResolvedConfig(**{field.name: getattr(self, field.name) for field in fields(EngineConfig)} | decided)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """An EngineConfig with everything decided that a checkpoint or a device decides; what engines are built from."""
+
+    gamma: int = field()
+    num_pages: int = field()
+    schedule: ScheduleKind = field()
+    keep_quantised: bool = field()
+    kv_cache_dtype: KeyDType = field()  # type: ignore[assignment]
+    """The type in which keys are stored."""
 
 
 def _check_packed_keys(model: ModelConfig) -> None:

@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from benchmarks.harness import report
-from dspark_ray.config import EngineConfig, ScheduleKind
+from dspark_ray.config import ResolvedConfig, ScheduleKind
 from dspark_ray.speculative.cost_table import CostTable, Curve
 from dspark_ray.speculative.planner import Batch, DraftedRows, Planner, StepOutcome
 from dspark_ray.types import BypassReason
@@ -251,8 +251,14 @@ class Engine:
 
     def __init__(self, machine: Machine, num_requests: int, gamma: int, schedule: ScheduleKind) -> None:
         rows = MOST_REQUESTS * (1 + gamma)
-        config = EngineConfig(
-            gamma=gamma, max_num_seqs=MOST_REQUESTS, max_num_batched_tokens=rows, schedule=schedule, max_model_len=16384
+        config = ResolvedConfig(
+            gamma=gamma,
+            schedule=schedule,
+            max_num_seqs=MOST_REQUESTS,
+            max_num_batched_tokens=rows,
+            num_pages=0,  # nothing here has a cache, or weights
+            kv_cache_dtype="fp8",
+            keep_quantised=True,
         )
         self.planner = Planner(config, machine.table)
         self._machine, self._gamma = machine, gamma

@@ -31,7 +31,7 @@ class Ingress:
             tokenizer=Tokenizer.from_directory(args.checkpoint),
             model_name=args.model_name,
             max_model_len=engine_config.max_model_len,
-            gamma=engine_config.gamma or 0,
+            gamma=engine_config.gamma,
             bos_token_id=model_config.bos_token_id,
             created=int((args.checkpoint / "config.json").stat().st_mtime),
             retry_after_s=limits.retry_after_s,

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dspark_ray.config import ConfigError, EngineConfig, ModelConfig
+from dspark_ray.config import ConfigError, ModelConfig, ResolvedConfig
 from dspark_ray.engine.sequence import Sequence
 from dspark_ray.engine.step_loop import Engine
 from dspark_ray.engine.timing import StepTiming
@@ -186,7 +186,9 @@ def load_or_profile(
     return table
 
 
-def deployment_key(model: ModelConfig, config: EngineConfig, checkpoint: Path, gang: dict[str, Any]) -> dict[str, Any]:
+def deployment_key(
+    model: ModelConfig, config: ResolvedConfig, checkpoint: Path, gang: dict[str, Any]
+) -> dict[str, Any]:
     """Everything that changes what a step costs."""
     engine = {
         name: getattr(config, name)
@@ -197,7 +199,7 @@ def deployment_key(model: ModelConfig, config: EngineConfig, checkpoint: Path, g
             "page_size",
             "gamma",
             "dtype",
-            "keeps_quantised",
+            "keep_quantised",
             "kv_cache_dtype",
             "enforce_eager",
         )

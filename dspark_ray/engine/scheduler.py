@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from dspark_ray.cache.pages import PagePool
-from dspark_ray.config import EngineConfig
+from dspark_ray.config import ResolvedConfig
 from dspark_ray.engine.sequence import Sequence
 from dspark_ray.types import QueueFullError
 
@@ -39,8 +39,7 @@ class StepPlan:
 class Scheduler:
     """Owns every sequence, its slot and its pages."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        assert config.num_pages is not None and config.gamma is not None, "EngineConfig.for_model comes first"
+    def __init__(self, config: ResolvedConfig) -> None:
         self.config, self.gamma = config, config.gamma
         self.pool = PagePool(config.num_pages, config.page_size)
         self.waiting: deque[Sequence] = deque()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_ray.config import EngineConfig, ModelConfig
+from dspark_ray.config import ModelConfig, ResolvedConfig
 from dspark_ray.drafters.draft_sampling import DraftSampling
 from dspark_ray.drafters.protocol import ContextUpdate, Drafter, DraftRequest
 from dspark_ray.engine.feature_window import Committed, FeatureWindow, Missing
@@ -54,15 +54,14 @@ class Engine:
 
     def __init__(
         self,
-        config: EngineConfig,
+        config: ResolvedConfig,
         model_config: ModelConfig,
         target: Target,
         drafter: Drafter | None,
         planner: Planner | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`config` must have been through EngineConfig.for_model; None plans without knowing any costs."""
-        assert config.gamma is not None, "EngineConfig.for_model comes first"
+        """Without a planner, one that knows no costs is made."""
         self.config, self.model_config, self.gamma = config, model_config, config.gamma
         self.scheduler = Scheduler(config)
         self.last_step_timing = StepTiming()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_ray.config import EngineConfig
+from dspark_ray.config import ResolvedConfig
 from dspark_ray.drafters.draft_sampling import DraftChooser
 from dspark_ray.drafters.dspark import BlockOutput, DSparkModule
 from dspark_ray.drafters.pools import DraftPools
@@ -23,7 +23,7 @@ from dspark_ray.runner.graphs import Capture
 class DraftWorker:
     """Answers draft requests. Its whole state is W context keys per stage and sequence: it can be rebuilt."""
 
-    def __init__(self, module: DSparkModule, config: EngineConfig, capture: Capture | None = None) -> None:
+    def __init__(self, module: DSparkModule, config: ResolvedConfig, capture: Capture | None = None) -> None:
         """With `capture`, drafts are recorded here and replayed later."""
         self.module, self.config = module, config
         self._pools = DraftPools(module, config.max_num_seqs)

@@ -21,7 +21,7 @@ from torch import Tensor
 from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.checkpoint.reader import Checkpoint, load_drafter, load_projector, load_target
-from dspark_ray.config import ConfigError, EngineConfig, ModelConfig
+from dspark_ray.config import ConfigError, EngineConfig, ModelConfig, ResolvedConfig
 from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
 from dspark_ray.drafters.protocol import Drafter
 from dspark_ray.engine.profiler import Progress, load_or_profile
@@ -74,7 +74,7 @@ class GangSpec:
     def has_draft_process(self) -> bool:
         return self.drafter == "actor" and self.engine.speculation
 
-    def resolve(self) -> tuple[ModelConfig, EngineConfig]:
+    def resolve(self) -> tuple[ModelConfig, ResolvedConfig]:
         """Read the checkpoint's config and check everything against it. Raises ConfigError."""
         model = ModelConfig.from_file(Path(self.checkpoint))
         engine = self.engine
@@ -129,9 +129,8 @@ def join_as_leader(
     return engine
 
 
-def _temperatures(spec: GangSpec, config: EngineConfig) -> Temperatures | None:
+def _temperatures(spec: GangSpec, config: ResolvedConfig) -> Temperatures | None:
     """Those that the config names, or those beside the checkpoint; None where there are none."""
-    assert config.gamma is not None
     path = Path(config.sts_path) if config.sts_path is not None else Path(spec.checkpoint) / STS_FILE
     if not config.speculation or (config.sts_path is None and not path.exists()):
         return None
@@ -144,7 +143,7 @@ def _temperatures(spec: GangSpec, config: EngineConfig) -> Temperatures | None:
 
 def _cost_table(spec: GangSpec, engine: Engine, progress: Progress | None) -> CostTable | None:
     """None where nothing depends on costs."""
-    if not engine.can_draft or engine.config.schedule_kind == "fixed":
+    if not engine.can_draft or engine.config.schedule == "fixed":
         return None
     gang = {"tensor_parallel_size": spec.tensor_parallel_size, "drafter": spec.drafter}
     return load_or_profile(engine, Path(spec.checkpoint), gang, progress)
@@ -256,19 +255,18 @@ def _wait_for_all(spec: GangSpec) -> None:
 def _load_target_rank(
     checkpoint: Checkpoint,
     model_config: ModelConfig,
-    config: EngineConfig,
+    config: ResolvedConfig,
     group: ParallelGroup,
     with_projector: bool,
 ) -> TargetRank:
-    assert config.gamma is not None and config.num_pages is not None
     projector = None
     with _unfilled(config):
         model = DeepSeekV4(model_config, group)
         if with_projector:
             projector = FeatureProjector(model_config)
-    load_target(model, checkpoint, config.device, config.keeps_quantised)
+    load_target(model, checkpoint, config.device, config.keep_quantised)
     if projector is not None:
-        load_projector(projector, checkpoint, config.device, config.keeps_quantised)
+        load_projector(projector, checkpoint, config.device, config.keep_quantised)
     shape = CacheShape.of(
         model_config, config.gamma, config.page_size, config.max_num_seqs, config.max_num_batched_tokens
     )
@@ -286,14 +284,16 @@ def _load_target_rank(
     return TargetRank(model.eval(), cache, projector, graphs)
 
 
-def _capture(config: EngineConfig) -> Capture | None:
+def _capture(config: ResolvedConfig) -> Capture | None:
     """What records steps; None where each is launched anew."""
     if torch.device(config.device).type != "cuda" or config.enforce_eager:
         return None
     return CudaCapture()
 
 
-def _drafter_of(meeting: _Meeting, checkpoint: Checkpoint, target: DeepSeekV4, config: EngineConfig) -> Drafter | None:
+def _drafter_of(
+    meeting: _Meeting, checkpoint: Checkpoint, target: DeepSeekV4, config: ResolvedConfig
+) -> Drafter | None:
     if not config.speculation:
         return None
     if meeting.link is not None:
@@ -306,17 +306,17 @@ def _drafter_of(meeting: _Meeting, checkpoint: Checkpoint, target: DeepSeekV4, c
 def _load_draft_worker(
     checkpoint: Checkpoint,
     model_config: ModelConfig,
-    config: EngineConfig,
+    config: ResolvedConfig,
     shared: tuple[Tensor, Tensor] | None = None,
 ) -> DraftWorker:
     with _unfilled(config):
         module = DSparkModule(model_config)
-    load_drafter(module, checkpoint, config.device, shared, config.keeps_quantised)
+    load_drafter(module, checkpoint, config.device, shared, config.keep_quantised)
     return DraftWorker(module.eval(), config, _capture(config))
 
 
 @contextmanager
-def _unfilled(config: EngineConfig) -> Iterator[None]:
+def _unfilled(config: ResolvedConfig) -> Iterator[None]:
     """Modules made here have shapes and the engine's dtype but no memory until they are loaded."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, config.dtype))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dspark_ray.config import EngineConfig
+from dspark_ray.config import ResolvedConfig
 from dspark_ray.speculative.calibration import OnlineCalibration, Temperatures
 from dspark_ray.speculative.cost import CostModel, lower_hull
 from dspark_ray.speculative.cost_table import CostTable
@@ -106,13 +106,11 @@ class Planner:
 
     def __init__(
         self,
-        config: EngineConfig,
+        config: ResolvedConfig,
         cost_table: CostTable | None = None,
         temperatures: Temperatures | None = None,
         selector: DraftSelector | None = None,
     ) -> None:
-        """`config` must have been through EngineConfig.for_model."""
-        assert config.gamma is not None, "EngineConfig.for_model comes first"
         self.config, self.gamma = config, config.gamma
         self.policy = self._own_policy = VerificationPolicy(confidence_threshold=config.confidence_threshold)
         self.listener: RoundListener | None = None
@@ -120,13 +118,13 @@ class Planner:
             temperatures or Temperatures.identity(self.gamma), self.gamma, refit=config.calibrate_online
         )
         self.cost = self._cost_model(cost_table)
-        self.follows_costs = self.cost is not None and config.schedule_kind != "fixed"
+        self.follows_costs = self.cost is not None and config.schedule != "fixed"
         """Whether costs decide; otherwise everything that can be drafted is drafted and verified."""
-        self._schedule = build_schedule(config.schedule_kind) if self.follows_costs else FixedSchedule()
+        self._schedule = build_schedule(config.schedule) if self.follows_costs else FixedSchedule()
         self._selector = selector or DraftSelector(config.max_num_seqs, self.gamma)
         self._depth = DraftDepth(self.gamma)
         self._past = None
-        if config.schedule_kind == "lagged":
+        if config.schedule == "lagged":
             self._past = _Past(config.max_num_seqs, self.gamma, config.schedule_lag)
         self._policy_ends_at = math.inf
         self._promise = _Promise()
@@ -236,7 +234,7 @@ class Planner:
         hull of the curve instead, which has no stairs, and is known before anything is drafted.
         """
         seconds = self._target_seconds(batch)
-        if self.config.schedule_kind != "causal" or self.cost is None:
+        if self.config.schedule != "causal" or self.cost is None:
             return seconds
         last = min(batch.base_rows + num_requests * self.gamma, len(seconds) - 1)
         return lower_hull(seconds, batch.base_rows, last)

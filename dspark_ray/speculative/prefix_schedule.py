@@ -130,7 +130,7 @@ _SCHEDULES: dict[ScheduleKind, Callable[[], PrefixSchedule]] = {
 
 
 def build_schedule(kind: ScheduleKind) -> PrefixSchedule:
-    """The schedule that `EngineConfig.schedule_kind` names."""
+    """The schedule that `ResolvedConfig.schedule` names."""
     return _SCHEDULES[kind]()
 
 

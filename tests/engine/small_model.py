@@ -12,7 +12,7 @@ import torch
 from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
 from dspark_ray.checkpoint.writer import save_checkpoint
-from dspark_ray.config import EngineConfig, ModelConfig
+from dspark_ray.config import EngineConfig, ModelConfig, ResolvedConfig
 from dspark_ray.drafters.dspark import DSparkModule, FeatureProjector
 from dspark_ray.drafters.protocol import Drafter
 from dspark_ray.engine.step_loop import Engine
@@ -73,8 +73,8 @@ def save_small_checkpoint(directory: Path) -> Path:
     return directory
 
 
-def small_config(**changes: object) -> EngineConfig:
-    """An EngineConfig for the small model, with room for 8 sequences of 256 tokens."""
+def small_config(**changes: object) -> ResolvedConfig:
+    """A configuration for the small model, with room for 8 sequences of 256 tokens."""
     defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, "page_size": 32}
     return EngineConfig(**{**defaults, **changes}).for_model(SMALL)  # type: ignore[arg-type]
 
@@ -91,8 +91,6 @@ def build_small_engine(
     """
     config = small_config(**changes)
     model, module = small_modules()
-    assert config.gamma is not None
-    assert config.num_pages is not None
     shape = CacheShape.of(SMALL, config.gamma, config.page_size, config.max_num_seqs, config.max_num_batched_tokens)
     cache_tensors = CacheTensors(SMALL, shape, config.num_pages)
     projector = FeatureProjector(SMALL)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_model import SMALL, build_small_engine, request, run, run_outputs, small_config, small_modules
 
-from dspark_ray.config import ConfigError, EngineConfig
+from dspark_ray.config import ConfigError, EngineConfig, ResolvedConfig
 from dspark_ray.drafters.protocol import DraftProposal, DraftRequest
 from dspark_ray.engine.profiler import load_or_profile, profile
 from dspark_ray.engine.step_loop import Engine
@@ -99,7 +99,7 @@ def test_arbitrary_lengths_and_selections_do_not_change_the_text(seed, texts):
 class ArbitraryPlanner(Planner):
     """Decides by dice."""
 
-    def __init__(self, config: EngineConfig, generator: np.random.Generator) -> None:
+    def __init__(self, config: ResolvedConfig, generator: np.random.Generator) -> None:
         super().__init__(config)
         self._generator = generator
         self._schedule = self
@@ -234,7 +234,7 @@ def test_a_schedule_that_sees_what_it_decides_on_is_refused_for_rejection():
 
 @pytest.mark.parametrize(("verification", "kind"), [("coupled", "full"), ("rejection", "lagged")])
 def test_the_schedule_in_force_suits_the_verification(verification, kind):
-    assert EngineConfig(verification=verification).schedule_kind == kind
+    assert small_config(verification=verification).schedule == kind
 
 
 # The drafter's context
@@ -283,7 +283,7 @@ def test_a_drafter_that_was_left_out_drafts_as_if_it_had_not_been(num_left_out):
 class Intermittent(Planner):
     """Drafts in one step of a few."""
 
-    def __init__(self, config: EngineConfig, num_left_out: int) -> None:
+    def __init__(self, config: ResolvedConfig, num_left_out: int) -> None:
         super().__init__(config)
         self._period, self._count = num_left_out + 1, 0
 

@@ -10,7 +10,7 @@ import torch
 from dspark_kernels import formats
 from dspark_ray.cache.shape import CacheShape
 from dspark_ray.cache.tensors import CacheTensors
-from dspark_ray.config import KEY_GROUP, CacheDType, ConfigError, EngineConfig, ModelConfig
+from dspark_ray.config import KEY_GROUP, CacheDType, ConfigError, EngineConfig, KeyDType, ModelConfig
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.model.rows import Segment, build_rows
 from dspark_ray.training.initial import initialise
@@ -90,14 +90,14 @@ def test_a_checkpoint_with_quantised_weights_has_rounded_keys() -> None:
     [
         (QUANTISED, "cuda", "auto", "fp8"),
         (QUANTISED, "cuda:1", "auto", "fp8"),
-        (QUANTISED, "cpu", "auto", "auto"),
+        (QUANTISED, "cpu", "auto", "float32"),
         (QUANTISED, "cpu", "fp8", "fp8"),
-        (ModelConfig.from_dict(RAW), "cuda", "auto", "auto"),
+        (ModelConfig.from_dict(RAW), "cuda", "auto", "float32"),
         (ModelConfig.from_dict(RAW), "cuda", "fp8", "fp8"),
     ],
 )
 def test_auto_stores_keys_in_fp8_on_a_gpu_where_they_were_trained_so(
-    model: ModelConfig, device: str, asked: CacheDType, stored: CacheDType
+    model: ModelConfig, device: str, asked: CacheDType, stored: KeyDType
 ) -> None:
     config = EngineConfig(device=device, kv_cache_dtype=asked, max_model_len=256).for_model(model)
     assert config.kv_cache_dtype == stored

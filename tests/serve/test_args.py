@@ -155,7 +155,6 @@ def test_engine_sizes_keep_the_engines_own_defaults():
 def test_without_a_word_about_schedules_the_engines_defaults_hold():
     config, default = args().engine_config(), EngineConfig()
     assert config == dataclasses.replace(default, cost_directory=config.cost_directory)
-    assert config.schedule_kind == "full"
 
 
 def test_every_field_of_the_schedule_reaches_the_engine():
@@ -191,8 +190,8 @@ def test_a_folder_for_costs_is_taken_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("adaptive", "kind", "expected"),
     [
-        (None, None, ("full", True)),
-        (True, None, ("full", True)),
+        (None, None, (None, True)),
+        (True, None, (None, True)),
         (True, "causal", ("causal", True)),
         (False, None, ("fixed", False)),
         (False, "fixed", ("fixed", False)),
@@ -202,7 +201,7 @@ def test_vllms_switch_chooses_between_a_schedule_and_whole_drafts(adaptive, kind
     config = args(
         speculative_config={"enable_adaptive_verification": adaptive}, dspark={"schedule": {"kind": kind}}
     ).engine_config()
-    assert (config.schedule_kind, config.bypass) == expected
+    assert (config.schedule, config.bypass) == expected
 
 
 def test_no_speculative_config_is_no_speculation_and_no_drafter():

@@ -154,9 +154,8 @@ def test_the_config_refuses_a_peeking_schedule_with_rejection_and_says_why() -> 
 
 @pytest.mark.parametrize("schedule", ["causal", "lagged", "fixed", None])
 def test_the_config_takes_every_other_schedule_with_rejection(schedule: str | None) -> None:
-    config = EngineConfig(verification="rejection", schedule=schedule)  # type: ignore[arg-type]
-    assert config.schedule_kind != "full"
+    EngineConfig(verification="rejection", schedule=schedule)  # type: ignore[arg-type]
 
 
 def test_with_coupled_verification_peeking_is_allowed() -> None:
-    assert EngineConfig(verification="coupled", schedule="full").schedule_kind == "full"
+    EngineConfig(verification="coupled", schedule="full")

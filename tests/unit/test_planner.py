@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_ray.config import EngineConfig, ScheduleKind
+from dspark_ray.config import ResolvedConfig, ScheduleKind
 from dspark_ray.speculative.calibration import Temperatures
 from dspark_ray.speculative.cost_table import CostTable, Curve
 from dspark_ray.speculative.planner import Batch, DraftedRows, Planner, StepOutcome
@@ -19,8 +19,22 @@ LEVEL = CostTable.of(Curve((1, 64), (1.0, 1.001)), Curve((1, 8), (0.01, 0.01)))
 STAIR = CostTable.of(Curve((2, 16, 64), (1.0, 1.05, 9.0), padded_to=64), Curve((1, 8), (0.01, 0.01)))
 
 
-def planner(table: CostTable | None = LEVEL, temperatures: Temperatures | None = None, **changes: Any) -> Planner:
-    config = replace(EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, **changes), gamma=GAMMA, num_pages=1)
+def planner(
+    table: CostTable | None = LEVEL,
+    temperatures: Temperatures | None = None,
+    schedule: ScheduleKind = "full",
+    **changes: Any,
+) -> Planner:
+    config = ResolvedConfig(
+        gamma=GAMMA,
+        schedule=schedule,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        num_pages=1,
+        keep_quantised=False,
+        kv_cache_dtype="float32",
+        **changes,
+    )
     return Planner(config, table, temperatures)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dspark_ray.config import EngineConfig
+from dspark_ray.config import ResolvedConfig
 from dspark_ray.engine.scheduler import Scheduler
 from dspark_ray.engine.sequence import Sequence
 from dspark_ray.types import Request
@@ -17,8 +17,16 @@ def sequence(name: str, num_prompt: int, num_outputs: int = 0) -> Sequence:
 
 def test_a_sequence_that_is_preempted_and_admitted_again_in_one_plan_does_not_decode_in_it() -> None:
     """It holds a slot again, but nothing of it is in the cache."""
-    config = EngineConfig(
-        max_num_seqs=2, max_num_batched_tokens=64, max_model_len=64, page_size=8, num_pages=8, gamma=1
+    config = ResolvedConfig(
+        max_num_seqs=2,
+        max_num_batched_tokens=64,
+        max_model_len=64,
+        page_size=8,
+        num_pages=8,
+        gamma=1,
+        schedule="full",
+        keep_quantised=False,
+        kv_cache_dtype="float32",
     )
     scheduler = Scheduler(config)
     old, young = sequence("old", 60), sequence("young", 9, num_outputs=1)
