@@ -59,7 +59,7 @@ class ControllerConfig:
 class Bounds:
     """What a replica may verify."""
 
-    threshold: float = 0.0
+    confidence_threshold: float = 0.0
     """Drafted positions whose survival is below it are not verified."""
     max_draft_tokens: int | None = None
     bypass: bool = False
@@ -145,7 +145,7 @@ class LoadController:
         for node in list(self._nodes.values()):
             self.on_node(node.load, node.seen_at)
         for replica in self._replicas.values():
-            replica.regulator = self._policy.regulator(replica.bounds.threshold, config.lowest_threshold)
+            replica.regulator = self._policy.regulator(replica.bounds.confidence_threshold, config.lowest_threshold)
 
     def forget_node(self, node_id: str) -> None:
         """The node has left."""
@@ -237,12 +237,12 @@ class LoadController:
         if override is not None:
             return self._above_the_floor(override)
         bounds = self._above_the_floor(Bounds(threshold, self.config.max_draft_tokens, replica.bypass))
-        is_near = abs(bounds.threshold - replica.bounds.threshold) < _EPSILON
-        is_same = is_near and bounds == replace(replica.bounds, threshold=bounds.threshold)
+        is_near = abs(bounds.confidence_threshold - replica.bounds.confidence_threshold) < _EPSILON
+        is_same = is_near and bounds == replace(replica.bounds, confidence_threshold=bounds.confidence_threshold)
         return replica.bounds if is_same else bounds
 
     def _above_the_floor(self, bounds: Bounds) -> Bounds:
-        return replace(bounds, threshold=max(bounds.threshold, self.config.lowest_threshold))
+        return replace(bounds, confidence_threshold=max(bounds.confidence_threshold, self.config.lowest_threshold))
 
     def _override_of(self, name: str, now: float) -> Bounds | None:
         """What an operator set for this replica, or for all of them, and is still in force."""

@@ -29,7 +29,7 @@ from dspark_ray.config import VerificationMode
 from dspark_ray.ranks.gang import GangSpec
 from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.training.corpus import KINDS, held_out_prompts
-from dspark_ray.types import Request, SamplingParams, SpeculationStats, SpeculativeParams
+from dspark_ray.types import Request, SamplingParams, SpeculationStats, VerificationLimits
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -169,7 +169,7 @@ def _requests(
             request_id=f"{prefix}{number}",
             prompt_token_ids=prompt,
             sampling=replace(sampling, seed=seed + number),
-            speculative=SpeculativeParams(enabled=True),
+            speculative=VerificationLimits(),
         )
         for number, prompt in enumerate(prompts)
     )

@@ -186,7 +186,8 @@ def _sentence(sample: LoadSample, before: Bounds, decision: Decision) -> str:
     bounds, saturation = decision.bounds, decision.saturation
     parts = " ".join(f"{name}={value:.2f}" for name, value in _sorted(saturation.parts.items()))
     return (
-        f"policy {decision.version} for {sample.replica}: threshold {before.threshold:.3f} -> {bounds.threshold:.3f},"
+        f"policy {decision.version} for {sample.replica}:"
+        f" threshold {before.confidence_threshold:.3f} -> {bounds.confidence_threshold:.3f},"
         f" max_draft_tokens={bounds.max_draft_tokens}, bypass={bounds.bypass}, spent={_share(decision.spent)};"
         f" saturation={saturation.value:.2f} by {saturation.limiting} ({parts});"
         f" running={sample.num_running:.1f}/{sample.max_running} waiting={sample.num_waiting:.1f}"

@@ -17,7 +17,7 @@ from dspark_ray.engine.step_loop import Engine
 from dspark_ray.ranks.gang import build_engine
 from dspark_ray.text.stream import TextStream
 from dspark_ray.text.tokenizer import Tokenizer
-from dspark_ray.types import Request, SamplingParams, SpeculationStats, SpeculativeParams, StepRecord
+from dspark_ray.types import Request, SamplingParams, SpeculationStats, StepRecord, VerificationLimits
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _request(tokenizer: Tokenizer, arguments: argparse.Namespace) -> Request:
             max_tokens=arguments.max_tokens,
             stop=tuple(arguments.stop),
         ),
-        speculative=SpeculativeParams(enabled=not arguments.no_speculation),
+        speculative=VerificationLimits(bypass=arguments.no_speculation),
     )
 
 

@@ -188,30 +188,10 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeculativeParams:
-    """What a request asks of speculation; its text does not depend on it in coupled verification.
+class VerificationLimits:
+    """What may be drafted and verified, of one request or of a whole engine; the schedule decides within these limits.
 
-    Raises RequestError for a value of another type or outside the limits above.
-    """
-
-    enabled: bool = True
-    max_draft_tokens: int | None = None
-    """None takes the engine's gamma."""
-    confidence_threshold: float = 0.0
-    """Drafted positions whose survival is below this are not verified."""
-
-    def __post_init__(self) -> None:
-        _check_flag("speculative.enabled", self.enabled)
-        if self.max_draft_tokens is not None:
-            _check_integer("speculative.max_draft_tokens", self.max_draft_tokens, 0, MAX_DRAFT_TOKENS)
-        _check_number("speculative.confidence_threshold", self.confidence_threshold, 0, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerificationPolicy:
-    """What an operator or a controller lets an engine verify; it acts on top of the schedule and of the request.
-
-    Raises RequestError for a value of another type or outside the limits above.
+    They change no text in coupled verification. Raises RequestError for a value of another type or out of range.
     """
 
     confidence_threshold: float = 0.0
@@ -219,17 +199,30 @@ class VerificationPolicy:
     max_draft_tokens: int | None = None
     """Most drafts verified per request and round; None takes the engine's gamma."""
     bypass: bool = False
-    """Draft for nobody."""
-    version: int = 0
-    """Names the decision in records and metrics."""
-    valid_seconds: float | None = None
-    """From when the engine gets it; afterwards the engine's own policy counts again. None never expires."""
+    """Draft nothing."""
 
     def __post_init__(self) -> None:
         _check_number("confidence_threshold", self.confidence_threshold, 0, 1)
         if self.max_draft_tokens is not None:
             _check_integer("max_draft_tokens", self.max_draft_tokens, 0, MAX_DRAFT_TOKENS)
         _check_flag("bypass", self.bypass)
+
+    @property
+    def allow_drafts(self) -> bool:
+        return not self.bypass and self.max_draft_tokens != 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationPolicy(VerificationLimits):
+    """The limits that an operator or a controller sets for an engine."""
+
+    version: int = 0
+    """Identifies the decision in records and metrics."""
+    valid_seconds: float | None = None
+    """From when the engine receives it; afterwards the engine's own policy applies again. None never expires."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _check_integer("version", self.version, MIN_INT64, MAX_INT64)
         seconds = self.valid_seconds
         if seconds is not None:
@@ -244,7 +237,7 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    speculative: SpeculativeParams = field(default_factory=SpeculativeParams)
+    speculative: VerificationLimits = field(default_factory=VerificationLimits)
     output_token_ids: tuple[int, ...] = ()
     """Tokens another engine already produced for this request: generation goes on behind them."""
 

@@ -163,7 +163,7 @@ class Controlled:
         for place, decision in zip(np.flatnonzero(speaks).tolist(), decisions):
             self._versions[place] = decision.version
             self.spent[place] = np.nan if decision.spent is None else decision.spent
-            self._world.thresholds[self._fleet, place] = decision.bounds.threshold
+            self._world.thresholds[self._fleet, place] = decision.bounds.confidence_threshold
 
     def _decide(self, nodes: list[NodeLoad], samples: list[LoadSample]) -> list[Decision]:
         controller, now = self.controller, self._now

@@ -163,7 +163,7 @@ def _saturation(replica: Replica) -> Text:
 
 
 def _threshold(replica: Replica) -> Text:
-    text = "bypass" if replica.bypass else f"{replica.threshold:.2f}"
+    text = "bypass" if replica.bypass else f"{replica.confidence_threshold:.2f}"
     return Text(f"*{text}" if replica.overridden else text, "magenta" if replica.overridden else "")
 
 

@@ -118,7 +118,7 @@ class Replica:
     tokens_per_second: float
     busy_share: float
     slowness: float
-    threshold: float
+    confidence_threshold: float
     max_draft_tokens: int | None
     bypass: bool
     overridden: bool

@@ -14,7 +14,7 @@ from autoscale.controller import Bounds
 from deployments.http.answers import StepsAnswer
 from deployments.http.auth import BEARER
 from deployments.http.errors import ApiError, as_api_errors, documented, invalid, request_id_of
-from deployments.http.fields import DraftTokens, Finite, Schema, Seed, Share
+from deployments.http.fields import Finite, LimitsSchema, Seed
 from deployments.http.generation import EngineClient
 from deployments.http.service import ControllerClient, Service
 from deployments.replica.messages import MAX_STEPS
@@ -33,13 +33,11 @@ class StepsQuery(BaseModel):
     last: int = Field(default=50, ge=1, le=MAX_STEPS)
 
 
-class PolicyRequest(Schema):
+class PolicyRequest(LimitsSchema):
     """The fields of a VerificationPolicy; absent ones bound nothing."""
 
     replica: Annotated[str, Field(pattern=_REPLICA)] | None = None
     """None for all of them; only a load controller can reach a particular one."""
-    confidence_threshold: Share | None = None
-    max_draft_tokens: DraftTokens | None = None
     bypass: bool | None = None
     version: Seed | None = None
     valid_seconds: Annotated[Finite, Field(gt=0, le=MAX_POLICY_SECONDS)] | None = None

@@ -117,3 +117,10 @@ class Schema(BaseModel):
 
 def _expected(values: tuple[Any, ...]) -> str:
     return " or ".join(["expected null", *(f"{value!r}" for value in values)])
+
+
+class LimitsSchema(Schema):
+    """The limits that requests and operators may set; absent ones limit nothing."""
+
+    confidence_threshold: Share | None = None
+    max_draft_tokens: DraftTokens | None = None

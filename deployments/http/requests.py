@@ -12,8 +12,8 @@ from deployments.http.fields import (
     ENCODABLE,
     INTEGRAL,
     INTEGRAL_ITEMS,
-    DraftTokens,
     Finite,
+    LimitsSchema,
     Schema,
     Seed,
     Share,
@@ -36,7 +36,7 @@ from dspark_ray.types import (
     MAX_TOP_K,
     MIN_REPETITION_PENALTY,
     SamplingParams,
-    SpeculativeParams,
+    VerificationLimits,
 )
 
 MAX_PROMPT_TOKENS = 2**20
@@ -111,15 +111,14 @@ class StreamOptions(Schema):
     """vLLM's: every chunk carries the usage so far."""
 
 
-class Speculative(Schema):
+class Speculative(LimitsSchema):
     """Per-request options of speculation. They change the speed, and in coupled verification never the text."""
 
     enabled: bool | None = None
-    max_draft_tokens: DraftTokens | None = None
-    confidence_threshold: Share | None = None
 
-    def params(self) -> SpeculativeParams:
-        return SpeculativeParams(**self.model_dump(exclude_none=True))
+    def limits(self) -> VerificationLimits:
+        fields = self.model_dump(exclude_none=True, exclude={"enabled"})
+        return VerificationLimits(**fields, bypass=self.enabled is False)
 
 
 def _stop_form(value: Any) -> str:
@@ -240,8 +239,8 @@ class GenerationRequest(Schema):
             logprobs=self.num_logprobs(),
         )
 
-    def speculation(self) -> SpeculativeParams:
-        return (self.speculative or Speculative()).params()
+    def speculation(self) -> VerificationLimits:
+        return (self.speculative or Speculative()).limits()
 
 
 def choice_seed(seed: int, choice: int) -> int:

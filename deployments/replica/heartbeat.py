@@ -94,7 +94,7 @@ class LoadWindow(Observer):
 def policy_of(decision: Decision) -> VerificationPolicy:
     """The controller's answer in the engine's words."""
     return VerificationPolicy(
-        confidence_threshold=decision.bounds.threshold,
+        confidence_threshold=decision.bounds.confidence_threshold,
         max_draft_tokens=decision.bounds.max_draft_tokens,
         bypass=decision.bounds.bypass,
         version=decision.version,
@@ -169,7 +169,7 @@ class HeartbeatLoop:
         decision = self._decision
         if decision is None or self._clock() >= self._valid_until:
             return {}
-        stats = {"threshold": decision.bounds.threshold, "saturation": decision.saturation.value}
+        stats = {"threshold": decision.bounds.confidence_threshold, "saturation": decision.saturation.value}
         if decision.preset is not None:
             stats["preset"] = number_of(decision.preset)
         # A policy that never moves says nothing about when replicas should.

@@ -91,7 +91,7 @@ class LoadMetrics:
         self._heartbeats.inc()
         _increase(self._changes, float(decision.before is not None), engine)
         self._saturation.set(decision.saturation.value, engine)
-        self._threshold.set(decision.bounds.threshold, engine)
+        self._threshold.set(decision.bounds.confidence_threshold, engine)
         _show(self._spent, decision.spent, engine)
 
     def on_nodes(self, loads: Sequence[NodeLoad]) -> None:

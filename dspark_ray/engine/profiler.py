@@ -26,7 +26,7 @@ from dspark_ray.engine.sequence import Sequence
 from dspark_ray.engine.step_loop import Engine
 from dspark_ray.engine.timing import StepTiming
 from dspark_ray.speculative.cost_table import CostTable, Curve
-from dspark_ray.types import Request, SamplingParams, SpeculativeParams
+from dspark_ray.types import Request, SamplingParams, VerificationLimits
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _sequence(engine: Engine, number: int, size: _Size, generator: random.Random
         prompt_token_ids=tuple(generator.choices(vocabulary, k=size.context)),
         output_token_ids=tuple(generator.choices(vocabulary, k=1)),
         sampling=SamplingParams(temperature=1.0, seed=number, max_tokens=engine.config.max_model_len, ignore_eos=True),
-        speculative=SpeculativeParams(enabled=size.num_drafts is not None, max_draft_tokens=size.num_drafts),
+        speculative=VerificationLimits(bypass=size.num_drafts is None, max_draft_tokens=size.num_drafts),
     )
     return engine.sequence_of(request)
 

@@ -399,8 +399,7 @@ class Engine:
     # The drafter's side.
 
     def _speculates(self, sequence: Sequence) -> bool:
-        speculative = sequence.request.speculative
-        return self._drafter is not None and speculative.enabled and speculative.max_draft_tokens != 0
+        return self._drafter is not None and sequence.request.speculative.allow_drafts
 
     def _max_length(self, sequence: Sequence) -> int:
         """Most drafts that can still be of use: the target's own token always takes the last place."""

@@ -164,7 +164,7 @@ class Planner:
     def select(self, slots: np.ndarray, batch: Batch) -> tuple[np.ndarray, BypassReason | None]:
         """Which of the requests in `slots` [R] to draft for the step `batch`: a mask [R], and why it is empty."""
         everybody = np.ones(len(slots), dtype=bool)
-        if self.policy.bypass or self.policy.max_draft_tokens == 0:
+        if not self.policy.allow_drafts:
             return ~everybody, "policy"
         if not len(slots):
             return everybody, "no_room"

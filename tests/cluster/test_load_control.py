@@ -197,9 +197,9 @@ def test_every_node_with_a_gang_has_its_probe(app, nodes):
 
 def test_the_replica_on_the_loaded_node_has_a_higher_threshold(app, nodes):
     wait_until(lambda: len(admin(app, "load")["replicas"]) == 2)
-    wait_until(lambda: replicas_by_node(app, nodes)["loaded"]["bounds"]["threshold"] == pytest.approx(0.9))
+    wait_until(lambda: replicas_by_node(app, nodes)["loaded"]["bounds"]["confidence_threshold"] == pytest.approx(0.9))
     idle = replicas_by_node(app, nodes)["idle"]
-    assert (idle["bounds"]["threshold"], idle["saturation"]["value"]) == (0.0, 0.0)
+    assert (idle["bounds"]["confidence_threshold"], idle["saturation"]["value"]) == (0.0, 0.0)
     wait_until(lambda: replicas_by_node(app, nodes)["loaded"]["saturation"]["limiting"] == "tensor")
 
 
@@ -219,7 +219,7 @@ def test_without_the_controller_texts_go_on_and_thresholds_expire(app, nodes, re
         os.kill(controller.pid, signal.SIGKILL)
         assert texts.result() == [reference] * 32
     # Another one is there by now, and the engines had followed their own schedule in between: version 0 is theirs.
-    wait_until(lambda: replicas_by_node(app, nodes)["loaded"]["bounds"]["threshold"] == pytest.approx(0.9))
+    wait_until(lambda: replicas_by_node(app, nodes)["loaded"]["bounds"]["confidence_threshold"] == pytest.approx(0.9))
     own = [step for step in steps_by_threshold(app, started)[0.0] if step["policy_version"] == 0]
     assert own
     (other,) = live_actors("ServeReplica:app:LoadController")

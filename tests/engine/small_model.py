@@ -22,7 +22,7 @@ from dspark_ray.ranks.executor import LocalTarget, TargetRank
 from dspark_ray.runner.decode import TargetGraphs
 from dspark_ray.runner.graphs import Capture
 from dspark_ray.training.initial import initialise
-from dspark_ray.types import Request, SamplingParams, SequenceOutput, SpeculativeParams
+from dspark_ray.types import Request, SamplingParams, SequenceOutput, VerificationLimits
 
 RAW = {
     "model_type": "deepseek_v4",
@@ -109,7 +109,7 @@ def request(prompt: tuple[int, ...], request_id: str = "r", speculate: bool = Tr
         request_id=request_id,
         prompt_token_ids=prompt,
         sampling=SamplingParams(**params),  # type: ignore[arg-type]
-        speculative=SpeculativeParams(enabled=speculate),
+        speculative=VerificationLimits(bypass=not speculate),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from small_model import build_small_engine, request, run, run_outputs
 
-from dspark_ray.types import SpeculativeParams
+from dspark_ray.types import VerificationLimits
 
 SAMPLED = {
     "greedy": {"temperature": 0.0},
@@ -65,7 +65,7 @@ def test_batch_mates_do_not_change_the_text(gamma, texts, fixed_prompt):
 
 def test_speculating_and_not_speculating_requests_share_a_batch(texts, fixed_prompt):
     requests = [
-        replace(r, speculative=SpeculativeParams(enabled=number % 2 == 0))
+        replace(r, speculative=VerificationLimits(bypass=number % 2 == 1))
         for number, r in enumerate(mixed(fixed_prompt, speculate=True))
     ]
     assert run(build_small_engine(), *requests) == texts
@@ -91,7 +91,7 @@ def test_continuing_from_given_tokens_does_not_change_the_text(texts, fixed_prom
 @pytest.mark.parametrize("threshold", [0.3, 0.9])
 def test_a_confidence_threshold_does_not_change_the_text(threshold, texts, fixed_prompt):
     requests = [
-        replace(r, speculative=SpeculativeParams(confidence_threshold=threshold, max_draft_tokens=4))
+        replace(r, speculative=VerificationLimits(confidence_threshold=threshold, max_draft_tokens=4))
         for r in mixed(fixed_prompt, speculate=True)
     ]
     assert run(build_small_engine(), *requests) == texts

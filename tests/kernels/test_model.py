@@ -40,7 +40,7 @@ from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
 from dspark_ray.ranks.executor import LocalTarget, TargetRank
 from dspark_ray.runner.decode import DraftGraphs, TargetGraphs
 from dspark_ray.runner.graphs import Capture, CudaCapture, Outputs, Replay
-from dspark_ray.types import Request, SamplingParams, SpeculativeParams
+from dspark_ray.types import Request, SamplingParams, VerificationLimits
 
 
 @contextmanager
@@ -310,7 +310,7 @@ def text(speculate: bool) -> list[tuple[int, ...]]:
             request_id="r",
             prompt_token_ids=tuple(segment(0, 0, 5).token_ids),
             sampling=SamplingParams(max_tokens=8, temperature=1.0, ignore_eos=True, seed=3),
-            speculative=SpeculativeParams(enabled=speculate),
+            speculative=VerificationLimits(bypass=not speculate),
         )
         engine.add_request(request)
         steps = []

@@ -25,7 +25,7 @@ from dspark_ray.model.layers import Weight
 from dspark_ray.model.parallel import ParallelGroup
 from dspark_ray.ranks.gang import build_engine
 from dspark_ray.training.initial import initialise
-from dspark_ray.types import Request, SamplingParams, SpeculativeParams
+from dspark_ray.types import Request, SamplingParams, VerificationLimits
 
 # Inputs of all quantised products are multiples of 128. Two ranks cut wq_b at row 192, inside a block of scales, and
 # everything else between blocks; one of them holds three experts and the other two.
@@ -452,7 +452,7 @@ def texts(path: Path, keep: bool | None, speculate: bool, temperature: float) ->
     for number in range(3):
         sampling = SamplingParams(temperature=temperature, max_tokens=24, ignore_eos=True, seed=number)
         prompt = tuple(random_tokens(5 + 8 * number, RAW["vocab_size"], seed=number))
-        speculative = SpeculativeParams(enabled=speculate)
+        speculative = VerificationLimits(bypass=not speculate)
         engine.add_request(
             Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling, speculative=speculative)
         )

@@ -75,14 +75,14 @@ def test_the_load_of_nodes_and_replicas_is_shown(server):
     assert answer["application"] == "app"
     assert answer["nodes"][0]["devices"][0]["tensor_activity"] == 0.5
     assert [replica["sample"]["replica"] for replica in answer["replicas"]] == ["replica-1", "replica-2"]
-    assert answer["replicas"][0]["bounds"] == {"threshold": 0.1, "max_draft_tokens": None, "bypass": False}
+    assert answer["replicas"][0]["bounds"] == {"confidence_threshold": 0.1, "max_draft_tokens": None, "bypass": False}
 
 
 def test_a_policy_is_for_all_replicas(server, controller):
     answer = post(server, {"confidence_threshold": 0.25, "max_draft_tokens": 2, "valid_seconds": 30})
     assert answer.json() == {
         "replicas": ["replica-1", "replica-2"],
-        "policy": {"threshold": 0.25, "max_draft_tokens": 2, "bypass": False, "valid_seconds": 30},
+        "policy": {"confidence_threshold": 0.25, "max_draft_tokens": 2, "bypass": False, "valid_seconds": 30},
     }
     assert controller.beat() == [Bounds(0.25, 2)] * 2
 

@@ -239,7 +239,7 @@ def test_sampling_fields_reach_the_engine(client, echo):
     assert (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty) == (1.0, -1.0, 1.2)
     assert (sampling.logit_bias, sampling.seed, sampling.stop, sampling.stop_token_ids) == ({7: 3.0}, 1, ("x",), (9,))
     assert (sampling.max_tokens, sampling.min_tokens, sampling.ignore_eos) == (3, 2, True)
-    assert (speculative.enabled, speculative.max_draft_tokens, speculative.confidence_threshold) == (False, 2, 0.3)
+    assert (speculative.bypass, speculative.max_draft_tokens, speculative.confidence_threshold) == (True, 2, 0.3)
 
 
 def test_null_fields_are_absent_fields(client, echo):

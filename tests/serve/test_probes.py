@@ -203,7 +203,7 @@ async def test_a_policy_that_follows_the_load_reads_the_nodes_with_a_gang(fleet)
 def threshold_of(controller: Any) -> Awaitable[float]:
     async def ask() -> float:
         decision = await controller.heartbeat(LoadWindow("r", 8).take(1.0))
-        return decision.bounds.threshold
+        return decision.bounds.confidence_threshold
 
     return ask()
 
@@ -256,11 +256,11 @@ async def test_a_controller_goes_on_when_the_nodes_cannot_be_listed(fleet, monke
     monkeypatch.setattr("deployments.load_controller.living_nodes", fail)
     monkeypatch.setattr("deployments.load_controller.failure_counter", lambda model_name: counted.append)
     async with running_controller(preset="throughput") as controller:
-        await controller.override(Bounds(threshold=0.5), None, None)
+        await controller.override(Bounds(confidence_threshold=0.5), None, None)
         while not fleet.started:
             await asyncio.sleep(0.01)
         controller.check_health()
-        assert (await controller.heartbeat(LoadWindow("r", 8).take(1.0))).bounds == Bounds(threshold=0.5)
+        assert (await controller.heartbeat(LoadWindow("r", 8).take(1.0))).bounds == Bounds(confidence_threshold=0.5)
     assert counted == ["watch"] * 3
     assert "the head is restarting" in caplog.text
 

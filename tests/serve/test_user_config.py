@@ -66,7 +66,7 @@ def load(app: Application) -> dict[str, Any]:
 
 def threshold(app: Application) -> float | None:
     found = load(app)["replicas"]
-    return found[0]["bounds"]["threshold"] if found else None
+    return found[0]["bounds"]["confidence_threshold"] if found else None
 
 
 def deploy_with(config: dict[str, Any], user_config: dict[str, Any] | None) -> None:

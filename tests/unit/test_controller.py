@@ -51,8 +51,8 @@ def test_a_mig_instance_is_known_by_its_uuid_and_does_not_stand_for_its_parent()
     boss = controller()
     mig = replace(SATURATED, kind="mig", uuid="MIG-7")
     boss.on_node(node(replace(GPU, uuid="GPU-0"), mig), 0.0)
-    assert settled(boss, on_gpu("MIG-7")).bounds.threshold == pytest.approx(0.4)
-    assert settled(boss, on_gpu("0", replica="parent")).bounds.threshold == 0.0
+    assert settled(boss, on_gpu("MIG-7")).bounds.confidence_threshold == pytest.approx(0.4)
+    assert settled(boss, on_gpu("0", replica="parent")).bounds.confidence_threshold == 0.0
 
 
 def test_an_actor_without_a_gpu_counts_with_its_node_cpu():
@@ -98,7 +98,7 @@ def test_a_restarted_controller_goes_on_from_what_replicas_report():
     boss = controller()
     boss.on_node(node(replace(GPU, tensor_activity=0.6 * 0.75 + 0.1 * 0.25)), 0.0)
     decision = boss.on_sample(replace(on_gpu("0"), threshold=0.23, policy_version=41), 0.0)
-    assert decision.bounds.threshold == pytest.approx(0.23)
+    assert decision.bounds.confidence_threshold == pytest.approx(0.23)
     assert decision.version == 42
 
 
@@ -167,7 +167,7 @@ def test_a_new_configuration_moves_on_from_where_thresholds_are():
     boss.reconfigure(ControllerConfig(policy=replace(CURVE, slew_per_second=0.02)))
     decision = boss.on_sample(on_gpu("0"), 1.0)
     assert (decision.bounds, decision.version) == (before.bounds, before.version)
-    assert boss.on_sample(on_gpu("0"), 2.0).bounds.threshold == pytest.approx(0.32)
+    assert boss.on_sample(on_gpu("0"), 2.0).bounds.confidence_threshold == pytest.approx(0.32)
     assert boss.on_sample(on_gpu("0", replica="other"), 2.0).bounds == Bounds(0.8)
     boss.reconfigure(ControllerConfig(policy=CURVE, signals=SignalScale(tensor=None)))
     assert boss.on_sample(on_gpu("0"), 3.0).saturation.limiting is None
@@ -210,7 +210,7 @@ def test_a_bypass_begins_above_its_limit_and_ends_some_way_below():
 
 def test_a_fixed_threshold_takes_nothing_away():
     decision = controller(policy=FixedThreshold(threshold=0.3)).on_sample(IDLE, 0.0)
-    assert (decision.bounds.threshold, decision.spent) == (0.3, None)
+    assert (decision.bounds.confidence_threshold, decision.spent) == (0.3, None)
 
 
 def test_the_view_is_json_and_has_everything():

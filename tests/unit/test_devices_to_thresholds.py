@@ -58,7 +58,7 @@ def cluster(driver: FakeNvml) -> Iterator[Cluster]:
     """On a calm H200."""
     driver.add_gpu(**CALM)
     cluster = Cluster("0")
-    assert cluster.beat().bounds.threshold == 0.0
+    assert cluster.beat().bounds.confidence_threshold == 0.0
     yield cluster
     cluster.close()
 
@@ -66,29 +66,29 @@ def cluster(driver: FakeNvml) -> Iterator[Cluster]:
 def test_a_busy_but_unsaturated_gpu_raises_nothing(driver, cluster):
     driver.set(0, utilization=100, gpm_02=95, gpm_10=92)
     decision = cluster.beat()
-    assert (decision.bounds.threshold, decision.saturation.limiting) == (0.0, None)
+    assert (decision.bounds.confidence_threshold, decision.saturation.limiting) == (0.0, None)
 
 
 def test_a_saturated_tensor_pipe_raises_the_threshold_and_lets_it_fall_again(driver, cluster):
     driver.set(0, gpm_05=60)
     decision = cluster.beat()
-    assert (decision.bounds.threshold, decision.saturation.limiting) == (pytest.approx(0.4), "tensor")
+    assert (decision.bounds.confidence_threshold, decision.saturation.limiting) == (pytest.approx(0.4), "tensor")
     driver.set(0, **CALM)
-    assert cluster.beat().bounds.threshold == 0.0
+    assert cluster.beat().bounds.confidence_threshold == 0.0
 
 
 def test_a_power_cap_and_heat_count_by_the_clock_they_take(driver, cluster):
     driver.set(0, clock_events=pynvml.nvmlClocksEventReasonHwThermalSlowdown, sm_clock=1300)
     decision = cluster.beat()
-    assert (decision.bounds.threshold, decision.saturation.limiting) == (pytest.approx(0.4), "throttle")
+    assert (decision.bounds.confidence_threshold, decision.saturation.limiting) == (pytest.approx(0.4), "throttle")
 
 
 def test_a_gpu_that_falls_off_the_bus_concludes_nothing_and_counts_again_when_it_is_back(driver, cluster):
     driver.set(0, gpm_05=60)
-    assert cluster.beat().bounds.threshold > 0.3
+    assert cluster.beat().bounds.confidence_threshold > 0.3
     driver.fail(pynvml.NVML_ERROR_GPU_IS_LOST, device=0)
     decision = cluster.beat()
-    assert (decision.bounds.threshold, decision.saturation.parts) == (0.0, {})
+    assert (decision.bounds.confidence_threshold, decision.saturation.parts) == (0.0, {})
     driver.heal(device=0)
     assert cluster.beat(10).saturation.limiting == "tensor"
 
@@ -98,7 +98,7 @@ def test_without_gpm_power_decides(driver):
     cluster = Cluster("0")
     decision = cluster.beat()
     assert decision.saturation.limiting == "power"
-    assert decision.bounds.threshold > 0.3
+    assert decision.bounds.confidence_threshold > 0.3
     cluster.close()
 
 
@@ -106,7 +106,7 @@ def test_a_gpu_that_says_only_its_utilisation_raises_nothing(driver):
     silent = ("gpm", "gpm_02", "gpm_05", "gpm_10", "power", "power_limit", "clock_events")
     driver.add_gpu("an old one", without=silent, utilization=100)
     cluster = Cluster("0")
-    assert cluster.beat().bounds.threshold == 0.0
+    assert cluster.beat().bounds.confidence_threshold == 0.0
     cluster.close()
 
 
@@ -117,6 +117,6 @@ def test_of_mig_instances_each_has_its_own_load(driver):
     thresholds = {}
     for uuid in ("MIG-0-1", "MIG-0-2"):
         cluster = Cluster(uuid)
-        thresholds[uuid] = cluster.beat().bounds.threshold
+        thresholds[uuid] = cluster.beat().bounds.confidence_threshold
         cluster.close()
     assert thresholds == {"MIG-0-1": pytest.approx(0.4), "MIG-0-2": 0.0}

@@ -282,7 +282,7 @@ class Loop:
             tokens = engine.tokens_per_second(running)
             self.requests = max(0.0, self.requests - tokens / Engine.TOKENS)
             decision = self._load_controller.on_sample(sample(name, engine, running, waiting, tokens), self.now)
-            engine.threshold, engine.spent = decision.bounds.threshold, decision.spent
+            engine.threshold, engine.spent = decision.bounds.confidence_threshold, decision.spent
             engine.average(running, waiting)
         self._scale([engine.load for engine in live.values() if engine.ready_at + REPORT_SECONDS <= self.now])
 

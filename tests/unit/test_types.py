@@ -22,7 +22,7 @@ from dspark_ray.types import (
     Request,
     RequestError,
     SamplingParams,
-    SpeculativeParams,
+    VerificationLimits,
     VerificationPolicy,
 )
 
@@ -117,9 +117,9 @@ def test_sampling_at_its_limits_is_accepted():
 @pytest.mark.parametrize(
     ("kind", "field", "values"),
     [
-        (SpeculativeParams, "max_draft_tokens", [True, -1, 1.0, HUGE, MAX_DRAFT_TOKENS + 1]),
-        (SpeculativeParams, "confidence_threshold", [True, -0.1, 1.1, math.nan, math.inf, "0"]),
-        (SpeculativeParams, "enabled", [1, "yes", None]),
+        (VerificationLimits, "max_draft_tokens", [True, -1, 1.0, HUGE, MAX_DRAFT_TOKENS + 1]),
+        (VerificationLimits, "confidence_threshold", [True, -0.1, 1.1, math.nan, math.inf, "0"]),
+        (VerificationLimits, "bypass", [1, "yes", None]),
         (VerificationPolicy, "max_draft_tokens", [True, -1, 1.0, HUGE, ENORMOUS]),
         (VerificationPolicy, "confidence_threshold", [True, -0.1, 1.1, math.nan, HUGE]),
         (VerificationPolicy, "bypass", [1, None]),
