@@ -94,7 +94,7 @@ class ScheduleArgs(_Block):
     lag: NumDrafts = _ENGINE.schedule_lag
     """Rounds by which the confidences that set the budget of `lagged` are old."""
     bypass: bool = _ENGINE.bypass
-    """Leave requests, or all of them, without a draft while drafting for them costs more than it brings."""
+    """Draft for no request while drafting costs more than it brings."""
 
 
 class ConfidenceArgs(_Block):

@@ -366,7 +366,7 @@ class EngineConfig:
     schedule_lag: int = 2
     """Rounds by which the confidences that set the budget of `lagged` are old."""
     bypass: bool = True
-    """Leave requests, or all of them, without a draft while drafting for them costs more than it brings."""
+    """Draft for no request while drafting costs more than it brings."""
     confidence_threshold: float = 0.0
     """Drafted positions whose survival is below this are not verified, whatever the schedule says."""
     sts_path: str | None = None

@@ -17,12 +17,11 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.harness import report
@@ -33,8 +32,6 @@ from dspark_ray.config import EngineConfig
 from dspark_ray.engine.step_loop import Engine
 from dspark_ray.ranks.gang import STS_FILE, build_engine
 from dspark_ray.speculative.calibration import Temperatures
-from dspark_ray.speculative.planner import Planner
-from dspark_ray.speculative.selection import DraftSelector
 from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.training.corpus import held_out_prompts
 from dspark_ray.types import Request, SamplingParams
@@ -71,17 +68,8 @@ TRAFFIC = {
     "easy": (Traffic("arithmetic", 0.0),),
     "middle": (Traffic("code", 0.0),),
     "hard": (Traffic("prose", 1.3),),
-    "mixed": (Traffic("arithmetic", 0.0), Traffic("prose", 1.3)),
 }
 """What a request may be, each as often as the other."""
-COMPARED = ("easy", "middle", "hard")
-
-
-class AllOrNobody(DraftSelector):
-    """Drafts for everybody or for nobody: what choosing single requests is compared with."""
-
-    def _numbers(self, num_requests: int) -> np.ndarray:
-        return np.array([num_requests])
 
 
 def build_arms(config: EngineConfig) -> dict[str, Engine]:
@@ -92,19 +80,6 @@ def build_arms(config: EngineConfig) -> dict[str, Engine]:
     for length in range(1, gamma + 1):
         engines[f"fixed_{length}"] = build_engine(CHECKPOINT, replace(fixed, gamma=length))
     return {**engines, "scheduled": build_engine(CHECKPOINT, config)}
-
-
-def build_selections(config: EngineConfig) -> dict[str, Engine]:
-    """The engine, and the same without the choice of single requests."""
-    scheduled, together = build_engine(CHECKPOINT, config), build_engine(CHECKPOINT, config)
-    assert together.planner.cost is not None
-    together.planner = Planner(
-        together.config,
-        together.planner.cost.table,
-        Temperatures.load(CHECKPOINT / STS_FILE),
-        AllOrNobody(config.max_num_seqs, together.gamma),
-    )
-    return {"scheduled": scheduled, "all_or_nobody": together}
 
 
 @dataclass
@@ -253,10 +228,8 @@ class Settings:
 def measure(settings: Settings, notebook: Notebook) -> None:
     """Every point of every repeat that is not in the notebook yet."""
     requests = Requests()
-    arms = [(repeat, name, c) for repeat in range(settings.repeats) for name in COMPARED for c in CONCURRENCIES]
-    _measure_points(settings, notebook, "arms", arms, requests, build_arms)
-    mixed = [(repeat, "mixed", c) for repeat in range(settings.repeats) for c in CONCURRENCIES if c >= 8]
-    _measure_points(settings, notebook, "selection", mixed, requests, build_selections)
+    arms = [(repeat, name, c) for repeat in range(settings.repeats) for name in TRAFFIC for c in CONCURRENCIES]
+    _measure_points(settings, notebook, arms, requests)
     if not notebook.entries("sweep"):
         notebook.add("sweep", {"rows": list(threshold_sweep(settings, requests))})
     if not notebook.entries("crowd"):
@@ -266,20 +239,18 @@ def measure(settings: Settings, notebook: Notebook) -> None:
 def _measure_points(
     settings: Settings,
     notebook: Notebook,
-    part: str,
     points: list[tuple[int, str, int]],
     requests: Requests,
-    build: Callable[[EngineConfig], dict[str, Engine]],
 ) -> None:
-    missing = points[len(notebook.entries(part)) :]
+    missing = points[len(notebook.entries("arms")) :]
     if not missing:
         return
-    engines = build(settings.config)
+    engines = build_arms(settings.config)
     for repeat, name, concurrency in missing:
         arms = measure_point(engines, requests, name, concurrency, repeat, settings.tokens_per_request)
-        notebook.add(part, {"repeat": repeat, "traffic": name, "concurrency": concurrency, "arms": arms})
+        notebook.add("arms", {"repeat": repeat, "traffic": name, "concurrency": concurrency, "arms": arms})
         rates = "  ".join(f"{arm} {f['tokens'] / f['seconds']:.0f}" for arm, f in arms.items())
-        print(f"{part} {repeat + 1}/{settings.repeats} {name} {concurrency}: {rates}", flush=True)
+        print(f"{repeat + 1}/{settings.repeats} {name} {concurrency}: {rates}", flush=True)
 
 
 def threshold_sweep(settings: Settings, requests: Requests) -> Iterator[dict[str, Any]]:
@@ -287,7 +258,7 @@ def threshold_sweep(settings: Settings, requests: Requests) -> Iterator[dict[str
     for threshold in THRESHOLDS:
         config = replace(settings.config, schedule="fixed", confidence_threshold=threshold, calibrate_online=False)
         engine = build_engine(CHECKPOINT, config)
-        for name in COMPARED:
+        for name in TRAFFIC:
             run = Run(engine, requests.of(name, 16, -2), 16, 48 * 16)
             while not run.is_over:
                 run.take_turn(1.0)
@@ -326,7 +297,6 @@ def share_in_a_crowd(requests: Requests) -> dict[str, float]:
 def summarise(settings: Settings, notebook: Notebook, simulation: dict[str, Any]) -> dict[str, Any]:
     """Figures of all repeats together."""
     points = [_point(entries) for entries in _grouped(notebook.entries("arms"))]
-    selection = [_point(entries) for entries in _grouped(notebook.entries("selection"))]
     crowd = notebook.entries("crowd")[0]
     ratios = [point["ratio"] for point in points]
     calibration = Temperatures.load(CHECKPOINT / STS_FILE)
@@ -352,11 +322,6 @@ def summarise(settings: Settings, notebook: Notebook, simulation: dict[str, Any]
         "scheduler_share_at_256_of_v4_flash": simulation["scheduler_share_at_256"],
         "fig8_gain_min": simulation["fig8_gain_min"],
         "of_clairvoyant": simulation["of_clairvoyant"],
-        "selection": [
-            {key: point[key] for key in ("traffic", "concurrency")}
-            | {"over_all_or_nobody": _rate(point, "scheduled") / _rate(point, "all_or_nobody"), "arms": point["arms"]}
-            for point in selection
-        ],
         "points": points,
         "threshold_sweep": notebook.entries("sweep")[0]["rows"],
     }
@@ -379,8 +344,7 @@ def _point(entries: list[dict[str, Any]]) -> dict[str, Any]:
     best = max(rates, key=lambda arm: rates[arm])
     point |= {"best": best, "ratio": scheduled / rates[best]}
     point["ratio_by_repeat"] = [_ratio(entry["arms"], best) for entry in entries]
-    if "off" in rates:
-        point["over_off"] = scheduled / rates["off"]
+    point["over_off"] = scheduled / rates["off"]
     return point
 
 

@@ -4,7 +4,7 @@
 
 Given are the seconds of target and draft (vLLM's measurement, beside the golden numbers of the schedulers) and the
 conditional acceptances by position of the DSpark paper's Figure 2, whose drafter is that of Qwen3-4B. The schedules,
-the selection and everything that learns are the engine's own. What is assumed:
+the draft gate and everything that learns are the engine's own. What is assumed:
 
 * Confidences are calibrated: a draft stands with the probability that its confidence says.
 * A round has one difficulty, the same for all of its positions: logits of confidences are normal around a centre of
@@ -266,7 +266,7 @@ class Engine:
         self._batch = Batch(num_requests, 0, num_requests, CONTEXT)
         self._noise = np.random.default_rng(7)
         self.schedule_seconds: list[float] = []
-        """What selecting, planning and learning took, by round; measured, not simulated."""
+        """What deciding, planning and learning took, by round; measured, not simulated."""
 
     def run(self, seen: Traffic) -> Run:
         """Serve all rounds."""
@@ -279,9 +279,10 @@ class Engine:
         self.schedule_seconds.append(0.0)
         for slot in np.flatnonzero(arrives):
             self.planner.admit(int(slot))
-        chosen, bypass = self._timed(lambda: self.planner.select(self._slots, self._batch))
-        lengths = self._lengths(self._slots[chosen], confidences[chosen])
-        accepted = np.minimum(can_stand[chosen], lengths)
+        bypass = self._timed(lambda: self.planner.bypass_reason(len(self._slots), self._batch))
+        drafted = slice(None) if bypass is None else slice(0)
+        lengths = self._lengths(self._slots[drafted], confidences[drafted])
+        accepted = np.minimum(can_stand[drafted], lengths)
         rows = len(self._slots) + int(lengths.sum())
         target, draft = float(self._machine.target[rows]), float(self._machine.draft[len(lengths)])
         outcome = self._outcome(accepted, bypass, target, draft)

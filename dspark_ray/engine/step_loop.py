@@ -423,7 +423,7 @@ class Engine:
         return ContextUpdate(missing.slots, missing.positions, self._target.project(missing.features))
 
     def _select(self) -> list[Sequence]:
-        """Those of the decoding sequences for which a draft pays in the next step."""
+        """The decoding sequences to draft in the next step: all that can use a draft, or none."""
         self._bypass = None
         decoding = [s for s in self.scheduler.running if s.is_decoding]
         speculating = [s for s in decoding if self._speculates(s)]
@@ -432,8 +432,8 @@ class Engine:
         candidates = [s for s in speculating if self._max_length(s) > 0]
         batch = Batch(len(decoding), 0, len(decoding), mean_length(decoding))
         with self._watch.times("schedule"):
-            chosen, self._bypass = self.planner.select(slots_of(candidates), batch)
-        return [sequence for sequence, is_chosen in zip(candidates, chosen.tolist(), strict=True) if is_chosen]
+            self._bypass = self.planner.bypass_reason(len(candidates), batch)
+        return candidates if self._bypass is None else []
 
     def _submit_drafts(self, sequences: list[Sequence]) -> None:
         """Ask for the next blocks of `sequences`, so that the drafter works while outputs leave."""

@@ -17,6 +17,7 @@ from dspark_ray.speculative.calibration import OnlineCalibration, Temperatures
 from dspark_ray.speculative.cost import CostModel, lower_hull
 from dspark_ray.speculative.cost_table import CostTable
 from dspark_ray.speculative.depth import DraftDepth
+from dspark_ray.speculative.draft_gate import DraftGate
 from dspark_ray.speculative.prefix_schedule import (
     PLACES,
     FixedSchedule,
@@ -26,7 +27,6 @@ from dspark_ray.speculative.prefix_schedule import (
     cut_at_threshold,
     survival,
 )
-from dspark_ray.speculative.selection import DraftSelector
 from dspark_ray.types import BypassReason, StepRecord, VerificationPolicy
 
 RoundListener = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
@@ -109,7 +109,6 @@ class Planner:
         config: ResolvedConfig,
         cost_table: CostTable | None = None,
         temperatures: Temperatures | None = None,
-        selector: DraftSelector | None = None,
     ) -> None:
         self.config, self.gamma = config, config.gamma
         self.policy = self._own_policy = VerificationPolicy(confidence_threshold=config.confidence_threshold)
@@ -121,7 +120,7 @@ class Planner:
         self.follows_costs = self.cost is not None and config.schedule != "fixed"
         """Whether costs decide; otherwise everything that can be drafted is drafted and verified."""
         self._schedule = build_schedule(config.schedule) if self.follows_costs else FixedSchedule()
-        self._selector = selector or DraftSelector(config.max_num_seqs, self.gamma)
+        self._gate = DraftGate(self.gamma)
         self._depth = DraftDepth(self.gamma)
         self._past = None
         if config.schedule == "lagged":
@@ -157,31 +156,27 @@ class Planner:
 
     def admit(self, slot: int) -> None:
         """A sequence gets `slot`: forget the one that had it before."""
-        self._selector.admit(slot)
         if self._past is not None:
             self._past.admit(slot)
 
-    def select(self, slots: np.ndarray, batch: Batch) -> tuple[np.ndarray, BypassReason | None]:
-        """Which of the requests in `slots` [R] to draft for the step `batch`: a mask [R], and why it is empty."""
-        everybody = np.ones(len(slots), dtype=bool)
+    def bypass_reason(self, num_requests: int, batch: Batch) -> BypassReason | None:
+        """Why the step `batch` is not drafted; None drafts for all `num_requests` that can use a draft."""
         if not self.policy.allow_drafts:
-            return ~everybody, "policy"
-        if not len(slots):
-            return everybody, "no_room"
+            return "policy"
+        if num_requests == 0:
+            return "no_room"
         if self.cost is None or not self.follows_costs:
-            return everybody, None
-        selection = self._selector.select(
-            slots,
+            return None
+        decision = self._gate.decide(
+            num_requests,
             batch.certain_tokens,
             batch.base_rows,
             self.cost.target_seconds(batch.context),
             self.cost.draft_seconds(),
             self._step_seconds,
         )
-        self._promise.make(selection.tokens_per_second)
-        if not self.config.bypass or selection.chosen.any():
-            return selection.chosen if self.config.bypass else everybody, None
-        return selection.chosen, "predicted_loss"
+        self._promise.make(decision.tokens_per_second)
+        return None if decision.drafts or not self.config.bypass else "predicted_loss"
 
     def depth(self) -> int:
         """Positions of a block to draft for those that were selected."""
@@ -290,7 +285,7 @@ class Planner:
         self.calibration.observe(planned.rows.confidences, planned.lengths, accepted)
         if self.follows_costs:
             self._depth.observe(planned.lengths, planned.depth)
-            self._selector.observe(planned.rows.slots, planned.usable, planned.expected, accepted)
+            self._gate.observe(planned.usable, float(planned.expected.sum()), float(accepted.sum()))
         if self.listener is not None:
             self.listener(planned.rows.confidences, planned.lengths, accepted)
 

@@ -15,7 +15,7 @@ from dspark_ray.engine.step_loop import Engine
 from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
 from dspark_ray.speculative.cost_table import CostTable, Curve
 from dspark_ray.speculative.planner import Batch, Planner
-from dspark_ray.types import SequenceOutput, StepRecord, VerificationPolicy
+from dspark_ray.types import BypassReason, SequenceOutput, StepRecord, VerificationPolicy
 
 PROMPT = tuple((7 * n + 3) % SMALL.vocab_size for n in range(23))
 KINDS = [{"temperature": 0.0}, {"seed": 5}, {"temperature": 1.6, "seed": 6}, {"top_p": 0.8, "seed": 7}]
@@ -86,7 +86,7 @@ def test_no_threshold_of_the_engine_changes_the_text(schedule, threshold, texts)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_arbitrary_lengths_and_selections_do_not_change_the_text(seed, texts):
+def test_arbitrary_lengths_and_bypasses_do_not_change_the_text(seed, texts):
     engine = build_small_engine()
     engine.planner = ArbitraryPlanner(small_config(), np.random.default_rng(seed))
     outputs, records = records_of(engine, *mixed())
@@ -104,8 +104,8 @@ class ArbitraryPlanner(Planner):
         self._generator = generator
         self._schedule = self
 
-    def select(self, slots: np.ndarray, batch: Batch) -> tuple[np.ndarray, None]:
-        return self._generator.random(len(slots)) < 0.6, None
+    def bypass_reason(self, num_requests: int, batch: Batch) -> BypassReason | None:
+        return "predicted_loss" if self._generator.random() < 0.4 else None
 
     def depth(self) -> int:
         return int(self._generator.integers(1, self.gamma + 1))
@@ -287,9 +287,9 @@ class Intermittent(Planner):
         super().__init__(config)
         self._period, self._count = num_left_out + 1, 0
 
-    def select(self, slots: np.ndarray, batch: Batch) -> tuple[np.ndarray, None]:
+    def bypass_reason(self, num_requests: int, batch: Batch) -> BypassReason | None:
         self._count += 1
-        return np.full(len(slots), self._count % self._period == 0), None
+        return None if self._count % self._period == 0 else "predicted_loss"
 
 
 # Profiling
