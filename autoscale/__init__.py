@@ -1,1 +1,1 @@
-"""Load control: NVML probes, saturation, thresholds, and the autoscaling policy."""
+"""Load control: NVML probes, saturation, confidence thresholds, and the autoscaling policy."""

@@ -1,6 +1,6 @@
-"""What every replica may verify, from what probes and replicas say. Arithmetic only: the caller brings the clock.
+"""Verification bounds of every replica, from device loads and heartbeats. Arithmetic only: the caller passes the time.
 
-State is rebuilt from heartbeats: a controller that starts anew goes on from the thresholds that replicas report.
+State is rebuilt from heartbeats: a restarted controller continues from the thresholds that replicas report.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EPSILON = 1e-9
 _MOST_DRAFT_TOKENS = 1024
 _LONGEST_SECONDS = 3600.0
 _MOST_HEARTBEATS = 10_000.0
-"""What engines accept: a policy that is valid for longer than their limit would be refused there."""
+"""Engines refuse policies beyond these limits."""
 
 
 Policy = Annotated[FixedThreshold | LoadCurve | GoodputSearch, Field(discriminator="kind")]
@@ -32,35 +32,36 @@ Policy = Annotated[FixedThreshold | LoadCurve | GoodputSearch, Field(discriminat
 
 @settings(frozen=True, kw_only=True, config=SETTINGS)
 class ControllerConfig:
-    """How a controller decides."""
+    """Settings of the load controller."""
 
     policy: Policy = field(default_factory=FixedThreshold)
     signals: SignalScale = field(default_factory=SignalScale)
     lowest_threshold: Share = 0.0
-    """No threshold is below it, neither a policy's nor an operator's. The engine's own, `dspark.confidence.threshold`,
-    is such a floor too."""
+    """Floor under every threshold, a policy's or an operator's. The engine's own setting,
+    `dspark.confidence.threshold`, is a floor as well."""
     max_draft_tokens: Annotated[Whole, Field(ge=0, le=_MOST_DRAFT_TOKENS)] | None = None
-    """Most drafts verified per request and round; None leaves it to the engine."""
+    """Draft limit per request and round; None leaves it to the engine."""
     bypass_above: Annotated[Number, Field(gt=0, le=1)] | None = None
-    """Saturation above which nobody is drafted; None leaves that to the engines, which measure what drafts bring."""
+    """Saturation above which nothing is drafted; None leaves that to the engines, which measure whether drafting
+    pays."""
     heartbeat_seconds: Annotated[Number, Field(gt=0, le=_LONGEST_SECONDS)] = 1.0
-    """Between the heartbeats of a replica."""
+    """Interval between the heartbeats of a replica."""
     max_heartbeats_per_second: Positive = 500.0
-    """Of all replicas together; more replicas are asked to speak less often."""
+    """Of all replicas together; with more replicas, the interval grows."""
     valid_heartbeats: Annotated[Number, Field(ge=2, le=_MOST_HEARTBEATS)] = 5.0
-    """A policy expires when so many heartbeats went without an answer."""
+    """A policy expires after so many heartbeats without an answer."""
     stale_seconds: Positive = 10.0
-    """A node that was not read for so long counts as unknown."""
+    """A node whose last reading is older counts as unknown."""
     preset: str | None = field(default=None, compare=False)
-    """Which one the others were taken from; the rule for replicas is that of the same preset."""
+    """Origin of the other settings; the autoscaling policy takes its rule from the same preset."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a replica may verify."""
+    """Limits of verification in one replica."""
 
     confidence_threshold: float = 0.0
-    """Drafted positions whose survival is below it are not verified."""
+    """Drafted positions with a lower survival probability are not verified."""
     max_draft_tokens: int | None = None
     bypass: bool = False
 
@@ -74,15 +75,15 @@ class Decision:
     """Rises when the bounds change."""
     valid_seconds: float
     heartbeat_seconds: float
-    """When the next heartbeat is due."""
-    spent: float | None
-    """How much of what the policy may take away from verification it takes, 0 to 1; None where it may take nothing, and
-    while an operator's bounds are in force, which do not give way."""
+    """Seconds until the next heartbeat is due."""
+    range_used: float | None
+    """Position of the threshold in the policy's range, 0 at the lowest and 1 at the highest. None where the policy has
+    a single threshold, and while an operator's bounds are in force, which do not follow the load."""
     saturation: Saturation
     before: Bounds | None = None
-    """The bounds of the answer before, where they were others."""
+    """The previous bounds, where they changed."""
     preset: str | None = None
-    """Of the configuration that decided."""
+    """The preset of the configuration in force."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class _Override:
 
 @dataclass(slots=True)
 class _Replica:
-    """What the controller knows of one replica."""
+    """State of one replica."""
 
     sample: LoadSample
     regulator: Regulator
@@ -109,7 +110,7 @@ class _Node:
     load: NodeLoad
     seen_at: float
     parts: dict[str, dict[SignalName, float]]
-    """Of every device, by each of the names it may be called by."""
+    """Signals by device; each device stands under every name that Ray may use for it."""
 
 
 class LoadController:
@@ -127,11 +128,11 @@ class LoadController:
 
     @property
     def replicas(self) -> list[str]:
-        """Those that are known."""
+        """Names of the known replicas."""
         return list(self._replicas)
 
     def on_node(self, load: NodeLoad, now: float) -> None:
-        """What a probe says of its node."""
+        """Take the load of a node from its probe."""
         parts: dict[str, dict[SignalName, float]] = {}
         for device in load.devices:
             scaled = device_parts(device, self.config.signals)
@@ -140,7 +141,7 @@ class LoadController:
         self._nodes[load.node_id] = _Node(load, now, parts)
 
     def reconfigure(self, config: ControllerConfig) -> None:
-        """Decide by another configuration from now on; thresholds move on from where they are, overrides stay."""
+        """Use another configuration; thresholds continue from their present values, overrides stay in force."""
         self.config, self._policy = config, config.policy
         for node in list(self._nodes.values()):
             self.on_node(node.load, node.seen_at)
@@ -148,17 +149,17 @@ class LoadController:
             replica.regulator = self._policy.regulator(replica.bounds.confidence_threshold, config.lowest_threshold)
 
     def forget_node(self, node_id: str) -> None:
-        """The node has left."""
+        """Drop a node that has left the cluster."""
         self._nodes.pop(node_id, None)
 
     @property
     def wants_devices(self) -> bool:
-        """Whether a decision depends on what probes read; a fixed threshold does not."""
+        """Whether decisions depend on device loads; with a fixed threshold they do not."""
         return self.config.bypass_above is not None or not isinstance(self._policy, FixedThreshold)
 
     @property
     def node_ids(self) -> set[str]:
-        """Nodes that an actor of a replica runs on."""
+        """Nodes on which actors of replicas run."""
         return {place.node_id for replica in self._replicas.values() for place in replica.sample.places}
 
     def on_sample(self, sample: LoadSample, now: float) -> Decision:
@@ -180,25 +181,25 @@ class LoadController:
             replica.version,
             self.config.valid_heartbeats * heartbeat,
             heartbeat,
-            self._spent(replica, now),
+            self._range_used(replica, now),
             replica.saturation,
             before,
             self.config.preset,
         )
 
     def override(self, bounds: Bounds, seconds: float | None, now: float, replica: str | None = None) -> None:
-        """Let an operator's bounds stand in for the policy's, for one replica or for all; None seconds never ends."""
+        """Set an operator's bounds in place of the policy's, for one replica or for all. None seconds never expires."""
         until = math.inf if seconds is None else now + seconds
         self._overrides[replica] = _Override(bounds, until)
 
     def end_override(self, replica: str | None = None) -> None:
-        """Back to the policy: one replica, or None for all of them, also those that have bounds of their own."""
+        """Return one replica to the policy; None returns all, including those with overrides of their own."""
         if replica is None:
             self._overrides.clear()
         self._overrides.pop(replica, None)
 
     def forget_silent(self, now: float) -> list[str]:
-        """Forget replicas whose policies have expired, nodes that were not read for long, and ended overrides."""
+        """Drop replicas whose policies have expired, stale nodes and ended overrides; returns the dropped replicas."""
         silent = self.config.valid_heartbeats * self.heartbeat_seconds
         gone = [name for name, replica in self._replicas.items() if now - replica.seen_at > silent]
         for name in gone:
@@ -209,12 +210,12 @@ class LoadController:
         return gone
 
     def view(self, now: float) -> dict[str, Any]:
-        """Everything it knows, as JSON has it."""
+        """Nodes and replicas, as JSON values."""
         return {"nodes": list(self._view_nodes(now)), "replicas": list(self._view_replicas(now))}
 
     def _new_replica(self, sample: LoadSample, now: float) -> _Replica:
         regulator = self._policy.regulator(sample.threshold, self.config.lowest_threshold)
-        # Versions go on from what the replica has, so that they rise across controllers; 0 is the engine's own.
+        # Versions continue from the replica's, so that they rise across controllers; 0 is the engine's own policy.
         return _Replica(sample, regulator, Bounds(sample.threshold), sample.policy_version + 1, now)
 
     def _devices_of(self, sample: LoadSample, now: float) -> list[dict[SignalName, float]]:
@@ -245,16 +246,16 @@ class LoadController:
         return replace(bounds, confidence_threshold=max(bounds.confidence_threshold, self.config.lowest_threshold))
 
     def _override_of(self, name: str, now: float) -> Bounds | None:
-        """What an operator set for this replica, or for all of them, and is still in force."""
+        """The operator's bounds in force: those for this replica, else those for all."""
         for key in (name, None):
             override = self._overrides.get(key)
             if override is not None and override.until > now:
                 return override.bounds
         return None
 
-    def _spent(self, replica: _Replica, now: float) -> float | None:
+    def _range_used(self, replica: _Replica, now: float) -> float | None:
         is_overridden = self._override_of(replica.sample.replica, now) is not None
-        return None if is_overridden else replica.regulator.spent
+        return None if is_overridden else replica.regulator.range_used
 
     def _is_bypassed(self, before: bool, saturation: float) -> bool:
         limit = self.config.bypass_above
@@ -264,7 +265,7 @@ class LoadController:
 
     @property
     def heartbeat_seconds(self) -> float:
-        """Between the heartbeats of a replica, with as many replicas as there are."""
+        """Interval between the heartbeats of a replica, for the present number of replicas."""
         return max(self.config.heartbeat_seconds, len(self._replicas) / self.config.max_heartbeats_per_second)
 
     def _view_nodes(self, now: float) -> Iterator[dict[str, Any]]:
@@ -277,7 +278,7 @@ class LoadController:
                 "sample": asdict(replica.sample),
                 "bounds": asdict(replica.bounds),
                 "version": replica.version,
-                "spent": self._spent(replica, now),
+                "spent": self._range_used(replica, now),  # the published name
                 "saturation": asdict(replica.saturation),
                 "overridden": self._override_of(name, now) is not None,
                 "age_seconds": now - replica.seen_at,
@@ -285,7 +286,7 @@ class LoadController:
 
 
 def _names_of(device: DeviceLoad) -> tuple[str, ...]:
-    """What Ray may call it; the index of a MIG instance is its parent's and names the parent."""
+    """The names that Ray may use for it. A MIG instance is named by UUID alone: its index is that of its parent."""
     if device.kind == "cpu":
         return ("cpu",)
     return (str(device.index), device.uuid) if device.kind == "gpu" else (device.uuid,)

@@ -1,6 +1,8 @@
-"""Experimental: a threshold policy that searches for the goodput it measures. No preset uses it.
+"""Experimental: a threshold policy that searches for the highest measured goodput. No preset uses it.
 
-In the simulation of benchmarks.controller it is no better than a load curve with the engine's default schedule.
+In the simulation `python -m benchmarks.controller` it is as good as a load curve where engines schedule every step,
+which is the default, and better where engines verify everything above the threshold and their batches exceed the
+captured graphs.
 """
 
 from __future__ import annotations
@@ -19,39 +21,40 @@ from autoscale.thresholds import LoadCurve
 
 _FEWEST_PAIRS = 5
 _DEVIATIONS = 2.5
-"""Standard errors by which a gain has to be certain: it is looked at after every pair, and luck needs only one look."""
+"""Standard errors by which a gain must exceed `least_gain`. The gain is tested after every pair, and one false positive
+is enough for a wrong move."""
 _SAME_LOAD = 1.2
-"""Turns are compared when their numbers of running requests differ by no more than this factor."""
-_OTHER_LOAD = 1.5
-"""Factor between numbers of running requests by which a load is another than the one that was searched."""
+"""Turns are compared when their numbers of running requests differ by at most this factor."""
+_NEW_LOAD = 1.5
+"""A larger factor between numbers of running requests is a new load and ends a rest."""
 _LEAST_BUSY = 0.2
-"""Share of a turn that must be spent stepping for it to count."""
-_OURS = 1e-6
-"""By which the threshold that a replica reports may be off the one it was told."""
+"""Share of a turn in which the engine must step for the turn to count."""
+_SAME_THRESHOLD = 1e-6
+"""Difference up to which a reported threshold is the one that was sent."""
 
 
 @settings(frozen=True, kw_only=True, config=SETTINGS)
 class GoodputSearch:
-    """Hill climbing on measured goodput, below what a load curve allows.
+    """Hill climbing on measured goodput, below the threshold of a load curve.
 
-    Goodput is committed tokens per second of stepping. Two thresholds, one step apart, take turns; the difference of
-    the logarithms is free of any slow drift of the load. The base moves only when the gain is certain, and a base
-    that has beaten both its neighbours rests, longer each time, or until the load is another.
+    Goodput is committed tokens per second of stepping. A base threshold and a neighbour one step away take turns; the
+    difference of their log goodputs cancels slow drifts of the load. The base moves only when the gain is significant.
+    A base that is better than both neighbours rests, each time longer, until the load changes.
     """
 
     kind: Literal["goodput"] = "goodput"
     bound: LoadCurve = field(default_factory=lambda: LoadCurve(curve=((0.0, 0.3), (1.0, 0.6))))
-    """The search never goes above this curve's threshold."""
+    """Upper bound of the search at every load."""
     step: Positive = 0.1
-    """Between neighbours. Smaller ones differ by less than what a turn's goodput is uncertain by."""
+    """Distance between neighbours. Smaller steps change goodput by less than the noise of one turn."""
     epoch_seconds: Positive = 5.0
-    """One threshold's turn. Short ones meet the same requests."""
+    """Length of a turn. Successive short turns run the same requests."""
     least_gain: NotNegative = 0.005
-    """Relative; less is not worth a move."""
+    """Smallest relative gain that moves the base."""
     num_pairs: Annotated[Whole, Field(ge=_FEWEST_PAIRS)] = 24
-    """Turns of a neighbour before it counts as no better."""
+    """Pairs of turns after which a neighbour counts as no better."""
     rest_seconds: tuple[Positive, Positive] = (60.0, 600.0)
-    """The first rest and the longest; each is twice the one before."""
+    """First and longest rest; each rest is twice as long as the one before."""
 
     @field_validator("step")
     @classmethod
@@ -74,7 +77,7 @@ class GoodputSearch:
 
 @dataclass(slots=True)
 class _Turn:
-    """What one threshold's turn has brought so far."""
+    """Sums over the turn of one threshold."""
 
     tokens: float = 0.0
     busy: float = 0.0
@@ -89,19 +92,19 @@ class _Turn:
 
     @property
     def log_goodput(self) -> float | None:
-        """None where too little ran."""
+        """None where the engine was idle for most of the turn."""
         if self.tokens <= 0 or self.busy < _LEAST_BUSY * self.seconds:
             return None
         return math.log(self.tokens / self.busy)
 
     def is_within(self, factor: float, other: _Turn) -> bool:
-        """Whether as many requests ran, up to the factor."""
+        """Whether the numbers of running requests differ by at most `factor`."""
         low, high = sorted((self.running / self.seconds, other.running / other.seconds))
         return high <= factor * low
 
 
 def _gain(before: _Turn, trial: _Turn, after: _Turn) -> float | None:
-    """What the logarithm of the trial's goodput is above its neighbours'; None where they cannot be compared."""
+    """Log goodput of the trial over the mean of the turns around it; None where the loads differ too much."""
     goodputs = before.log_goodput, trial.log_goodput, after.log_goodput
     if None in goodputs or not (trial.is_within(_SAME_LOAD, before) and trial.is_within(_SAME_LOAD, after)):
         return None
@@ -118,7 +121,7 @@ class HillClimber:
         self._base = threshold
         self._direction = 1.0
         self._failed_before = False
-        """Whether the other neighbour of this base was no better."""
+        """Whether the base's other neighbour was no better."""
         self._rest = search.rest_seconds[0]
         self._rests_until = -math.inf
         self._bound_at_rest = 0.0
@@ -128,9 +131,9 @@ class HillClimber:
         self._gains: list[float] = []
 
     @property
-    def spent(self) -> float | None:
-        """The bound's: a search that stays below it could be pushed up to it."""
-        return self._bound.spent
+    def range_used(self) -> float | None:
+        """That of the bound, to which the load can raise the threshold."""
+        return self._bound.range_used
 
     @property
     def threshold(self) -> float:
@@ -141,15 +144,15 @@ class HillClimber:
         return self._base + self._direction * self._search.step
 
     def update(self, sample: LoadSample, saturation: float, now: float) -> float:
-        # A threshold below the floor would never be seen in force, and nothing could be learned of it.
+        # Thresholds below the floor are never in force, so their goodput cannot be measured.
         bound = max(self._bound.update(sample, saturation, now), self._floor)
         if self._base > bound:
             self._base = bound
             self._start_over()
-        # At another threshold than ours, an operator's or one that is still to be replaced, nothing is learned of ours.
-        if abs(sample.threshold - self.threshold) <= _OURS:
+        # A sample at another threshold, an operator's or an earlier one, measures nothing of this one.
+        if abs(sample.threshold - self.threshold) <= _SAME_THRESHOLD:
             if self._is_resting(bound, now):
-                self._look_around(sample)
+                self._check_load(sample)
             else:
                 self._search_on(sample, bound, now)
         return self.threshold
@@ -157,11 +160,11 @@ class HillClimber:
     def _is_resting(self, bound: float, now: float) -> bool:
         return now < self._rests_until and abs(bound - self._bound_at_rest) <= self._search.step
 
-    def _look_around(self, sample: LoadSample) -> None:
-        """Another load ends a rest, also where the bound does not move."""
+    def _check_load(self, sample: LoadSample) -> None:
+        """End the rest when the number of running requests has changed, even if the bound has not."""
         self._turn.add(sample)
         if self._turn.seconds >= self._search.epoch_seconds:
-            if not self._turn.is_within(_OTHER_LOAD, self._turn_at_rest):
+            if not self._turn.is_within(_NEW_LOAD, self._turn_at_rest):
                 self._wake()
             self._turn = _Turn()
 
@@ -184,7 +187,7 @@ class HillClimber:
             self._judge(is_last=self._failed_before or len(directions) == 1, bound=bound, now=now)
 
     def _end_turn(self) -> None:
-        """A trial between two turns of the base makes a pair."""
+        """A trial and the turns of the base before and after it make a pair."""
         self._turns = [*self._turns[-2:], self._turn]
         self._turn = _Turn()
         self._is_trial = not self._is_trial
@@ -195,7 +198,7 @@ class HillClimber:
                 self._gains.append(gain)
 
     def _judge(self, is_last: bool, bound: float, now: float) -> None:
-        """`is_last` says that this base has no other neighbour to try."""
+        """`is_last`: the base has no other neighbour to try."""
         count = len(self._gains)
         if count < _FEWEST_PAIRS:
             return
@@ -211,13 +214,13 @@ class HillClimber:
             self._forget_turns()
 
     def _begin_rest(self, bound: float, now: float) -> None:
-        """Ended early by a bound that moves, which is another load."""
+        """A bound that moves is a new load and ends the rest early."""
         self._rests_until, self._bound_at_rest = now + self._rest, bound
         self._turn_at_rest = self._turns[-1]
         self._rest = min(2 * self._rest, self._search.rest_seconds[1])
 
     def _start_over(self) -> None:
-        """From a new base, in the same direction."""
+        """Search from a new base in the same direction."""
         self._failed_before = False
         self._rest = self._search.rest_seconds[0]
         self._forget_turns()

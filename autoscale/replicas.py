@@ -1,6 +1,6 @@
-"""How many replicas a load asks for, where verification gives way first. Arithmetic: no clock, no state.
+"""How many replicas a load needs when thresholds rise before replicas are added. Arithmetic: no clock, no state.
 
-A wish is raw: whoever acts on it adds delays and bounds, as Ray Serve does to what a policy returns.
+A recommendation is raw: the caller applies delays and bounds, as Ray Serve does to the result of a policy.
 """
 
 from __future__ import annotations
@@ -16,68 +16,69 @@ from pydantic.dataclasses import dataclass as settings
 from autoscale.settings import SETTINGS, Number, Positive, Share
 
 Reason = Literal[
-    "nothing runs and nothing waits",
-    "requests wait and there is no replica",
-    "no replica has reported yet",
-    "the load asks for more: thresholds are spent",
-    "the load asks for more: overload does not wait for thresholds",
-    "the load asks for more: no policy is in force",
-    "the load asks for more, but thresholds go first",
-    "the load asks for more, but replicas are starting",
-    "the load fits fewer: thresholds are low",
-    "the load fits fewer: no policy is in force",
-    "the load fits fewer, but thresholds are high",
-    "the load fits",
+    "idle: no request runs or waits",
+    "start: requests wait and there is no replica",
+    "hold: no replica has reported yet",
+    "scale up: thresholds have risen",
+    "scale up: overload",
+    "scale up: no threshold policy is in force",
+    "hold: thresholds rise first",
+    "hold: replicas are starting",
+    "scale down: thresholds are low",
+    "scale down: no threshold policy is in force",
+    "hold: thresholds are still raised",
+    "hold: the load fits",
 ]
-"""A colon stands before why it is done, a comma before why it is not."""
+"""The action and its reason."""
 
 _EPSILON = 1e-6
-"""By which averages of equal numbers may differ."""
+"""Averages of equal numbers may differ by as much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaLoad:
-    """What one replica says; counts may be averages over a window."""
+    """Load of one replica as it reports it; counts may be averages over a window."""
 
     running: float
     """Requests that hold cache."""
     waiting: float
     """Requests inside the replica that do not run yet."""
     max_running: float
-    """Requests that it has slots for; above 0."""
-    spent: float | None
-    """How much of what its threshold policy may take away from verification is taken, 0 to 1. None where no policy is
-    in force, and for one that never changes its threshold and so has nothing to say."""
+    """Slots for running requests; above 0."""
+    range_used: float | None
+    """Position of its threshold in the range of its policy: 0 at the lowest, 1 at the highest. None where no policy is
+    in force, and for a policy with a single threshold."""
     cache_usage: float | None = None
-    """Share of cache pages in use, 0 to 1; None counts slots alone."""
+    """Share of cache pages in use, 0 to 1; with None, slots alone limit the number of requests."""
 
 
 @settings(frozen=True, kw_only=True, config=SETTINGS)
 class ReplicaRule:
-    """When replicas are added and when they go.
+    """When replicas are added and removed.
 
-    Occupancy is requests over slots, with those that wait anywhere. Where the cache holds fewer requests of the
-    present size than a replica has slots, that number counts as its slots.
+    Occupancy is running and waiting requests, queued ones included, over slots. Where the cache holds fewer requests
+    of the current size than a replica has slots, that number counts as its slots.
     """
 
     target_occupancy: Positive = 0.8
-    """Most that a replica is meant to have: replicas are added for what is above. Over 1 there is always a queue."""
+    """Occupancy above which replicas are added. A target above 1 keeps a queue."""
     spend_first: Share = 0.7
-    """`spent`, averaged over replicas, that thresholds must have reached before a replica is added."""
+    """Thresholds rise first: a replica is added once the mean `range_used` of all replicas is at least this.
+    `range_used` is the position of a threshold in its policy's range, 0 at the lowest and 1 at the highest."""
     overload_occupancy: Positive = 2.0
-    """From here on neither slow thresholds nor starting replicas are waited for."""
+    """Occupancy from which replicas are added without waiting for thresholds to rise or for replicas to start."""
     waiting_per_slot: Annotated[Number, Field(ge=1)] = 4.0
-    """Waiting requests that one slot may serve in turn, which says how many replicas are added at once: 1 adds enough
-    to start all of them together, and most of those are idle once the queue is gone."""
+    """Waiting requests that one slot serves one after the other, which determines how many replicas are added at once.
+    With 1, all waiting requests start together, and most of the added replicas are idle once the queue is gone."""
     release_below: Share = 0.3
-    """`spent`, averaged over replicas, that must not be exceeded for a replica to go."""
+    """A replica is removed only while the mean `range_used` of all replicas is at most this."""
     full_slowdown: Annotated[Number, Field(ge=1)] = 4.0
-    """Seconds per token in a full replica over those in an empty one, as a load test measures them. Fewer replicas
-    are fuller and so slower, which leaves more requests in flight: too small a number here lets a replica go that is
-    called back at once."""
+    """Seconds per token in a full replica over those in an empty one, from a load test. Fewer replicas are fuller and
+    therefore slower, which leaves more requests in flight: with too small a number, a replica is removed and added
+    again at once."""
     headroom: Annotated[Number, Field(ge=0, lt=1)] = 0.1
-    """Share of the target, or of the slots where the target is above 1, that must stay free, by that reckoning, for a
-    replica to go."""
+    """Share of the target (of the slots, where the target is above 1) that must stay free after a replica is
+    removed."""
 
     @field_validator("overload_occupancy")
     @classmethod
@@ -96,38 +97,38 @@ class ReplicaRule:
         return share
 
     def slowdown(self, occupancy: float) -> float:
-        """Seconds per token over those in an empty replica; `occupancy` is of running requests."""
+        """Seconds per token over those in an empty replica; `occupancy` counts running requests alone."""
         return 1.0 + (self.full_slowdown - 1.0) * occupancy
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """How many replicas there should be, and why."""
+class Recommendation:
+    """Number of replicas, and the reason."""
 
     replicas: float
     reason: Reason
 
 
-def wish(rule: ReplicaRule, loads: Sequence[ReplicaLoad], num_replicas: int, num_queued: float) -> Wish:
-    """What the `loads` of replicas that have reported, and `num_queued` requests outside of replicas, ask for.
+def recommend(rule: ReplicaRule, loads: Sequence[ReplicaLoad], num_replicas: int, num_queued: float) -> Recommendation:
+    """Number of replicas for the `loads` of those that have reported and `num_queued` requests outside of replicas.
 
-    `num_replicas` counts those that are meant to be there, starting ones too. A replica that has not reported is
-    taken for empty where more might be added and for full where some might go, so that nothing is done twice while
-    it starts.
+    `num_replicas` is the current target and includes replicas that are starting. A replica that has not reported
+    counts as empty when replicas might be added and as full when some might be removed, so that no step is taken twice
+    while it starts.
     """
     if num_replicas <= 0:
-        return _first(rule, loads, num_queued)
+        return _start(rule, loads, num_queued)
     if not loads:
-        return Wish(float(num_replicas), "no replica has reported yet")
+        return Recommendation(float(num_replicas), "hold: no replica has reported yet")
     fleet = _fleet(loads, num_replicas, num_queued)
     if fleet.demand < _EPSILON and not fleet.num_silent:
-        return Wish(0.0, "nothing runs and nothing waits")
+        return Recommendation(0.0, "idle: no request runs or waits")
     if fleet.demand > rule.target_occupancy * fleet.slots * num_replicas * (1.0 + _EPSILON):
-        return _more(rule, fleet)
+        return _scale_up(rule, fleet)
     remaining = _remaining(rule, fleet)
     if remaining < num_replicas:
-        return _fewer(rule, fleet, remaining)
-    return Wish(float(num_replicas), "the load fits")
+        return _scale_down(rule, fleet, remaining)
+    return Recommendation(float(num_replicas), "hold: the load fits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +137,15 @@ class _Fleet:
 
     num_replicas: int
     num_silent: int
-    """Of them, that have not reported."""
+    """Those that have not reported."""
     running: float
     waiting: float
     """Inside and outside of replicas."""
     slots: float
-    """Of one replica, averaged."""
+    """Per replica, averaged."""
     occupancy: float
-    """Running requests per slot of those that have reported."""
-    spent: float | None
+    """Running requests per slot of the replicas that have reported."""
+    range_used: float | None
 
     @property
     def demand(self) -> float:
@@ -160,56 +161,56 @@ def _fleet(loads: Sequence[ReplicaLoad], num_replicas: int, num_queued: float) -
         num_queued + sum(load.waiting for load in loads),
         slots,
         running / (slots * len(loads)),
-        _mean([load.spent for load in loads if load.spent is not None]),
+        _mean([load.range_used for load in loads if load.range_used is not None]),
     )
 
 
-def _first(rule: ReplicaRule, loads: Sequence[ReplicaLoad], num_queued: float) -> Wish:
-    """None is meant to be there; `loads` are of replicas that finish what they have and go."""
+def _start(rule: ReplicaRule, loads: Sequence[ReplicaLoad], num_queued: float) -> Recommendation:
+    """From a target of no replica; `loads` are those of replicas that finish their requests and stop."""
     if num_queued < _EPSILON:
-        return Wish(0.0, "nothing runs and nothing waits")
+        return Recommendation(0.0, "idle: no request runs or waits")
     added = num_queued / rule.waiting_per_slot / (rule.target_occupancy * _slots(loads)) if loads else 1.0
-    return Wish(float(_whole(added)), "requests wait and there is no replica")
+    return Recommendation(float(_rounded_up(added)), "start: requests wait and there is no replica")
 
 
-def _more(rule: ReplicaRule, fleet: _Fleet) -> Wish:
-    held = float(fleet.num_replicas)
+def _scale_up(rule: ReplicaRule, fleet: _Fleet) -> Recommendation:
+    current = float(fleet.num_replicas)
     counted = fleet.running + fleet.waiting / rule.waiting_per_slot
-    asked = max(held + 1.0, float(_whole(counted / (rule.target_occupancy * fleet.slots))))
+    more = max(current + 1.0, float(_rounded_up(counted / (rule.target_occupancy * fleet.slots))))
     is_overload = fleet.demand >= rule.overload_occupancy * fleet.slots * fleet.num_replicas
     if fleet.num_silent and not is_overload:
-        return Wish(held, "the load asks for more, but replicas are starting")
-    if fleet.spent is None:
-        return Wish(asked, "the load asks for more: no policy is in force")
-    if fleet.spent >= rule.spend_first - _EPSILON:
-        return Wish(asked, "the load asks for more: thresholds are spent")
+        return Recommendation(current, "hold: replicas are starting")
+    if fleet.range_used is None:
+        return Recommendation(more, "scale up: no threshold policy is in force")
+    if fleet.range_used >= rule.spend_first - _EPSILON:
+        return Recommendation(more, "scale up: thresholds have risen")
     if is_overload:
-        return Wish(asked, "the load asks for more: overload does not wait for thresholds")
-    return Wish(held, "the load asks for more, but thresholds go first")
+        return Recommendation(more, "scale up: overload")
+    return Recommendation(current, "hold: thresholds rise first")
 
 
-def _fewer(rule: ReplicaRule, fleet: _Fleet, remaining: int) -> Wish:
-    if fleet.spent is None:
-        return Wish(float(remaining), "the load fits fewer: no policy is in force")
-    if fleet.spent <= rule.release_below + _EPSILON:
-        return Wish(float(remaining), "the load fits fewer: thresholds are low")
-    return Wish(float(fleet.num_replicas), "the load fits fewer, but thresholds are high")
+def _scale_down(rule: ReplicaRule, fleet: _Fleet, remaining: int) -> Recommendation:
+    if fleet.range_used is None:
+        return Recommendation(float(remaining), "scale down: no threshold policy is in force")
+    if fleet.range_used <= rule.release_below + _EPSILON:
+        return Recommendation(float(remaining), "scale down: thresholds are low")
+    return Recommendation(float(fleet.num_replicas), "hold: thresholds are still raised")
 
 
 def _remaining(rule: ReplicaRule, fleet: _Fleet) -> int:
-    """Fewest replicas that stay within the target, or within their slots: a queue that is there would not go again.
+    """Fewest replicas that stay within the target, and within their slots, as an existing queue would not drain.
 
-    By Little's law the requests in flight grow by as much as each of them slows down between the occupancy that is
-    and the one that would be.
+    By Little's law the number of requests in flight grows by the factor by which each request slows down between the
+    present occupancy and the higher one.
     """
     occupancy = min(1.0, rule.target_occupancy)
     growth = max(1.0, rule.slowdown(occupancy) / rule.slowdown(fleet.occupancy))
     room = occupancy * fleet.slots * (1.0 - rule.headroom)
-    return _whole(fleet.demand * growth / room + fleet.num_silent)
+    return _rounded_up(fleet.demand * growth / room + fleet.num_silent)
 
 
 def _slots(loads: Sequence[ReplicaLoad]) -> float:
-    """Requests that one replica can run: its slots, or as many of the present size as its cache holds."""
+    """Requests that one replica can run: its slots, or as many of the current size as its cache holds."""
     slots = sum(load.max_running for load in loads) / len(loads)
     used = sum(load.cache_usage for load in loads if load.cache_usage is not None)
     if used <= 0.0:
@@ -222,6 +223,6 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _whole(replicas: float) -> int:
-    """Rounded up, but not for what an average may be off by."""
+def _rounded_up(replicas: float) -> int:
+    """Rounded up, except from a whole number that an average exceeds by rounding alone."""
     return math.ceil(replicas - _EPSILON)

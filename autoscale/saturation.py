@@ -1,4 +1,4 @@
-"""How loaded a replica is: every signal on a scale from 0 to 1, and the largest of them."""
+"""Saturation of a replica: every signal on a scale from 0 to 1, and the largest of them."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from autoscale.signals import DeviceLoad, LoadSample
 
 SignalName = Literal["tensor", "power", "throttle", "cpu", "slowness", "cache", "slots", "queue"]
 Range = tuple[float, float]
-"""Values of a raw signal that count as 0 and as 1."""
+"""(low, high): values of a raw signal that count as 0 and as 1."""
 
 THROTTLING = frozenset(
     ("sw_power_cap", "hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
 )
-"""Clock events that mean that the device would be faster if it could."""
+"""Clock events that mean throttling."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignalScale:
-    """What counts as unloaded and what as saturated; null switches a signal off.
+    """Values of each signal that count as unloaded and as saturated; null switches a signal off.
 
-    Neither GPU utilisation nor DRAM activity is among the signals: a decode loop of one request drives both near their
-    top, and then further rows are free, not dear. Rows cost time when the tensor pipe or the power budget is busy.
+    GPU utilisation and DRAM activity are no signals: a decode loop of one request drives both near their maximum, while
+    further rows still cost almost no time. Rows cost time when the tensor pipe or the power budget is busy.
     """
 
     tensor: Range | None = (0.1, 0.6)
-    """Tensor activity; dense matrix products of this kind reach well below 1."""
+    """Tensor activity; large matrix products reach well below 1."""
     power: Range | None = (0.7, 1.0)
     """Power over its limit."""
     throttle: Range | None = (0.05, 0.3)
-    """Share of the SM clock that is missing while the device is throttled."""
+    """Share by which throttling lowers the SM clock."""
     cpu: Range | None = (0.5, 1.0)
     """Share of core time in use, on nodes without a GPU."""
     slowness: Range | None = (1.1, 1.6)
-    """Measured over profiled step seconds: what neighbours take, for example."""
+    """Measured over profiled step seconds; other processes on the device raise it, for example."""
     cache: Range | None = (0.7, 0.95)
     """Share of cache pages in use."""
     slots: Range | None = (0.5, 1.0)
-    """Running requests over how many can run."""
+    """Running requests over the largest number that can run."""
     queue: Range | None = (0.0, 0.5)
-    """Waiting requests over how many can run."""
+    """Waiting requests over the largest number that can run."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
     """Of autoscale.settings, spelled out: GPU machines read their devices by this scale without pydantic."""
@@ -56,17 +56,17 @@ class SignalScale:
 
 @dataclass(frozen=True, slots=True)
 class Saturation:
-    """The largest signal decides, and is named."""
+    """The largest signal, with its name."""
 
     value: float
     limiting: SignalName | None
     """None where no signal is above its low end."""
     parts: dict[SignalName, float]
-    """Signals above their low end; those that nothing could be read of are missing as well."""
+    """Signals above their low end; unreadable signals are missing too."""
 
 
 def device_parts(device: DeviceLoad, scale: SignalScale) -> dict[SignalName, float]:
-    """The signals of one device; empty for one that is lost or unreadable, so that nothing is concluded from it."""
+    """Signals of one device; empty for a lost or unreadable device, which counts as unknown."""
     parts: dict[SignalName, float] = {}
     if device.state != "ok":
         return parts
@@ -77,13 +77,13 @@ def device_parts(device: DeviceLoad, scale: SignalScale) -> dict[SignalName, flo
     _add(parts, "power", _share(device.power_watts, device.power_limit_watts), scale.power)
     if not THROTTLING.isdisjoint(device.clock_events):
         clock = _share(device.sm_clock_mhz, device.max_sm_clock_mhz)
-        # A device that says it is throttled but not by how much is believed.
+        # Throttling by an unknown amount counts in full.
         _add(parts, "throttle", 1.0 if clock is None else 1.0 - clock, scale.throttle)
     return parts
 
 
 def saturation_of(sample: LoadSample, devices: Sequence[dict[SignalName, float]], scale: SignalScale) -> Saturation:
-    """A replica's, from its heartbeat and from the `device_parts` of its devices; the busiest device counts."""
+    """Saturation of a replica from its heartbeat and the `device_parts` of its devices; the busiest device counts."""
     parts: dict[SignalName, float] = {}
     for device in devices:
         for name, value in device.items():

@@ -1,7 +1,7 @@
-"""What is known about load: devices as probes read them, engines as their replicas report them.
+"""Records of load: devices as probes read them, engines as their replicas report them.
 
-Shares and activities are 0 to 1, memory is bytes, times are seconds. None means that this device, driver or operating
-system does not say; nobody guesses a value.
+Shares and activities are 0 to 1, memory is in bytes, times are in seconds. None means that the device, the driver or
+the operating system does not provide the value.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Literal
 
 DeviceKind = Literal["gpu", "mig", "cpu"]
 DeviceState = Literal["ok", "lost", "unreadable"]
-"""lost: it fell off the bus and needs a reset or a reboot. unreadable: it is there, but the driver answers nothing."""
+"""lost: the GPU fell off the bus and needs a reset or a reboot. unreadable: the driver returns no values for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessUse:
-    """What one process holds of a device."""
+    """Use of a device by one process."""
 
     pid: int
     memory_used: int | None = None
@@ -29,15 +29,15 @@ class DeviceLoad:
 
     kind: DeviceKind
     index: int
-    """Of the GPU on its node; a MIG instance has its parent's."""
+    """Index of the GPU on its node; a MIG instance has its parent's."""
     uuid: str
     name: str
     state: DeviceState = "ok"
     note: str = ""
     """Why the state is not ok, or what could not be read."""
     utilization: float | None = None
-    """Share of time with any kernel running. A decode loop of one request shows 1.0 too, so nothing is decided by it
-    alone on a GPU; of a CPU, the share of core time in use."""
+    """On a GPU, share of time with any kernel running: a decode loop of one request reaches 1.0, so it is no measure of
+    load. On a CPU, share of core time in use."""
     sm_activity: float | None = None
     """Share of SM cycles with a warp resident (GPM, Hopper and later)."""
     tensor_activity: float | None = None
@@ -49,8 +49,8 @@ class DeviceLoad:
     sm_clock_mhz: float | None = None
     max_sm_clock_mhz: float | None = None
     clock_events: tuple[str, ...] = ()
-    """Why the clock is lower than it could be, in NVML's words without the prefix: sw_power_cap, hw_slowdown,
-    hw_thermal_slowdown, hw_power_brake_slowdown, sw_thermal_slowdown, gpu_idle, and so on."""
+    """Reasons for a reduced clock, NVML's names without the prefix: sw_power_cap, hw_slowdown, hw_thermal_slowdown,
+    hw_power_brake_slowdown, sw_thermal_slowdown, gpu_idle, and so on."""
     memory_used: int | None = None
     memory_total: int | None = None
     processes: tuple[ProcessUse, ...] = ()
@@ -58,35 +58,35 @@ class DeviceLoad:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeLoad:
-    """What one probe says."""
+    """Load of one node, from its probe."""
 
     node_id: str
     host: str
     source: Literal["nvml", "psutil"]
     devices: tuple[DeviceLoad, ...]
     note: str = ""
-    """Why NVML is not the source, or what it could not do on this node."""
+    """Why NVML is not the source, or which of its calls fail on this node."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where one actor of a replica's gang runs."""
+    """Node and devices of one actor of a replica's gang."""
 
     node_id: str
     accelerators: tuple[str, ...] = ()
-    """UUIDs as NVML has them, or an index where nothing more is known.
-    Empty for an actor without a GPU, whose device is the node's CPU."""
+    """UUIDs as NVML reports them, or an index where no UUID is known. Empty for an actor without a GPU, whose device is
+    the node's CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadSample:
-    """A replica's heartbeat: what its engine did since the one before."""
+    """A replica's heartbeat: statistics of its engine since the previous one."""
 
     replica: str
     places: tuple[Place, ...]
-    """Of its verifiers and of a drafter on other devices."""
+    """Of its verifiers, and of its drafter where that has devices of its own."""
     seconds: float
-    """That this sample covers."""
+    """Time that the sample covers."""
     num_steps: int
     num_running: float
     """Requests that hold cache, averaged over the steps."""
@@ -106,8 +106,8 @@ class LoadSample:
     busy_share: float
     """Share of `seconds` spent in steps."""
     slowness: float
-    """Measured over profiled step seconds, smoothed: 1 where steps take what they took when the engine was alone, and
-    where there were none."""
+    """Measured over profiled step seconds, smoothed. 1 where steps take as long as when they were profiled, and where
+    there were no steps."""
     threshold: float
     """In force at the end."""
     policy_version: int

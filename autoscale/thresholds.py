@@ -1,4 +1,4 @@
-"""From saturation to a confidence threshold, for one replica at a time. Seconds are those of the caller's clock."""
+"""Confidence thresholds from saturation, for one replica at a time. Seconds are those of the caller's clock."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class Regulator(Protocol):
     """One replica's threshold over time."""
 
     @property
-    def spent(self) -> float | None:
-        """How much of what it may take away from verification it takes, 0 to 1; None where it may take nothing."""
+    def range_used(self) -> float | None:
+        """Position of the threshold in the policy's range, 0 at the lowest and 1 at the highest; None where the policy
+        has a single threshold."""
         ...
 
     def update(self, sample: LoadSample, saturation: float, now: float) -> float:
@@ -30,7 +31,7 @@ class Regulator(Protocol):
 
 
 class ThresholdPolicy(Protocol):
-    """How thresholds are found; makes a regulator for every replica."""
+    """How thresholds are chosen; makes one regulator per replica."""
 
     @property
     def kind(self) -> str:
@@ -38,9 +39,9 @@ class ThresholdPolicy(Protocol):
         ...
 
     def regulator(self, threshold: float, floor: float = 0.0) -> Regulator:
-        """One that starts at the threshold in force, so that a restarted controller does not jump.
+        """A regulator that starts at the threshold in force, so that a restarted controller changes nothing abruptly.
 
-        What it finds below `floor` is raised to it before it reaches the replica.
+        The caller raises thresholds below `floor` to it before they reach the replica.
         """
         ...
 
@@ -57,7 +58,7 @@ class FixedThreshold:
 
 
 class _Constant:
-    spent = None
+    range_used = None
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -68,16 +69,17 @@ class _Constant:
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class LoadCurve:
-    """The threshold is a function of the smoothed saturation, followed slowly and not at every whim."""
+    """The threshold follows a function of the smoothed saturation, with a dead band and a limited rate."""
 
     kind: Literal["load_curve"] = "load_curve"
     curve: tuple[Point, ...] = ((0.0, 0.0), (1.0, 0.3))
-    """(saturation, threshold), straight lines between; saturation rises strictly, the threshold does not fall."""
+    """Points (saturation, threshold), linear in between. Saturations rise strictly; thresholds do not fall."""
     dead_band: Share = 0.05
-    """The curve may be so far from the threshold before the threshold follows, and it follows no closer than this:
-    noise narrower than twice the band moves nothing. An end that the curve stays at is reached exactly."""
+    """Distance between curve and threshold up to which the threshold does not move, and which remains when it follows:
+    noise narrower than twice the band moves nothing. Where the curve stays at its lowest or highest threshold, that
+    value is reached exactly."""
     slew_per_second: Positive = 0.02
-    """Most that the threshold moves in a second."""
+    """Largest change of the threshold per second."""
     smoothing_seconds: NotNegative = 5.0
     """Time constant of the saturation's exponential average; 0 does not smooth."""
 
@@ -119,20 +121,20 @@ class CurveFollower:
 
     def __init__(self, curve: LoadCurve, threshold: float) -> None:
         self._curve = curve
-        self._goal = self._wish = self.threshold = threshold
+        self._goal = self._curve_threshold = self.threshold = threshold
         self.saturation: float | None = None
         """Smoothed; None before the first sample."""
         self._updated_at = -math.inf
-        self._at_an_end_since: float | None = None
+        self._at_limit_since: float | None = None
 
     @property
-    def spent(self) -> float | None:
+    def range_used(self) -> float | None:
         lowest, band = self._curve.lowest, self._curve.dead_band
         span = self._curve.highest - lowest
-        # What the curve asks for counts, as far as the threshold is there up to the dead band.
-        taken = min(max(self._wish, self.threshold - band), self.threshold + band)
-        # A threshold that was taken over may lie outside.
-        return min(max((taken - lowest) / span, 0.0), 1.0) if span > 0 else None
+        # The curve's value, as far as the threshold has followed it up to the dead band.
+        followed = min(max(self._curve_threshold, self.threshold - band), self.threshold + band)
+        # The threshold of an earlier controller may lie outside the curve's range.
+        return min(max((followed - lowest) / span, 0.0), 1.0) if span > 0 else None
 
     def update(self, sample: LoadSample, saturation: float, now: float) -> float:
         elapsed = now - self._updated_at
@@ -141,30 +143,31 @@ class CurveFollower:
             self.saturation, elapsed = saturation, 0.0
         else:
             self.saturation += (saturation - self.saturation) * self._weight(elapsed)
-        self._wish = self._curve.threshold_at(self.saturation)
-        self._choose_goal(self._wish, now)
-        most = self._curve.slew_per_second * elapsed
-        self.threshold += min(max(self._goal - self.threshold, -most), most)
+        self._curve_threshold = self._curve.threshold_at(self.saturation)
+        self._move_goal(self._curve_threshold, now)
+        limit = self._curve.slew_per_second * elapsed
+        self.threshold += min(max(self._goal - self.threshold, -limit), limit)
         return self.threshold
 
     def _weight(self, elapsed: float) -> float:
         seconds = self._curve.smoothing_seconds
         return -math.expm1(-elapsed / seconds) if seconds > 0 else 1.0
 
-    def _choose_goal(self, wish: float, now: float) -> None:
-        """Drag the goal along at the distance of the dead band, so that its moves are as small as the curve's."""
+    def _move_goal(self, wanted: float, now: float) -> None:
+        """Keep the goal within the dead band around `wanted`, so that its moves are as small as the curve's."""
         band = self._curve.dead_band
-        self._goal = min(max(self._goal, wish - band), wish + band)
-        end = min((self._curve.lowest, self._curve.highest), key=lambda each: abs(wish - each))
-        if abs(wish - end) > _AT_AN_END * band:
-            self._at_an_end_since = None
-        elif self._at_an_end_since is None:
-            self._at_an_end_since = now
-        elif now - self._at_an_end_since >= _STAYS * self._curve.smoothing_seconds:
-            self._goal = end
+        self._goal = min(max(self._goal, wanted - band), wanted + band)
+        limit = min((self._curve.lowest, self._curve.highest), key=lambda each: abs(wanted - each))
+        if abs(wanted - limit) > _AT_LIMIT * band:
+            self._at_limit_since = None
+        elif self._at_limit_since is None:
+            self._at_limit_since = now
+        elif now - self._at_limit_since >= _SETTLED * self._curve.smoothing_seconds:
+            self._goal = limit
 
 
-_AT_AN_END = 0.1
-"""Of the dead band: so near is as good as at an end, which an average of saturations only approaches."""
-_STAYS = 3.0
-"""Time constants of the smoothing for which a curve has to be at an end to be met there."""
+_AT_LIMIT = 0.1
+"""Share of the dead band within which the curve counts as at its lowest or highest threshold: an average of saturations
+approaches these values and never reaches them."""
+_SETTLED = 3.0
+"""Time constants of the smoothing for which the curve must be there before the threshold is set to that value."""

@@ -188,9 +188,10 @@ def _sentence(sample: LoadSample, before: Bounds, decision: Decision) -> str:
     return (
         f"policy {decision.version} for {sample.replica}:"
         f" threshold {before.confidence_threshold:.3f} -> {bounds.confidence_threshold:.3f},"
-        f" max_draft_tokens={bounds.max_draft_tokens}, bypass={bounds.bypass}, spent={_share(decision.spent)};"
-        f" saturation={saturation.value:.2f} by {saturation.limiting} ({parts});"
-        f" running={sample.num_running:.1f}/{sample.max_running} waiting={sample.num_waiting:.1f}"
+        f" max_draft_tokens={bounds.max_draft_tokens}, bypass={bounds.bypass},"
+        f" range_used={_share(decision.range_used)}; saturation={saturation.value:.2f}"
+        f" by {saturation.limiting} ({parts}); running={sample.num_running:.1f}/{sample.max_running}"
+        f" waiting={sample.num_waiting:.1f}"
         f" cache={sample.cache_usage:.2f} slowness={sample.slowness:.2f}"
         f" budget={sample.budget_per_request:.2f} accepted_length={sample.accepted_length:.2f}"
         f" tokens/s={sample.tokens_per_second:.1f}"

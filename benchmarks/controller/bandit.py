@@ -61,7 +61,7 @@ class DiscountedBandit:
 class Player:
     """One replica's turns."""
 
-    spent = None
+    range_used = None
     """A bandit has no notion of how much it could still take away."""
 
     def __init__(self, memory: Memory, width: float) -> None:

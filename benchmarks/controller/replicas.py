@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from autoscale.presets import load_preset
-from autoscale.replicas import ReplicaLoad, ReplicaRule, wish
+from autoscale.replicas import ReplicaLoad, ReplicaRule, recommend
 from benchmarks.controller.book import Book
 from benchmarks.controller.days import ENGINES
 from benchmarks.controller.signals import Controlled
@@ -61,7 +61,7 @@ class SpeculationAware:
     rule: ReplicaRule
 
     def __call__(self, loads: Sequence[ReplicaLoad], num_replicas: int) -> float:
-        return wish(self.rule, loads, num_replicas, 0.0).replicas
+        return recommend(self.rule, loads, num_replicas, 0.0).replicas
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Scaler:
     """[R] infinite for those that are off"""
     finishing: np.ndarray = field(default_factory=lambda: np.zeros(PLACES, dtype=bool))
     history: list[np.ndarray] = field(default_factory=list)
-    """Of the look-back, [3, R]: running, waiting, spent; not a number where nothing is reported"""
+    """Of the look-back, [3, R]: running, waiting, range_used; not a number where nothing is reported"""
 
     @property
     def powered(self) -> np.ndarray:
@@ -109,8 +109,8 @@ class Scaler:
     def second(self, running: np.ndarray, waiting: np.ndarray, now: int) -> None:
         """What was seen of the fleet in a second [R], and what follows from it."""
         serves = self.wanted & (self.ready_at <= now)
-        spent = self.controlled.spent if self.controlled else np.zeros(PLACES)
-        self.history = [*self.history[1 - LOOK_BACK :], np.where(serves, [running, waiting, spent], np.nan)]
+        range_used = self.controlled.range_used if self.controlled else np.zeros(PLACES)
+        self.history = [*self.history[1 - LOOK_BACK :], np.where(serves, [running, waiting, range_used], np.nan)]
         self._switch_off(running + waiting)
         number = int(self.wanted.sum())
         wished = math.ceil(self.wisher(self._loads(serves), number) - 1e-6)
@@ -122,8 +122,10 @@ class Scaler:
             known = np.nanmean(np.array(self.history)[:, :, serves], axis=0)
         slots = float(self.world.max_running[self.fleet, 0])
         return [
-            ReplicaLoad(running=running, waiting=waiting, max_running=slots, spent=spent if self.controlled else None)
-            for running, waiting, spent in known.T.tolist()
+            ReplicaLoad(
+                running=running, waiting=waiting, max_running=slots, range_used=range_used if self.controlled else None
+            )
+            for running, waiting, range_used in known.T.tolist()
         ]
 
     def _switch_off(self, requests: np.ndarray) -> None:

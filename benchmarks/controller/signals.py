@@ -143,7 +143,7 @@ class Controlled:
         self.controller = LoadController(ControllerConfig(max_heartbeats_per_second=1e9), policy)
         self.seconds = 0.0
         """CPU time in the controller."""
-        self.spent = np.zeros(world.shape[1])
+        self.range_used = np.zeros(world.shape[1])
         """Of every replica, as of its last answer; not a number for a policy that has no notion of it."""
         self._world, self._fleet = world, fleet
         self._reporter = Reporter.of(world)
@@ -162,7 +162,7 @@ class Controlled:
         self.seconds += time.thread_time() - started
         for place, decision in zip(np.flatnonzero(speaks).tolist(), decisions):
             self._versions[place] = decision.version
-            self.spent[place] = np.nan if decision.spent is None else decision.spent
+            self.range_used[place] = np.nan if decision.range_used is None else decision.range_used
             self._world.thresholds[self._fleet, place] = decision.bounds.confidence_threshold
 
     def _decide(self, nodes: list[NodeLoad], samples: list[LoadSample]) -> list[Decision]:

@@ -173,7 +173,7 @@ class HeartbeatLoop:
         if decision.preset is not None:
             stats["preset"] = number_of(decision.preset)
         # A policy that never moves says nothing about when replicas should.
-        return stats if decision.spent is None else {**stats, "spent": decision.spent}
+        return stats if decision.range_used is None else {**stats, "range_used": decision.range_used}
 
     def _on_silence(self, error: Exception) -> None:
         if self._is_answered:

@@ -84,7 +84,9 @@ class LoadMetrics:
         self._changes = make.counter("policy_changes", "Answers that changed what a replica may verify.", "engine")
         self._saturation = make.gauge("saturation", "Of an Engine replica, 0 to 1.", "engine")
         self._threshold = make.gauge("assigned_threshold", "What an Engine replica was told.", "engine")
-        self._spent = make.gauge("verification_spent", "Share of what the policy may take away, 0 to 1.", "engine")
+        self._range_used = make.gauge(
+            "verification_spent", "Position of the threshold in its policy's range, 0 to 1.", "engine"
+        )
 
     def on_decision(self, sample: LoadSample, decision: Decision) -> None:
         engine = {"engine": sample.replica}
@@ -92,7 +94,7 @@ class LoadMetrics:
         _increase(self._changes, float(decision.before is not None), engine)
         self._saturation.set(decision.saturation.value, engine)
         self._threshold.set(decision.bounds.confidence_threshold, engine)
-        _show(self._spent, decision.spent, engine)
+        _show(self._range_used, decision.range_used, engine)
 
     def on_nodes(self, loads: Sequence[NodeLoad]) -> None:
         self._probes.set(len(loads))

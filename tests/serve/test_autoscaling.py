@@ -110,10 +110,10 @@ def test_thresholds_rise_first_then_a_replica_comes_and_goes(app, session):
     wait_until(lambda: num_replicas() == 1, 120)
 
     first_rise = log_lines(session, "policy", "threshold 0.000 -> 0.")[0]
-    held = log_lines(session, "app#Engine: wish=1", "thresholds go first")[0]
-    added = log_lines(session, "app#Engine: wish=", "the load asks for more: thresholds are spent")[0]
-    removed = log_lines(session, "app#Engine: wish=", "the load fits fewer: thresholds are low")
-    idle = log_lines(session, "app#Engine: wish=0", "nothing runs and nothing waits")
+    held = log_lines(session, "app#Engine: 1 replicas recommended", "hold: thresholds rise first")[0]
+    added = log_lines(session, "app#Engine: ", "scale up: thresholds have risen")[0]
+    removed = log_lines(session, "app#Engine: ", "scale down: thresholds are low")
+    idle = log_lines(session, "app#Engine: 0 replicas recommended", "idle: no request runs or waits")
     assert first_rise < added
     assert held < added
     assert max(removed + idle) > added
@@ -129,7 +129,7 @@ def test_with_nobody_there_the_last_replica_goes_and_a_request_brings_it_back(ap
     assert num_replicas() == 1
 
 
-def test_kwargs_that_cannot_be_meant_end_the_deployment_with_a_sentence(app, checkpoint):
+def test_invalid_kwargs_end_the_deployment_with_a_message(app, checkpoint):
     config = yaml.safe_load(CONFIG.format(checkpoint=checkpoint))
     (bad,) = config["applications"]
     bad |= {"name": "bad", "route_prefix": "/bad"}

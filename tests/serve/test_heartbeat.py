@@ -115,7 +115,7 @@ async def test_an_answer_reaches_the_engine(window, clock):
     assert applied == [
         VerificationPolicy(confidence_threshold=0.3, max_draft_tokens=2, bypass=False, version=10, valid_seconds=5.0)
     ]
-    assert loop.stats() == {"spent": 0.75, "threshold": 0.3, "saturation": 0.8}
+    assert loop.stats() == {"range_used": 0.75, "threshold": 0.3, "saturation": 0.8}
 
 
 async def test_what_a_policy_takes_is_not_reported_beyond_its_time(window, clock):
@@ -191,7 +191,7 @@ async def test_the_controller_says_when_the_next_heartbeat_is_due(window, clock)
 
 async def test_a_policy_that_never_moves_says_nothing_about_replicas(window, clock):
     async def ask(sample: LoadSample) -> Decision:
-        return replace(DECISION, spent=None)
+        return replace(DECISION, range_used=None)
 
     loop, _ = loop_of(window, clock, ask)
     await loop.beat()

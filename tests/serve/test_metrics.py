@@ -191,7 +191,7 @@ def decision(**fields: object) -> Decision:
         "version": 3,
         "valid_seconds": 5.0,
         "heartbeat_seconds": 1.0,
-        "spent": 0.5,
+        "range_used": 0.5,
         "saturation": Saturation(0.75, "queue", {"queue": 0.75}),
     }
     return Decision(**{**whole, **fields})  # type: ignore[arg-type]
@@ -208,8 +208,8 @@ def test_what_an_engine_replica_was_told_is_shown(load):
     assert values("verification_spent") == {("engine-1",): 0.5}
 
 
-def test_a_policy_that_takes_nothing_shows_nothing_spent(load):
-    load.on_decision(LoadWindow("engine-1", 8).take(1.0), decision(spent=None))
+def test_a_policy_with_one_threshold_shows_no_range(load):
+    load.on_decision(LoadWindow("engine-1", 8).take(1.0), decision(range_used=None))
     assert values("verification_spent") == {}
 
 

@@ -31,7 +31,7 @@ OLD, NEW = ReplicaID("old", ENGINE), ReplicaID("new", ENGINE)
 
 
 def stats(**fields: float) -> dict[str, float]:
-    return {"running": 10.0, "waiting": 0.0, "max_running": 10.0, "spent": 1.0, "threshold": 0.4, **fields}
+    return {"running": 10.0, "waiting": 0.0, "max_running": 10.0, "range_used": 1.0, "threshold": 0.4, **fields}
 
 
 def metrics(by_replica: Mapping[ReplicaID, Mapping[str, float]]) -> dict[str, dict[ReplicaID, float]]:
@@ -121,7 +121,7 @@ BAD_KWARGS = [
 
 
 @pytest.mark.parametrize(("kwargs", "expected"), BAD_KWARGS)
-def test_what_policy_kwargs_may_not_say_is_named(kwargs, expected):
+def test_an_invalid_policy_kwarg_is_named(kwargs, expected):
     with pytest.raises(PolicyError) as caught:
         check_kwargs(kwargs)
     assert expected in str(caught.value)
@@ -244,7 +244,7 @@ print(sorted({"torch", "transformers", "deployments", "dspark_ray", "pynvml"} & 
 def test_metrics_become_loads():
     policy = SpeculationAwarePolicy()
     assert policy(context({OLD: stats()}))[0] == 2.0
-    assert policy(context({OLD: stats(spent=0.1)}))[0] == 1.0
+    assert policy(context({OLD: stats(range_used=0.1)}))[0] == 1.0
     assert policy(context({OLD: stats(running=7.0)}))[0] == 1.0
     assert policy(context({OLD: stats(running=7.0, waiting=3.0)}))[0] == 2.0
     assert policy(context({OLD: stats(running=5.0, cache_usage=0.9)}))[0] == 2.0
@@ -256,14 +256,14 @@ def test_a_replica_without_a_policy_says_nothing_of_thresholds():
     bare = {"running": 10.0, "waiting": 0.0, "max_running": 10.0}
     policy = SpeculationAwarePolicy()
     assert policy(context({OLD: bare}))[0] == 2.0
-    assert policy(context({OLD: bare, NEW: stats(spent=0.2)}))[0] == 2.0
-    assert policy(context({OLD: bare, NEW: stats(spent=0.9)}))[0] == 3.0
+    assert policy(context({OLD: bare, NEW: stats(range_used=0.2)}))[0] == 2.0
+    assert policy(context({OLD: bare, NEW: stats(range_used=0.9)}))[0] == 3.0
 
 
 def test_requests_that_wait_at_handles_count():
     policy = SpeculationAwarePolicy()
-    assert policy(context({OLD: stats(spent=0.0)}, queued=9.0))[0] == 1.0
-    assert policy(context({OLD: stats(spent=0.0)}, queued=10.0))[0] == 2.0
+    assert policy(context({OLD: stats(range_used=0.0)}, queued=9.0))[0] == 1.0
+    assert policy(context({OLD: stats(range_used=0.0)}, queued=10.0))[0] == 2.0
     assert policy(context({OLD: stats()}, queued=None))[0] == 2.0
     assert policy(context({}, target=0, queued=1.0))[0] == 1.0
 
@@ -289,7 +289,7 @@ def test_a_number_that_is_none_counts_as_not_reported(field, value):
 def test_no_slots_count_as_not_reported(lines):
     """Serve gives 0 for a series without points."""
     assert SpeculationAwarePolicy()(context({OLD: stats(max_running=0.0)}))[0] == 1.0
-    assert "no replica has reported yet" in lines.text
+    assert "hold: no replica has reported yet" in lines.text
 
 
 def test_metrics_may_be_missing(lines):
@@ -316,38 +316,42 @@ def test_nothing_is_raised_and_failures_are_logged_once_per_kind(lines):
     assert policy(context({OLD: stats()})) == (2.0, {})
 
 
-def test_a_wish_is_logged_with_what_it_was_made_of(lines):
+def test_a_recommendation_is_logged_with_its_inputs(lines):
     policy = SpeculationAwarePolicy()
-    policy(context({OLD: stats(waiting=1.0), NEW: stats(spent=0.8, threshold=0.3, saturation=0.9)}, target=3, queued=4))
+    policy(
+        context(
+            {OLD: stats(waiting=1.0), NEW: stats(range_used=0.8, threshold=0.3, saturation=0.9)}, target=3, queued=4
+        )
+    )
     assert [record.getMessage() for record in lines.records] == [
-        "dspark#Engine: wish=3 because the load asks for more, but replicas are starting"
-        " (replicas=3 running=2 reported=2; requests running=20.0 waiting=1.0 queued=4.0;"
-        " mean spent=0.90 threshold=0.35 saturation=0.90)"
+        "dspark#Engine: 3 replicas recommended, hold: replicas are starting"
+        " (target=3 running=2 reported=2; requests running=20.0 waiting=1.0 queued=4.0;"
+        " mean range_used=0.90 threshold=0.35 saturation=0.90)"
     ]
     assert [(record.name, record.levelno) for record in lines.records] == [("ray.serve", logging.INFO)]
 
 
-def test_a_wish_is_logged_when_it_changes(lines):
+def test_a_recommendation_is_logged_when_it_changes(lines):
     policy = SpeculationAwarePolicy()
-    calm, busy, spent = stats(running=7.0), stats(spent=0.0), stats()
-    for second, fields in enumerate([calm, calm, busy, busy, spent, spent]):
+    calm, busy, risen = stats(running=7.0), stats(range_used=0.0), stats()
+    for second, fields in enumerate([calm, calm, busy, busy, risen, risen]):
         policy(context({OLD: fields}, now=float(second)))
-    wishes = [record.getMessage().partition(" (")[0].removeprefix("dspark#Engine: ") for record in lines.records]
-    assert wishes == [
-        "wish=1 because the load fits",
-        "wish=1 because the load asks for more, but thresholds go first",
-        "wish=2 because the load asks for more: thresholds are spent",
+    sentences = [record.getMessage().partition(" (")[0].removeprefix("dspark#Engine: ") for record in lines.records]
+    assert sentences == [
+        "1 replicas recommended, hold: the load fits",
+        "1 replicas recommended, hold: thresholds rise first",
+        "2 replicas recommended, scale up: thresholds have risen",
     ]
 
 
-def test_a_wish_that_flickers_is_not_logged_ten_times_a_second(lines):
+def test_a_recommendation_that_alternates_is_not_logged_ten_times_a_second(lines):
     policy = SpeculationAwarePolicy()
     for tick in range(100):
         policy(context({OLD: stats(running=7.0 + tick % 2 * 3)}, now=1e9 + tick / 10))
     assert 5 <= len(lines.records) <= 11
 
 
-def test_a_wish_that_changes_and_stays_is_logged_even_when_it_comes_soon_after_another(lines):
+def test_the_last_of_two_changes_in_a_row_is_logged_too(lines):
     policy = SpeculationAwarePolicy()
     policy(context({OLD: stats(running=7.0)}, now=0.0))
     for tick in range(1, 15):
@@ -355,7 +359,7 @@ def test_a_wish_that_changes_and_stays_is_logged_even_when_it_comes_soon_after_a
     assert len(lines.records) == 2
 
 
-def test_serve_delays_a_wish_and_lets_the_first_replica_come_at_once():
+def test_serve_delays_a_recommendation_and_starts_the_first_replica_at_once():
     """Through Serve's own wrapper: the policy returns what the wrapper can work with."""
     config = AutoscalingConfig(
         min_replicas=0,

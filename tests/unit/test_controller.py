@@ -42,9 +42,9 @@ def test_a_saturated_gpu_raises_the_threshold_of_the_replica_on_it(name):
     boss.on_node(node(SATURATED, replace(GPU, index=1, uuid="GPU-1")), 0.0)
     decision = settled(boss, on_gpu(name))
     assert decision.bounds == Bounds(pytest.approx(0.4))
-    assert (decision.saturation.limiting, decision.spent) == ("tensor", pytest.approx(1.0))
+    assert (decision.saturation.limiting, decision.range_used) == ("tensor", pytest.approx(1.0))
     other = settled(boss, on_gpu("1", replica="other"))
-    assert (other.bounds, other.spent) == (Bounds(0.0), 0.0)
+    assert (other.bounds, other.range_used) == (Bounds(0.0), 0.0)
 
 
 def test_a_mig_instance_is_known_by_its_uuid_and_does_not_stand_for_its_parent():
@@ -156,7 +156,7 @@ def test_above_the_configured_threshold_a_policy_moves_as_it_does_without():
     boss = controller(lowest_threshold=0.3)
     boss.on_node(node(SATURATED), 0.0)
     decision = settled(boss, on_gpu("0"))
-    assert (decision.bounds, decision.spent) == (Bounds(pytest.approx(0.4)), pytest.approx(1.0))
+    assert (decision.bounds, decision.range_used) == (Bounds(pytest.approx(0.4)), pytest.approx(1.0))
 
 
 def test_a_new_configuration_moves_on_from_where_thresholds_are():
@@ -177,10 +177,10 @@ def test_while_an_operator_decides_no_threshold_gives_way():
     boss = controller()
     boss.on_sample(IDLE, 0.0)
     boss.override(Bounds(0.9), 10.0, now=0.0)
-    assert boss.on_sample(IDLE, 1.0).spent is None
+    assert boss.on_sample(IDLE, 1.0).range_used is None
     assert boss.view(1.0)["replicas"][0]["spent"] is None
     assert boss.view(11.0)["replicas"][0]["overridden"] is False
-    assert boss.on_sample(IDLE, 11.0).spent == 0.0
+    assert boss.on_sample(IDLE, 11.0).range_used == 0.0
 
 
 def test_devices_matter_to_policies_that_follow_the_load():
@@ -210,7 +210,7 @@ def test_a_bypass_begins_above_its_limit_and_ends_some_way_below():
 
 def test_a_fixed_threshold_takes_nothing_away():
     decision = controller(policy=FixedThreshold(threshold=0.3)).on_sample(IDLE, 0.0)
-    assert (decision.bounds.confidence_threshold, decision.spent) == (0.3, None)
+    assert (decision.bounds.confidence_threshold, decision.range_used) == (0.3, None)
 
 
 def test_the_view_is_json_and_has_everything():

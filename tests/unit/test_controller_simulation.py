@@ -287,7 +287,7 @@ def test_movement_and_settling_are_measured_against_the_band() -> None:
 
 
 def test_serves_default_asks_for_ongoing_requests_over_the_target() -> None:
-    loads = [ReplicaLoad(running=30.0, waiting=10.0, max_running=40.0, spent=None)] * 3
+    loads = [ReplicaLoad(running=30.0, waiting=10.0, max_running=40.0, range_used=None)] * 3
     assert ServeDefault(20.0)(loads, 3) == 6.0
     assert SpeculationAware(ReplicaRule())(loads, 3) > 3
 

@@ -102,7 +102,7 @@ def test_without_load_a_preset_takes_nothing_away(name):
     regulator = load_preset(name).controller.policy.regulator(0.3)
     for second in range(120):
         threshold = regulator.update(IDLE, 0.0, float(second))
-    assert (threshold, regulator.spent) == (0.0, 0.0)
+    assert (threshold, regulator.range_used) == (0.0, 0.0)
 
 
 def test_null_switches_a_signal_off():

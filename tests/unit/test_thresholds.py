@@ -78,7 +78,7 @@ class Replica:
 def test_a_fixed_threshold_is_the_same_at_any_load_and_has_nothing_left_to_take() -> None:
     regulator = FixedThreshold(threshold=0.3).regulator(0.0)
     assert follow(regulator, [0.0, 1.0, 0.5]) == [0.3, 0.3, 0.3]
-    assert regulator.spent is None
+    assert regulator.range_used is None
 
 
 # Curves
@@ -97,12 +97,12 @@ def test_the_threshold_comes_to_the_curve_up_to_the_dead_band(saturation: float)
 
 
 @pytest.mark.parametrize(
-    ("saturation", "end", "spent"), [(0.0, 0.1, 0.0), (0.2, 0.1, 0.0), (0.6, 0.5, 1.0), (1.0, 0.5, 1.0)]
+    ("saturation", "end", "range_used"), [(0.0, 0.1, 0.0), (0.2, 0.1, 0.0), (0.6, 0.5, 1.0), (1.0, 0.5, 1.0)]
 )
-def test_the_ends_are_reached_exactly(saturation: float, end: float, spent: float) -> None:
+def test_the_ends_are_reached_exactly(saturation: float, end: float, range_used: float) -> None:
     regulator = CURVE.regulator(0.3)
     assert follow(regulator, [saturation] * 100)[-1] == end
-    assert regulator.spent == spent
+    assert regulator.range_used == range_used
 
 
 def test_an_end_that_an_average_only_approaches_is_reached_too() -> None:
@@ -159,18 +159,18 @@ def test_a_restarted_controller_goes_on_from_the_threshold_in_force(
     assert policy.regulator(threshold).update(sample(threshold), 0.4, 1000.0) == threshold
 
 
-def test_spent_stays_between_0_and_1_for_thresholds_outside_of_the_curve() -> None:
-    assert CURVE.regulator(0.0).spent == 0.0
-    assert CURVE.regulator(0.9).spent == 1.0
+def test_range_used_stays_between_0_and_1_for_thresholds_outside_of_the_curve() -> None:
+    assert CURVE.regulator(0.0).range_used == 0.0
+    assert CURVE.regulator(0.9).range_used == 1.0
 
 
-def test_spent_is_what_the_curve_asks_for_as_far_as_the_threshold_is_there() -> None:
+def test_range_used_is_what_the_curve_asks_for_as_far_as_the_threshold_is_there() -> None:
     regulator = LoadCurve(curve=CURVE.curve, smoothing_seconds=0.0).regulator(0.1)
     follow(regulator, [0.0] * 20)
     follow(regulator, [0.4] * 5, start=20.0)
-    assert regulator.spent == pytest.approx((5 * 0.02 + 0.05) / 0.4), "the threshold is still on its way"
+    assert regulator.range_used == pytest.approx((5 * 0.02 + 0.05) / 0.4), "the threshold is still on its way"
     follow(regulator, [0.4] * 100, start=25.0)
-    assert regulator.spent == pytest.approx(0.5)
+    assert regulator.range_used == pytest.approx(0.5)
 
 
 # The search
