@@ -14,16 +14,16 @@ from autoscale.signals import DeviceLoad
 class CpuReader:
     """Reads the cores that this process may run on as one device.
 
-    Affinity is respected, so a container that is given cores 0 to 3 has four; a limit in CPU time (cgroup quota) is
-    not, and memory is the node's. It counts core time itself, as psutil.cpu_percent measures since its last call by
-    anybody on the same thread. Not for two threads at once.
+    Affinity is respected, so a container with cores 0 to 3 has four; a limit of CPU time (cgroup quota) is not, and
+    memory is the node's. Core time is counted here because psutil.cpu_percent counts from its last call by any code on
+    the thread. Not thread-safe.
     """
 
     def __init__(self) -> None:
         self._times = _core_times()
 
     def read(self, now: float) -> tuple[DeviceLoad, ...]:
-        """One device; its utilization is None where no core time has passed since the read before. Raises nothing."""
+        """One device; its utilization is None where no core time has passed since the previous read. Raises nothing."""
         before, self._times = self._times, _core_times()
         memory = psutil.virtual_memory()
         load = DeviceLoad(
@@ -38,11 +38,12 @@ class CpuReader:
         return (load,)
 
     def close(self) -> None:
-        """Holds nothing."""
+        """There is nothing to release."""
 
 
 def busy_share(before: Sequence[Any], after: Sequence[Any]) -> float | None:
-    """Of core time between two lists of psutil's times per core; None where none passed or a core came or went."""
+    """Busy share of core time between two lists of psutil's times per core; None where no time passed or the number of
+    cores changed."""
     if len(before) != len(after):
         return None
     total = sum(map(_total_seconds, after)) - sum(map(_total_seconds, before))
@@ -52,13 +53,13 @@ def busy_share(before: Sequence[Any], after: Sequence[Any]) -> float | None:
 
 def _core_times() -> list[Any]:
     times = psutil.cpu_times(percpu=True)
-    # macOS and Windows do not say which cores.
+    # macOS and Windows have no affinity call.
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(times))
     return [core for index, core in enumerate(times) if index in allowed] or times
 
 
 def _total_seconds(core: Any) -> float:
-    # Linux counts a guest's time in user and nice already.
+    # On Linux user and nice already include the time of guests.
     return sum(core) - getattr(core, "guest", 0.0) - getattr(core, "guest_nice", 0.0)
 
 

@@ -1,7 +1,7 @@
-"""Device load as NVIDIA's driver gives it: one reader for the GPUs of a node and their MIG instances.
+"""Device load from NVML: one reader for the GPUs of a node and their MIG instances.
 
-A driver answers some calls and not others, and a GPU can be lost while the others work. So every GPU has a slot that
-stays in the list, and every device keeps a book of what it answers.
+A driver supports some calls and not others, and one GPU can be lost while the others work. So every GPU has an entry
+that stays in the list, and every device remembers which calls its driver supports.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from autoscale.signals import DeviceKind, DeviceLoad, DeviceState, ProcessUse
 T = TypeVar("T")
 
 _LOST = (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired)
-_NEVER = (pynvml.NVMLError_FunctionNotFound, pynvml.NVMLError_NotSupported)
+_UNSUPPORTED = (pynvml.NVMLError_FunctionNotFound, pynvml.NVMLError_NotSupported)
 
 _GPM_SECONDS = 0.15
-"""Between two GPM samples; the driver refreshes its counters every 100 ms, and between two refreshes nothing moved."""
+"""Between two GPM samples: the driver refreshes its counters every 100 ms, and samples in between are equal."""
 _SLOW_SECONDS = 1.0
-"""Between two looks at what costs real drivers milliseconds: the process list, the MIG instances, the GPU count."""
+"""Between two reads of values that take milliseconds: the process list, the MIG instances, the number of GPUs."""
 _RETRY_SECONDS = 5.0
-"""Between two attempts to reach GPUs that do not answer."""
+"""Between two attempts to reattach GPUs that do not answer."""
 _HIGHEST_PERCENT = 101
-"""That is still 100 after rounding."""
+"""Rounding in the driver exceeds 100; larger values are invalid."""
 
 _GPM_METRICS = {
     "sm_activity": pynvml.NVML_GPM_METRIC_SM_UTIL,
@@ -47,7 +47,7 @@ _CLOCK_EVENTS = {
     pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "hw_power_brake_slowdown",
     pynvml.nvmlClocksEventReasonDisplayClockSetting: "display_clock_setting",
 }
-_ERROR_WORDS = {
+_ERROR_NAMES = {
     value: name.removeprefix("NVML_ERROR_").replace("_", " ").lower()
     for name, value in vars(pynvml).items()
     if name.startswith("NVML_ERROR_")
@@ -60,48 +60,48 @@ _UNAVAILABLE = {
 
 
 class NvmlUnavailable(Exception):
-    """NVML does not start on this node; the message says why."""
+    """NVML does not start on this node; the message has the reason."""
 
 
 class NvmlReader:
     """Reads every GPU of this node, and every MIG instance as a device of its own after its GPU.
 
-    A GPU keeps the index it was first seen with, also while it does not answer. Raises NvmlUnavailable when NVML does
-    not start; afterwards nothing that the driver does raises. Not for two threads at once.
+    A GPU keeps its first index, also while it does not answer. The constructor raises NvmlUnavailable when NVML does
+    not start; later errors of the driver become states of devices. Not thread-safe.
     """
 
     def __init__(self) -> None:
-        self._slots: list[_Slot] = []
+        self._entries: list[_GpuEntry] = []
         self._num_listed = 0
         self._counted_at = self._tried_at = -math.inf
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
-            raise NvmlUnavailable(_UNAVAILABLE.get(error.value, f"NVML does not start: {_words(error)}")) from None
+            raise NvmlUnavailable(_UNAVAILABLE.get(error.value, f"NVML does not start: {_error_name(error)}")) from None
         try:
             self._find()
         except pynvml.NVMLError as error:
             self.close()
-            raise NvmlUnavailable(f"NVML does not count its GPUs: {_words(error)}") from None
+            raise NvmlUnavailable(f"NVML does not count its GPUs: {_error_name(error)}") from None
 
     @property
     def num_gpus(self) -> int:
-        """That were ever seen."""
-        return len(self._slots)
+        """Number of GPUs, including those that no longer answer."""
+        return len(self._entries)
 
     def read(self, now: float) -> tuple[DeviceLoad, ...]:
-        """Every device as it is at `now`, monotonic seconds; rates are the driver's own, not smoothed further."""
+        """Load of every device at `now`, monotonic seconds; rates are the driver's, not smoothed further."""
         self._maintain(now)
         try:
-            for slot in self._slots:
-                slot.read(now)
+            for entry in self._entries:
+                entry.read(now)
         except pynvml.NVMLError_Uninitialized as error:  # The driver was reloaded under us; the next read starts again.
-            self._leave_all(f"NVML: {_words(error)}")
-        return tuple(load for slot in self._slots for load in slot.loads)
+            self._detach_all(f"NVML: {_error_name(error)}")
+        return tuple(load for entry in self._entries for load in entry.loads)
 
     def close(self) -> None:
-        """Free what NVML lent; what is read afterwards is unreadable."""
-        self._leave_all("closed")
+        """Release NVML; later reads are unreadable."""
+        self._detach_all("closed")
         self._counted_at = self._tried_at = math.inf
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
@@ -109,65 +109,65 @@ class NvmlReader:
     def _maintain(self, now: float) -> None:
         if now - self._counted_at >= _SLOW_SECONDS:
             self._counted_at = now
-            with suppress(pynvml.NVMLError):  # The reads will say what is wrong.
+            with suppress(pynvml.NVMLError):  # The reads report the error.
                 if pynvml.nvmlDeviceGetCount() != self._num_listed:
                     self._find()
-        if now - self._tried_at >= _RETRY_SECONDS and any(not slot.is_attached for slot in self._slots):
+        if now - self._tried_at >= _RETRY_SECONDS and any(not entry.is_attached for entry in self._entries):
             self._tried_at = now
             self._retry()
 
     def _retry(self) -> None:
         try:
-            if not any(slot.is_attached for slot in self._slots):
-                _restart()  # Would cost attached GPUs their GPM samples; here there are none.
+            if not any(entry.is_attached for entry in self._entries):
+                _restart()  # This would invalidate the GPM samples of attached GPUs.
             self._find()
         except pynvml.NVMLError as error:
-            for slot in self._slots:
-                if not slot.is_attached:
-                    slot.leave("unreadable", f"NVML: {_words(error)}")
+            for entry in self._entries:
+                if not entry.is_attached:
+                    entry.detach("unreadable", f"NVML: {_error_name(error)}")
 
     def _find(self) -> None:
-        """Attach every GPU that the driver lists and that has no handle yet."""
+        """Attach every GPU that the driver lists and that has no handle."""
         self._num_listed = pynvml.nvmlDeviceGetCount()
-        listed: list[_Slot] = []
+        listed: list[_GpuEntry] = []
         for index in range(self._num_listed):
             listed.append(self._find_at(index, listed))
-        for slot in self._slots:
-            if slot not in listed:
-                slot.leave("unreadable", "the driver no longer lists it")
+        for entry in self._entries:
+            if entry not in listed:
+                entry.detach("unreadable", "the driver no longer lists it")
 
-    def _find_at(self, index: int, taken: list[_Slot]) -> _Slot:
+    def _find_at(self, index: int, taken: list[_GpuEntry]) -> _GpuEntry:
         try:
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             uuid = _text(pynvml.nvmlDeviceGetUUID(handle))
         except pynvml.NVMLError as error:
-            slot = self._slot("", index, taken)
-            if not slot.is_attached:  # Else its own reads decide.
-                slot.leave_with(error)
+            entry = self._entry("", index, taken)
+            if not entry.is_attached:  # The reads of an attached GPU report its errors.
+                entry.detach_after(error)
         else:
-            slot = self._slot(uuid, index, taken)
-            slot.attach(uuid, handle)
-        return slot
+            entry = self._entry(uuid, index, taken)
+            entry.attach(uuid, handle)
+        return entry
 
-    def _slot(self, uuid: str, index: int, taken: list[_Slot]) -> _Slot:
+    def _entry(self, uuid: str, index: int, taken: list[_GpuEntry]) -> _GpuEntry:
         """By UUID, as indices move up when the driver drops a GPU; by index where one of the two UUIDs is unknown."""
-        free = [slot for slot in self._slots if slot not in taken]
-        for slot in free:
-            if uuid and slot.uuid == uuid:
-                return slot
-        for slot in free:
-            if slot.index == index and not (uuid and slot.uuid):
-                return slot
-        self._slots.append(_Slot(index))
-        return self._slots[-1]
+        free = [entry for entry in self._entries if entry not in taken]
+        for entry in free:
+            if uuid and entry.uuid == uuid:
+                return entry
+        for entry in free:
+            if entry.index == index and not (uuid and entry.uuid):
+                return entry
+        self._entries.append(_GpuEntry(index))
+        return self._entries[-1]
 
-    def _leave_all(self, note: str) -> None:
-        for slot in self._slots:
-            slot.leave("unreadable", note)
+    def _detach_all(self, note: str) -> None:
+        for entry in self._entries:
+            entry.detach("unreadable", note)
 
 
-class _Slot:
-    """The place of one GPU in the list, whether it answers or not."""
+class _GpuEntry:
+    """One GPU's entry in the list, attached to a handle while the GPU answers."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -177,7 +177,7 @@ class _Slot:
 
     @property
     def uuid(self) -> str:
-        """Empty as long as it has never answered."""
+        """Empty until the GPU has answered once."""
         return self.loads[0].uuid
 
     @property
@@ -185,32 +185,32 @@ class _Slot:
         return self._gpu is not None
 
     def attach(self, uuid: str, handle: Any) -> None:
-        """Read what changes slowly, and the rest from the next `read` on."""
+        """Take a handle and read the constant fields; `read` reads the others."""
         if self._gpu is not None:
             return
         self.loads = (replace(self.loads[0], uuid=uuid), *self.loads[1:])
         try:
             self._gpu = _Gpu(self.index, uuid, handle)
         except _LOST as error:
-            self.leave_with(error)
+            self.detach_after(error)
 
     def read(self, now: float) -> None:
-        """Raises NVMLError_Uninitialized only."""
+        """Raises no error but NVMLError_Uninitialized."""
         if self._gpu is None:
             return
         try:
             self.loads = self._gpu.read(now)
         except _LOST as error:
-            self.leave_with(error)
+            self.detach_after(error)
         else:
             if self.loads[0].state != "ok":
-                self.leave(self.loads[0].state, self.loads[0].note)
+                self.detach(self.loads[0].state, self.loads[0].note)
 
-    def leave_with(self, error: pynvml.NVMLError) -> None:
-        self.leave("lost" if isinstance(error, _LOST) else "unreadable", _words(error))
+    def detach_after(self, error: pynvml.NVMLError) -> None:
+        self.detach("lost" if isinstance(error, _LOST) else "unreadable", _error_name(error))
 
-    def leave(self, state: DeviceState, note: str) -> None:
-        """Let go of the handle; a lost GPU counts as lost until it answers again."""
+    def detach(self, state: DeviceState, note: str) -> None:
+        """Release the handle; a lost GPU stays lost until it answers again."""
         gpu, self._gpu = self._gpu, None
         if gpu is not None:
             gpu.close()
@@ -218,65 +218,66 @@ class _Slot:
             self.loads = tuple(_without_values(load, state, note) for load in self.loads)
 
 
-class _Answers:
-    """What one device answers; a call that it will never answer is not made again.
+class _FieldReader:
+    """Reads fields of one device and remembers failures; an unsupported call is not repeated.
 
-    That a GPU is lost or NVML not initialised is no matter of one field: those errors pass through.
+    Errors of the whole device or library, a lost GPU or an uninitialised NVML, pass through.
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self._never: dict[str, str] = {}
+        self.num_read = 0
+        """Successful calls so far."""
+        self._unsupported: dict[str, str] = {}
         self._failing: dict[str, str] = {}
 
-    def ask(self, field: str, call: Callable[..., T], *arguments: Any) -> T | None:
-        """None where the driver does not say."""
-        if field in self._never:
+    def read(self, field: str, call: Callable[..., T], *arguments: Any) -> T | None:
+        """The call's result, or None where the driver gives none."""
+        if field in self._unsupported:
             return None
         try:
-            answer = call(*arguments)
+            value = call(*arguments)
         except (*_LOST, pynvml.NVMLError_Uninitialized):
             raise
         except pynvml.NVMLError as error:
-            (self._never if isinstance(error, _NEVER) else self._failing)[field] = _words(error)
+            (self._unsupported if isinstance(error, _UNSUPPORTED) else self._failing)[field] = _error_name(error)
             return None
         self._failing.pop(field, None)
-        self.count += 1
-        return answer
+        self.num_read += 1
+        return value
 
     def note(self) -> str:
-        """Names what was not read, and why."""
-        missing = self._never | self._failing
+        """The fields that could not be read, with reasons; empty where there are none."""
+        missing = self._unsupported | self._failing
         return "not read: " + ", ".join(f"{field} ({why})" for field, why in missing.items()) if missing else ""
 
 
 class _Device:
-    """What a GPU and a MIG instance have in common."""
+    """Fields that GPUs and MIG instances share."""
 
     kind: DeviceKind
 
     def __init__(self, index: int, uuid: str, handle: Any, gpm: _Gpm) -> None:
         self.uuid, self.is_silent = uuid, False
-        self._index, self._handle, self._gpm, self._answers = index, handle, gpm, gpm.answers
-        self._processes = _Processes(handle, self._answers)
-        self._name = _text(self._answers.ask("name", pynvml.nvmlDeviceGetName, handle) or "")
+        self._index, self._handle, self._gpm, self._reader = index, handle, gpm, gpm.reader
+        self._processes = _Processes(handle, self._reader)
+        self._name = _text(self._reader.read("name", pynvml.nvmlDeviceGetName, handle) or "")
 
     def load(self, now: float) -> DeviceLoad:
-        """Unreadable when nothing at all was answered."""
-        count = self._answers.count
+        """Unreadable when every call failed."""
+        num_read = self._reader.num_read
         fields = self._fields(now)
         load = DeviceLoad(kind=self.kind, index=self._index, uuid=self.uuid, name=self._name, **fields)
-        self.is_silent = self._answers.count == count
+        self.is_silent = self._reader.num_read == num_read
         if self.is_silent:
-            return _without_values(load, "unreadable", self._answers.note())
-        return replace(load, note=self._answers.note())
+            return _without_values(load, "unreadable", self._reader.note())
+        return replace(load, note=self._reader.note())
 
     def close(self) -> None:
         self._gpm.close()
 
     def _fields(self, now: float) -> dict[str, Any]:
-        memory = self._answers.ask("memory", pynvml.nvmlDeviceGetMemoryInfo, self._handle)
-        utilization = self._answers.ask("utilization", pynvml.nvmlDeviceGetUtilizationRates, self._handle)
+        memory = self._reader.read("memory", pynvml.nvmlDeviceGetMemoryInfo, self._handle)
+        utilization = self._reader.read("utilization", pynvml.nvmlDeviceGetUtilizationRates, self._handle)
         return {
             "memory_used": memory and memory.used,
             "memory_total": memory and memory.total,
@@ -287,7 +288,7 @@ class _Device:
 
 
 class _MigInstance(_Device):
-    """Power and clocks are its GPU's, so they are not repeated here."""
+    """Power and clocks belong to its GPU and are not repeated here."""
 
     kind = "mig"
 
@@ -299,15 +300,15 @@ class _Gpu(_Device):
 
     def __init__(self, index: int, uuid: str, handle: Any) -> None:
         super().__init__(index, uuid, handle, _Gpm(handle, partial(pynvml.nvmlGpmSampleGet, handle)))
-        self._power_limit = self._ask("power_limit_watts", pynvml.nvmlDeviceGetEnforcedPowerLimit)
-        self._max_sm_clock = self._ask("max_sm_clock_mhz", pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_SM)
+        self._power_limit = self._read("power_limit_watts", pynvml.nvmlDeviceGetEnforcedPowerLimit)
+        self._max_sm_clock = self._read("max_sm_clock_mhz", pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_SM)
         self._instances: list[_MigInstance] = []
         self._is_divided = False
-        # With a book of their own, as nothing is missing from a GPU that cannot be divided.
-        self._instance_answers, self._instances_found_at = _Answers(), -math.inf
+        # A reader of their own: a GPU without MIG support has no field missing.
+        self._instance_reader, self._instances_found_at = _FieldReader(), -math.inf
 
     def read(self, now: float) -> tuple[DeviceLoad, ...]:
-        """Of this GPU, then of its MIG instances."""
+        """Load of this GPU, then of its MIG instances."""
         if now - self._instances_found_at >= _SLOW_SECONDS:
             self._instances_found_at = now
             self._find_instances()
@@ -322,24 +323,24 @@ class _Gpu(_Device):
         super().close()
 
     def _fields(self, now: float) -> dict[str, Any]:
-        power = self._ask("power_watts", pynvml.nvmlDeviceGetPowerUsage)
+        power = self._read("power_watts", pynvml.nvmlDeviceGetPowerUsage)
         return {
             **super()._fields(now),
             "power_watts": _watts(power),
             "power_limit_watts": _watts(self._power_limit),
-            "sm_clock_mhz": self._ask("sm_clock_mhz", pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
+            "sm_clock_mhz": self._read("sm_clock_mhz", pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
             "max_sm_clock_mhz": self._max_sm_clock,
-            "clock_events": self._ask("clock_events", _clock_events) or (),
+            "clock_events": self._read("clock_events", _clock_events) or (),
         }
 
-    def _ask(self, field: str, call: Callable[..., T], *arguments: Any) -> T | None:
-        return self._answers.ask(field, call, self._handle, *arguments)
+    def _read(self, field: str, call: Callable[..., T], *arguments: Any) -> T | None:
+        return self._reader.read(field, call, self._handle, *arguments)
 
     def _find_instances(self) -> None:
-        answer = self._instance_answers.ask("mig", _mig_instances, self._handle)
-        if answer is None:
+        instances = self._instance_reader.read("mig", _mig_instances, self._handle)
+        if instances is None:
             return
-        self._is_divided, found = answer
+        self._is_divided, found = instances
         is_same = list(found) == [instance.uuid for instance in self._instances]
         if is_same and not any(instance.is_silent for instance in self._instances):
             return
@@ -348,7 +349,7 @@ class _Gpu(_Device):
         self._instances = [self._instance(uuid, *found[uuid]) for uuid in found]
 
     def _instance(self, uuid: str, handle: Any, gpu_instance_id: int) -> _MigInstance:
-        # Counters belong to the GPU and are sampled through its handle.
+        # The counters belong to the GPU and are sampled through its handle.
         take = partial(pynvml.nvmlGpmMigSampleGet, self._handle, gpu_instance_id)
         return _MigInstance(self._index, uuid, handle, _Gpm(self._handle, take))
 
@@ -357,7 +358,7 @@ class _Gpm:
     """Activities between the last two samples of the GPU performance counters, Hopper and later."""
 
     def __init__(self, handle: Any, take: Callable[[Any], object]) -> None:
-        self.answers = _Answers()
+        self.reader = _FieldReader()
         self._take, self._taken_at = take, -math.inf
         self._samples: list[Any] = []
         self._activities: dict[str, float | None] = {}
@@ -365,12 +366,12 @@ class _Gpm:
         self._request.version, self._request.numMetrics = pynvml.NVML_GPM_METRICS_GET_VERSION, len(_GPM_METRICS)
         for metric, metric_id in zip(self._request.metrics, _GPM_METRICS.values()):
             metric.metricId = metric_id
-        self.answers.ask("gpm", _check_gpm_support, handle)
+        self.reader.read("gpm", _check_gpm_support, handle)
 
     def read(self, now: float) -> dict[str, float | None]:
-        """Shares by field of DeviceLoad; empty before the second sample, or where there is no GPM."""
+        """Shares by field of DeviceLoad; empty before the second sample and without GPM support."""
         if now - self._taken_at >= _GPM_SECONDS:
-            self._activities = self.answers.ask("gpm", self._measure, now) or {}
+            self._activities = self.reader.read("gpm", self._measure, now) or {}
         return self._activities
 
     def close(self) -> None:
@@ -391,25 +392,25 @@ class _Gpm:
         self._request.sample1, self._request.sample2 = older, newer
         pynvml.nvmlGpmMetricsGet(self._request)
         return {
-            field: self.answers.ask(field, _gpm_share, metric)
+            field: self.reader.read(field, _gpm_share, metric)
             for field, metric in zip(_GPM_METRICS, self._request.metrics)
         }
 
 
 class _Processes:
-    """The compute processes of one device, by the ids that they have on the host."""
+    """The compute processes of one device, by their process ids on the host."""
 
-    def __init__(self, handle: Any, answers: _Answers) -> None:
-        self._handle, self._answers = handle, answers
+    def __init__(self, handle: Any, reader: _FieldReader) -> None:
+        self._handle, self._reader = handle, reader
         self._processes: tuple[ProcessUse, ...] = ()
         self._read_at = -math.inf
         self._seen_until = 0
-        """Microseconds, by the driver's clock, of the newest utilization sample."""
+        """Time of the newest utilisation sample, microseconds of the driver's clock."""
 
     def read(self, now: float) -> tuple[ProcessUse, ...]:
         if now - self._read_at >= _SLOW_SECONDS:
             self._read_at = now
-            running = self._answers.ask("processes", _running_processes, self._handle) or []
+            running = self._reader.read("processes", _running_processes, self._handle) or []
             shares = self._sm_shares() if running else {}
             self._processes = tuple(
                 ProcessUse(pid=use.pid, memory_used=use.usedGpuMemory, sm_utilization=shares.get(use.pid))
@@ -419,7 +420,7 @@ class _Processes:
 
     def _sm_shares(self) -> dict[int, float | None]:
         field = "processes.sm_utilization"
-        samples = self._answers.ask(field, _process_samples, self._handle, self._seen_until) or []
+        samples = self._reader.read(field, _process_samples, self._handle, self._seen_until) or []
         samples.sort(key=lambda sample: sample.timeStamp)
         if samples:
             self._seen_until = samples[-1].timeStamp
@@ -446,20 +447,20 @@ def _gpm_share(metric: Any) -> float | None:
 def _clock_events(handle: Any) -> tuple[str, ...]:
     try:
         bits = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    except pynvml.NVMLError_FunctionNotFound:  # Before driver 535 the same bits had another name.
+    except pynvml.NVMLError_FunctionNotFound:  # The name of the call before driver 535.
         bits = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
     return tuple(name for bit, name in _CLOCK_EVENTS.items() if bits & bit)
 
 
 def _mig_instances(handle: Any) -> tuple[bool, dict[str, tuple[Any, int]]]:
-    """Whether MIG mode is on, and handle and GPU instance id by UUID."""
+    """(whether MIG mode is on, handle and GPU instance id by UUID)"""
     found: dict[str, tuple[Any, int]] = {}
     mode, _ = pynvml.nvmlDeviceGetMigMode(handle)
     if mode != pynvml.NVML_DEVICE_MIG_ENABLE:
         return False, found
-    for place in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-        with suppress(pynvml.NVMLError_NotFound):  # An empty place.
-            instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
+    for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        with suppress(pynvml.NVMLError_NotFound):  # No instance at this index.
+            instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)
             uuid = _text(pynvml.nvmlDeviceGetUUID(instance))
             found[uuid] = instance, pynvml.nvmlDeviceGetGpuInstanceId(instance)
     return True, found
@@ -473,11 +474,11 @@ def _running_processes(handle: Any) -> list[Any]:
 
 
 def _process_samples(handle: Any, since: int) -> list[Any]:
-    """Newer than `since`; none when no process ran."""
+    """Samples newer than `since`; empty when no process ran."""
     try:
         return list(pynvml.nvmlDeviceGetProcessUtilization(handle, since))
     except pynvml.NVMLError as error:
-        # The binding raises an error with the value of success where the driver has nothing to list.
+        # The binding raises an error with the code of success where the driver has no samples.
         if error.value in (pynvml.NVML_SUCCESS, pynvml.NVML_ERROR_NOT_FOUND):
             return []
         raise
@@ -488,7 +489,7 @@ def _without_values(load: DeviceLoad, state: DeviceState, note: str) -> DeviceLo
 
 
 def _share(percent: float) -> float | None:
-    """None for what is no percentage, as the driver gives for processes that ended and counters that did not move."""
+    """None for values outside 0 to 100, which the driver returns for ended processes and unchanged counters."""
     return min(percent / 100, 1.0) if 0 <= percent <= _HIGHEST_PERCENT else None
 
 
@@ -500,5 +501,5 @@ def _text(value: str | bytes) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _words(error: pynvml.NVMLError) -> str:
-    return _ERROR_WORDS.get(error.value, f"error {error.value}")
+def _error_name(error: pynvml.NVMLError) -> str:
+    return _ERROR_NAMES.get(error.value, f"error {error.value}")

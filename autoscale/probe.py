@@ -1,4 +1,4 @@
-"""One probe per node: reads its devices twice a second and gives their smoothed load."""
+"""One probe per node: reads its devices twice a second and smooths their load."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from autoscale.signals import DeviceLoad, NodeLoad
 logger = logging.getLogger(__name__)
 
 PERIOD_SECONDS = 0.5
-"""Between the end of a sample and the next, so that a slow driver is not asked without pause. Reading takes locks of
-the driver, and the controller acts about once a second."""
+"""From the end of a sample to the next, so that a slow driver gets a pause. Reading takes locks of the driver, and the
+controller acts about once a second."""
 TIME_CONSTANT_SECONDS = 1.0
-"""Long enough to see several steps, short enough for the controller, which acts about once a second."""
+"""Longer than several steps, short enough for the controller, which acts about once a second."""
 STALE_SECONDS = 5.0
-"""A sample that is older says nothing: the driver hangs, or the probe is closed."""
+"""Age from which a sample is invalid: the driver hangs, or the probe is closed."""
 
 _JOIN_SECONDS = 2.0
 _RATES = ("utilization", "sm_activity", "tensor_activity", "dram_activity", "power_watts")
 
 
 class Reader(Protocol):
-    """Where samples come from: NvmlReader, CpuReader."""
+    """Source of samples: NvmlReader or CpuReader."""
 
     def read(self, now: float) -> tuple[DeviceLoad, ...]:
-        """Every device at `now`, monotonic seconds."""
+        """Load of every device at `now`, monotonic seconds."""
         ...
 
     def close(self) -> None: ...
 
 
 class OpenReader(NamedTuple):
-    """A reader, what it reads through, and why not through NVML."""
+    """A reader, its source, and why that is not NVML."""
 
     reader: Reader
     source: Literal["nvml", "psutil"]
@@ -47,7 +47,7 @@ class OpenReader(NamedTuple):
 
 
 def open_reader() -> OpenReader:
-    """NVML's where it sees a GPU, else psutil's."""
+    """The NVML reader where NVML finds a GPU, else the psutil reader."""
     try:
         reader = NvmlReader()
     except NvmlUnavailable as error:
@@ -61,16 +61,16 @@ def open_reader() -> OpenReader:
 class Smoother:
     """Exponential average of one device's rates: average += (1 - exp(-elapsed / time constant)) * (value - average).
 
-    With the true time between samples, 63 % of a step is seen one time constant after it, however often samples come.
+    With the true time between samples, 63 % of a step is visible one time constant after it, at any sampling rate.
     """
 
     def __init__(self, time_constant_seconds: float = TIME_CONSTANT_SECONDS) -> None:
         self._time_constant = time_constant_seconds
         self._averages: dict[str, tuple[float, float]] = {}
-        """By field: the average and when it was updated."""
+        """(average, time of its update) by field."""
 
     def add(self, load: DeviceLoad, now: float) -> DeviceLoad:
-        """`load` with its rates averaged; what it does not say stays None and takes no part in the average."""
+        """`load` with averaged rates; a rate of None stays None and does not change the average."""
         averages: dict[str, Any] = {field: self._add(field, getattr(load, field), now) for field in _RATES}
         return replace(load, **averages)
 
@@ -95,13 +95,13 @@ class LoadProbe:
         clock: Callable[[], float] = time.monotonic,
         period_seconds: float = PERIOD_SECONDS,
     ) -> None:
-        """Take the first sample too, so that there is always a load. Raises what `open_reader` raises."""
+        """Takes the first sample, so that `load` always has one. Raises the errors of `open_reader`."""
         self._clock, self._period = clock, period_seconds
         self._reader, source, note = open_reader()
         self._node = NodeLoad(node_id=node_id, host=host, source=source, devices=(), note=note)
         self._smoothers: dict[tuple[str, str, int], Smoother] = {}
         self._reported: set[type[Exception]] = set()
-        # Replaced as a whole by the thread, so whoever reads it needs no lock.
+        # The thread replaces the pair as a whole, so readers need no lock.
         self._latest = clock(), self._node
         self._sample()
         self._stopping = threading.Event()
@@ -109,13 +109,13 @@ class LoadProbe:
         self._thread.start()
 
     def load(self) -> NodeLoad:
-        """The latest; devices are unreadable when it is older than STALE_SECONDS. For any thread, without waiting."""
+        """The latest load; devices are unreadable when it is older than STALE_SECONDS. Thread-safe, does not block."""
         sampled_at, load = self._latest
         age = self._clock() - sampled_at
         return load if age <= STALE_SECONDS else self._without_values(load, f"no sample for {age:.0f} s")
 
     def close(self) -> None:
-        """Stop sampling and let go of the driver; gives up waiting after two seconds on a driver that hangs."""
+        """Stop sampling and release the driver; waits two seconds at most for a driver that hangs."""
         self._stopping.set()
         self._thread.join(_JOIN_SECONDS)
 
@@ -136,18 +136,18 @@ class LoadProbe:
 
     def _smoothed(self, loads: tuple[DeviceLoad, ...], now: float) -> tuple[DeviceLoad, ...]:
         keys = [(load.kind, load.uuid, load.index) for load in loads]
-        # Whoever is gone is forgotten.
+        # Smoothers of devices that disappeared are dropped.
         self._smoothers = {key: self._smoothers.get(key) or Smoother() for key in keys}
         return tuple(self._smoothers[key].add(load, now) for key, load in zip(keys, loads))
 
     def _report(self, error: Exception) -> None:
-        """Once per kind, as it may come with every sample."""
+        """Once per type of exception, as every sample may raise it."""
         if type(error) not in self._reported:
             self._reported.add(type(error))
             logger.error("a load sample failed; the probe goes on", exc_info=error)
 
     def _without_values(self, load: NodeLoad, note: str) -> NodeLoad:
-        """The reason stands on the node too, which may not have a device yet."""
+        """The node has the note too, as it may have no device yet."""
         devices = tuple(_unreadable(device, note) for device in load.devices)
         return replace(load, devices=devices, note="; ".join(filter(None, (self._node.note, note))))
 
