@@ -128,6 +128,7 @@ class DSparkArgs(_Block):
 
     drafter: DrafterArgs = DrafterArgs()
     verification: VerificationMode = _ENGINE.verification
+    """`coupled` keeps the text; `rejection` keeps its distribution and accepts more drafts."""
     rejection_top_k: Count = _ENGINE.rejection_top_k
     schedule: ScheduleArgs = ScheduleArgs()
     confidence: ConfidenceArgs = ConfidenceArgs()
@@ -140,6 +141,7 @@ class WorkerPlacement(_Block):
     resources: Resources | None = None
     """None takes one CPU, and one GPU where the device is cuda."""
     labels: dict[str, str] = {}
+    """Labels of Ray nodes, by key."""
 
 
 class DrafterPlacement(WorkerPlacement):
@@ -151,7 +153,9 @@ class PlacementArgs(_Block):
     """Where the gang of one replica goes: a bundle per verifier rank, and one for the drafter."""
 
     device: Literal["cpu", "cuda"] = "cpu"
+    """Of verifiers and drafter."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Ray's placement strategy of the bundles; ranks need a fast interconnect."""
     replica: Resources = {"CPU": 0.1}
     """The Engine replica itself, always in rank 0's bundle."""
     verifier: WorkerPlacement | list[WorkerPlacement] = WorkerPlacement()
@@ -195,11 +199,14 @@ class HttpArgs(_Block):
     keep_alive_s: SecondsOrZero = 15.0
     """A stream that is silent for so long carries a comment, so that proxies keep it open; 0 sends none."""
     tokenizer_threads: Count = 2
+    """Threads that tokenise prompts, per Ingress replica."""
 
 
 class HealthArgs(_Block):
     check_period_s: Seconds = 2.0
+    """Between Serve's health checks of a replica."""
     check_timeout_s: Seconds = 10.0
+    """Longest answer to one."""
     step_timeout_s: Seconds = 120.0
     """Rank 0 counts as hung when it is silent for so long, and so does the replica. Longer than any step."""
     peer_timeout_s: Seconds = 60.0
@@ -239,6 +246,7 @@ class AppArgs(_Block):
     served_model_name: str | None = None
     """The name clients use; None is the last part of `model`."""
     tensor_parallel_size: Count = 1
+    """Verifier ranks per Engine replica; a divisor of the model's o_groups and number of attention heads."""
     engine: EngineArgs = EngineArgs()
     speculative_config: SpeculativeArgs | None = SpeculativeArgs()
     """null serves without speculation."""

@@ -40,6 +40,7 @@ from deployments.http.chat_requests import ChatRequest, Message  # noqa: E402
 from deployments.http.fields import Schema  # noqa: E402
 from deployments.http.requests import CompletionRequest, GenerationRequest, Speculative, StreamOptions  # noqa: E402
 from dspark_ray.config import EngineConfig  # noqa: E402
+from dspark_ray.types import SamplingParams, VerificationLimits  # noqa: E402
 
 Line = tuple[str, ...]
 _LARGE = 2**20
@@ -198,6 +199,8 @@ def _dataclass_table(cls: type) -> str:
     texts = sentences(cls)
     lines = []
     for field in dataclasses.fields(cls):
+        if field.name == "kind":
+            continue  # the heading has it
         default = field.default if field.default is not dataclasses.MISSING else None
         if field.default_factory is not dataclasses.MISSING:
             made = field.default_factory()
@@ -215,7 +218,8 @@ def _dataclass_table(cls: type) -> str:
 
 def field_table(model: type[BaseModel], without: Iterable[str] = ()) -> str:
     """The fields of a request that mean something."""
-    texts, schema = sentences(model), model.model_json_schema()
+    texts = sentences(SamplingParams) | sentences(VerificationLimits) | sentences(model)
+    schema = model.model_json_schema()
     lines = [
         (f"`{name}`", kind(_without_null(schema["properties"][name])), field.description or texts.get(name, ""))
         for name, field in model.model_fields.items()

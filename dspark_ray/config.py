@@ -350,6 +350,7 @@ class EngineConfig:
     verification: VerificationMode = "coupled"
     speculation: bool = True
     dtype: DType = "float32"
+    """Of activations, caches and weights that are not kept quantised."""
     device: str = "cpu"
     keep_quantised: bool | None = None
     """Keep FP8 and FP4 weights as a checkpoint stores them, instead of dequantising them when they are read. They
