@@ -1,4 +1,4 @@
-"""Which drafts stand, and the token behind them.
+"""Acceptance: number of accepted drafts, and the token that follows them.
 
 `accept_rejection` takes four launches. Only rows with a draft behind them are read for their softmax, and of the row
 where a request's token is drawn only the tokens that can win are given exact noise:
@@ -23,15 +23,15 @@ from .noise import gumbel, philox_bits, philox_tile, rough_gumbel, uniform
 
 _BLOCK_REQUESTS = 16
 _BLOCK_ROWS = 8
-"""Rows of a request that are judged at once; a round has 1 + gamma."""
+"""Rows of a request that are tested at once; a round has 1 + gamma."""
 _MAX_SLOTS = 16
-"""Rows of a request whose softmax is taken at the same time."""
+"""Rows of a request whose softmax is computed at the same time."""
 _BLOCK_DRAW = 512
-"""Tokens that get exact noise together, if one of them can win."""
+"""Tokens whose exact noise is computed together, if one of them can win."""
 _BLOCK_Q = 64
 _MAX_Q_IDS = 1024
 _UNDERFLOW = 745.0
-"""exp(-x) is 0 in float64 for larger x: such a token has no weight, however little is left of the others."""
+"""For larger x exp(-x) is 0 in float64: such a token has no weight, however small the others' are."""
 
 
 def accept_coupled(row_tokens: Tensor, target_tokens: Tensor, first_rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def _accept_coupled_kernel(
     b_first = tl.load(p_first_rows + o_r, mask=m_r, other=0)
     b_end = tl.load(p_first_rows + o_r + 1, mask=m_r, other=0)
     longest = tl.max(b_end - b_first).to(tl.int32)
-    # The first row that does not stand, or the end.
+    # The first rejected row, or the end.
     b_stop = b_end
     for start in range(1, longest, BLOCK_N):
         o_row = b_first[:, None] + start + tl.arange(0, BLOCK_N)[None, :]
@@ -112,7 +112,7 @@ def accept_rejection(
     row_tokens, seeds, positions = row_tokens.contiguous(), seeds.contiguous(), positions.contiguous()
     q_ids, q_probabilities, first_rows = q_ids.contiguous(), q_probabilities.contiguous(), first_rows.contiguous()
 
-    # Few rows: shorter parts, so that all processors have some.
+    # With few rows parts are shorter, so that all processors are used.
     block_v, num_warps = (4096, 4) if num_rows <= 64 else (8192, 8)
     num_parts = triton.cdiv(vocab_size, block_v)
     maxima = torch.empty((num_rows, num_parts), dtype=torch.float32, device=logits.device)
@@ -143,7 +143,7 @@ def accept_rejection(
         num_warps=4,
     )
 
-    # Eight programs per processor, or one per block where there are fewer.
+    # Eight programs per processor, or one per block if there are fewer blocks.
     num_blocks = triton.cdiv(vocab_size, _BLOCK_DRAW)
     blocks_each = max(1, min(16, num_requests * num_blocks // (8 * num_processors(logits))))
     num_splits = triton.cdiv(num_blocks, blocks_each)
@@ -203,7 +203,7 @@ def _softmax_parts_kernel(p_logits, p_first_rows, p_maxima, p_sums, V, stride_n,
     i_part, i_slot, i_request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, end = tl.load(p_first_rows + i_request), tl.load(p_first_rows + i_request + 1)
     o_v = i_part * BLOCK_V + tl.arange(0, BLOCK_V)
-    # The last row has no draft behind it, and can be drawn from without its softmax.
+    # No draft follows the last row, whose token needs no softmax.
     for row in range(first + i_slot, end - 1, tl.num_programs(1)):
         b_x = tl.load(p_logits + row * stride_n + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
         maximum = tl.max(b_x)
@@ -246,7 +246,7 @@ def _test_kernel(
     first, end = tl.load(p_first_rows + i_request), tl.load(p_first_rows + i_request + 1)
     seed = tl.load(p_seeds + i_request)
     o_p = tl.arange(0, BLOCK_P)[None, :]
-    # The row behind which the first draft falls, or the last one.
+    # The row before the first rejected draft, or the last row.
     stop = end - 1
     for start in range(first, end - 1, BLOCK_N):
         o_row = start + tl.arange(0, BLOCK_N)
@@ -265,7 +265,7 @@ def _test_kernel(
             o_q = o_row[:, None] * K + o_k
             b_ids = tl.load(p_q_ids + o_q, mask=m_k, other=-1)
             b_probabilities = tl.load(p_q_probabilities + o_q, mask=m_k, other=0.0).to(tl.float64)
-            # NaN at any id reaches the sum: the draft falls.
+            # NaN at any id reaches the sum, so the draft is rejected.
             b_q += tl.sum(b_probabilities * (b_ids == b_draft[:, None]).to(tl.float64), axis=1)
 
         b_position = tl.load(p_positions + o_row, mask=m_row, other=0)
@@ -307,7 +307,7 @@ def _draw_kernel(
     b_seed = tl.load(p_seeds + i_request + tl.zeros((1,), tl.int32))
     b_position = tl.load(p_positions + row + tl.zeros((1,), tl.int32))
     o_k, o_p = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_P)
-    # Behind the last draft no token is left out, and none is too unlikely.
+    # After the last draft no token is excluded or too improbable.
     b_q_ids = tl.load(p_q_ids + row * K + o_k, mask=o_k < tl.where(recovers, K, 0), other=-1).to(tl.int32)
     m_p = o_p < tl.where(recovers, PARTS, 0)
     b_maxima = tl.load(p_maxima + row * PARTS + o_p, mask=m_p, other=float("-inf"))
@@ -320,12 +320,12 @@ def _draw_kernel(
         first_id = i_block * BLOCK_V
         o_v = first_id + tl.arange(0, BLOCK_V)
         b_x = tl.load(p_logits + row * stride_n + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
-        # NaN and inf leave nothing to draw from: no other token is better than inf.
+        # With NaN and inf there is no distribution: no other token is better than inf.
         if tl.min((b_x < float("inf")).to(tl.int32)) == 0:
             best = tl.full((), float("inf"), tl.float64)
             best_id = tl.full((), -1, tl.int32)
         b_x = tl.where(b_x >= lowest, b_x, float("-inf"))
-        # Few of the K ids lie in one block: they are taken out one after the other.
+        # Few of the K ids are in one block, so they are removed one after the other.
         m_inside = (b_q_ids >= first_id) & (b_q_ids < first_id + BLOCK_V)
         drafted = first_id - 1
         for _ in range(tl.sum(m_inside.to(tl.int32))):
@@ -338,7 +338,7 @@ def _draw_kernel(
             b_bits = philox_tile(b_seed, b_position, SAMPLE, first_id // 4, BLOCK_V)
         b_bits = tl.reshape(b_bits, (BLOCK_V,))
         highest = tl.max(b_x + rough_gumbel(b_bits))
-        # Far more than what the rough noise is off; the sum is rounded.
+        # Far more than the error of the rough noise; the sum is rounded.
         needed = best - 0.001 - 1e-6 * tl.abs(best)
         if (highest > float("-inf")) & (highest.to(tl.float64) >= needed):
             b_score = b_x.to(tl.float64) + gumbel(b_bits).to(tl.float64)
@@ -398,7 +398,7 @@ def _finish_kernel(
         m_k = o_k < K
         b_ids = tl.load(p_q_ids + row * K + o_k, mask=m_k, other=-1)
         b_x = tl.load(p_logits + row * stride_n + b_ids, mask=m_k, other=float("-inf")).to(tl.float64)
-        # An id may stand there twice.
+        # An id may occur twice.
         b_q = tl.zeros((BLOCK_K,), tl.float64)
         for start in range(0, K, BLOCK_J):
             o_j = start + tl.arange(0, BLOCK_J)
@@ -418,7 +418,7 @@ def _finish_kernel(
         b_score = tl.where(m_left, b_weight + b_noise, float("-inf"))
         nothing_left = (best == float("-inf")) & (tl.max(b_score) == float("-inf"))
         if nothing_left | (tl.max((b_q != b_q).to(tl.int32)) > 0):
-            # Nothing of p is left, so all of it is at these ids, or q is NaN: drawn from p itself.
+            # Nothing of p is left, or q is NaN: the token is drawn from p.
             b_score = tl.where(m_k & (b_p > 0.0), b_x + b_noise, float("-inf"))
         score = tl.max(b_score)
         q_id = tl.min(tl.where(m_k & (b_score == score), b_ids, 2147483647))

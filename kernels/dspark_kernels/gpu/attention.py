@@ -1,4 +1,4 @@
-"""Attention over gathered keys, each being its own value: a tile of keys is read once for both products.
+"""Attention over gathered keys that are values too: a tile of keys is read once for both products.
 
 One program serves a block of heads of one row. Few rows do not fill the device, so there the keys of a row are dealt to
 several programs, whose partial results a second kernel joins. Splits are shares of the keys that a row has, not of
@@ -20,7 +20,7 @@ from .device import num_processors
 
 _LOG2_E = math.log2(math.e)
 _MIN_SPLIT_BLOCKS = 2
-"""Blocks of keys that are worth a program and its partial result."""
+"""Smallest number of key blocks that justifies a program and its partial result."""
 _COMBINED_SPLITS = 8
 """Partial results that are read at a time."""
 _SAMPLES = 512
@@ -37,7 +37,7 @@ def sparse_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.sparse_attention`. Pools must be contiguous, as a cache is; they are never copied."""
+    """See `reference.sparse_attention`. Pools must be contiguous; they are never copied."""
     num_rows, num_heads, head_dim = query.shape
     query, sink = query.contiguous(), sink.float().contiguous()
     out = torch.empty_like(query)
@@ -96,7 +96,7 @@ def sparse_attention(
         WINDOW_BYTES=window_bytes,
         ENTRY_BYTES=entry_bytes,
         HAS_ENTRIES=has_entries,
-        # A loop that chooses its pointers instead of two loops, which take more registers.
+        # One loop that selects its pointers, because two loops take more registers.
         ONE_LIST=(window_keys.dtype, window_index.dtype) == (entry_keys.dtype, entry_index.dtype),
         SPLIT=num_splits > 1,
         BLOCK_H=block_h,
@@ -131,7 +131,7 @@ def _dense_rows(index: Tensor) -> Tensor:
 
 
 def _packed_bytes(keys: Tensor, head_dim: int, rotary_dims: int) -> int:
-    """Bytes of a key of a packed pool, 0 for a plain one."""
+    """Bytes of a packed key, 0 for an unpacked pool."""
     if not keys.is_contiguous():
         raise ValueError(f"a pool of keys with strides {keys.stride()}: expected a contiguous one")
     is_packed, width = keys.dtype == torch.uint8, head_dim
@@ -148,7 +148,7 @@ def _packed_bytes(keys: Tensor, head_dim: int, rotary_dims: int) -> int:
 
 
 def _tile(query: Tensor, *pools: Tensor) -> tuple[int, int, int]:
-    """(heads, keys, warps) of a program: a product takes at least 16 heads, and results of 64 fill the registers."""
+    """(heads, keys, warps) of a program: a product needs at least 16 heads, and results of 64 fill the registers."""
     if query.dtype == torch.float32:
         return 16, 16, 8
     if query.shape[1] <= 16:
@@ -157,12 +157,12 @@ def _tile(query: Tensor, *pools: Tensor) -> tuple[int, int, int]:
 
 
 def _num_stages(*loaded: Tensor) -> int:
-    """Index, wait, keys, wait, products; float32 is not worth the memory."""
+    """Pipeline stages: index, wait, keys, wait, products; none for float32, which takes too much memory."""
     return 5 if all(x.dtype != torch.float32 for x in loaded) else 1
 
 
 def _num_splits(num_programs: int, key_blocks: int, processors: int) -> int:
-    """As many as there are idle processors, while each has some blocks of keys to do."""
+    """As many splits as there are idle processors, with a minimum of key blocks each."""
     return max(1, min(processors // num_programs, key_blocks // _MIN_SPLIT_BLOCKS))
 
 
@@ -209,7 +209,7 @@ def _attention_kernel(
     p_window_index += i_row * window_stride
     p_entry_index += i_row * entry_stride
 
-    # Blocks are counted through: those of the window, then those of the entries.
+    # Blocks are numbered continuously: first the window's, then the entries'.
     window_blocks = tl.cdiv(window_length, BLOCK_K)
     num_entries = 0
     if HAS_ENTRIES:
@@ -223,7 +223,7 @@ def _attention_kernel(
 
     m_query = m_h
     if SPLIT:
-        m_query = o_h < tl.where(first < last, num_heads, 0)  # without keys nothing is read
+        m_query = o_h < tl.where(first < last, num_heads, 0)  # without keys there are no reads
     b_query = tl.load(p_query + o_hd, mask=m_query[:, None] & (o_d < D)[None, :], other=0.0)
     b_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_H], tl.float32)
@@ -268,11 +268,11 @@ def _attention_kernel(
 
 @triton.jit
 def count_keys(p_index, length, SAMPLES: tl.constexpr):
-    """How many of p_index[:length] are not -1, where -1 stands behind all others: two reads, one after the other."""
+    """Number of p_index[:length] that are not -1, where all -1 are at the end; takes two dependent reads."""
     stride = tl.cdiv(length, SAMPLES)
     o_s = tl.arange(0, SAMPLES)
     b_sample = tl.load(p_index + o_s * stride, mask=o_s * stride < length, other=-1)
-    # The last sample that is a key has fewer than `stride` keys behind it.
+    # Fewer than `stride` keys follow the last sample that is a key.
     start = tl.maximum(tl.sum((b_sample >= 0).to(tl.int32), 0) - 1, 0) * stride
     count = start
     for first in range(0, stride, SAMPLES):
@@ -305,7 +305,7 @@ def _attend(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Softmax over blocks first .. last - 1 of two lists of keys: largest logit, sum and weighted sum so far."""
+    """Softmax over blocks first .. last - 1 of two lists of keys: running maximum, sum and weighted sum."""
     first_blocks = tl.cdiv(num_first, BLOCK_K)
     for i_block in range(first, last):
         is_first = i_block < first_blocks
@@ -321,8 +321,8 @@ def _attend(
             b_keys = _packed_keys(p_keys, b_index, m_k, D, D_PADDED, ROTARY, KEY_BYTES, BLOCK_K).to(b_query.dtype)
         b_weights = tl.zeros([BLOCK_H, BLOCK_K], b_query.dtype)
         b_kept = tl.full([BLOCK_H], 1.0, tl.float32)
-        # Always true. Of two products in a row the compiler gives each warp all keys of the first, which then
-        # is computed more than once; behind a branch it shares them out.
+        # Always true. For two products in a row the compiler gives each warp all keys of the first, which is then
+        # computed more than once; after a branch it distributes them.
         if i_block < last:
             b_logits = tl.dot(b_query, tl.trans(b_keys), input_precision="ieee") * scale
             b_logits = tl.where(m_k[None, :], b_logits, float("-inf"))
@@ -364,14 +364,14 @@ def _packed_keys(
     GROUP: tl.constexpr = 64
     o_g, o_c = tl.arange(0, D_PADDED // GROUP)[None, :], tl.arange(0, GROUP)[None, :]
     p_keys += b_index * KEY_BYTES
-    # The scales of a key in one number, as wide as an asynchronous copy wants them. A byte is a float32's exponent.
+    # The scales of a key as one number, wide enough for an asynchronous copy. A byte is the exponent of a float32.
     b_scales = tl.load((p_keys + PLAIN + 2 * ROTARY).to(tl.pointer_type(tl.int64)), mask=m_k, other=0)
     b_scale = (((b_scales[:, None] >> (8 * o_g)) & 0xFF).to(tl.int32) << 23).to(tl.float32, bitcast=True)
     o_d = (tl.arange(0, D_PADDED // GROUP) * GROUP)[None, :, None] + o_c[:, None, :]
     b_bytes = tl.load(p_keys[:, None, None] + o_d, mask=m_k[:, None, None] & (o_d < PLAIN), other=0)
     b_keys = b_bytes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * b_scale[:, :, None]
     if ROTARY > 0:
-        # It begins with a group and does not fill more than one.
+        # Starts at a group and fills at most one.
         p_rotary = (p_keys + PLAIN).to(tl.pointer_type(tl.bfloat16))
         b_rotary = tl.load(p_rotary[:, None] + o_c, mask=m_k[:, None] & (o_c < ROTARY), other=0.0).to(tl.float32)
         b_keys = tl.where(o_g[:, :, None] == PLAIN // GROUP, b_rotary[:, None, :], b_keys)

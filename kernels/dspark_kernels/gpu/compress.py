@@ -1,4 +1,4 @@
-"""The compressor: its raw rows, and the entries that closing windows make of them.
+"""The compressor: raw rows, and the entries that are pooled from them when a window closes.
 
 Of many windows in a batch few close, so programs walk over runs of windows and skip the others. A closing window's rows
 pass once, in chunks; each place of the chunk keeps its own running maximum, sum and weighted sum, so nothing is
@@ -19,11 +19,11 @@ from .keys import make_key, packed_row_bytes, store_key
 from .norm import check_rotary, rows_of
 
 _CHUNK = 8
-"""Raw rows of a window that are worked on together: a whole window where the ratio is 4."""
+"""Raw rows of a window that are processed together: a full window at ratio 4."""
 _MAX_CHANNELS = 1024
-"""Of an entry: more of them times a chunk, four times over, do not fit into shared memory."""
+"""Channels of an entry per program: four chunks of more would not fit into shared memory."""
 _WARPS_PER_PROCESSOR = 32
-"""Of the programs among which `compress` divides its windows."""
+"""Number of programs over which `compress` distributes its windows."""
 
 
 @triton.jit
@@ -75,13 +75,13 @@ def _pooled(
         b_index = tl.load(p_index + o_s, mask=o_s < S, other=-1).to(tl.int64)
         o_raw = b_index[:, None] * STRIDE_POOL + o_d[None, :]
         if C > D:
-            # Windows overlap: the second half of the rows lends its series B.
+            # Windows overlap: series B of the second half of the rows.
             o_raw += ((o_s // (S // 2)) * D)[:, None]
-        # An absent row weighs nothing: its memory may hold NaN.
+        # An absent row has weight 0; its memory may hold NaN.
         m_raw = (b_index >= 0)[:, None] & (o_d < D)[None, :]
         b_kv = tl.load(p_pool + o_raw, mask=m_raw, other=0.0)
         b_gate = tl.load(p_pool + C + o_raw, mask=m_raw, other=float("-inf"))
-        # One of the two factors e^(old - new maximum), e^(gate - new maximum) is 1, so one exponential is enough.
+        # One of the two factors e^(old - new maximum), e^(gate - new maximum) is 1, so one exponential suffices.
         b_above = b_gate - b_max
         b_smaller = tl.exp(-tl.abs(b_above))
         b_keep = tl.where(b_above > 0, b_smaller, 1.0)
@@ -119,7 +119,7 @@ def _compress_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # Packed bytes do not say which dtype they were rounded from: the weight does.
+    # Packed bytes were rounded from the dtype of the weight.
     DTYPE: tl.constexpr = (p_weight if ROW_BYTES > 0 else p_entries).dtype.element_ty
     first = tl.program_id(0) * windows_per_program
     for i_window in range(first, min(first + windows_per_program, num_windows)):

@@ -1,4 +1,4 @@
-"""What launchers ask of the device that a tensor is on."""
+"""Properties of the device of a tensor, for launchers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import triton
 from torch import Tensor
 
 _INTERPRETED_PROCESSORS = 3
-"""Where kernels are interpreted, programs run one after another: enough of them that work is split at all."""
+"""Assumed in the interpreter, where programs run one after another: enough that work is split."""
 _COMPILED_FOR = 132
-"""Of an H200, for which kernels are compiled where there is no GPU."""
+"""Of an H200, the target of compilation without a GPU."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Choice of the best-scoring entries: scores once to memory, then the exact k-th largest of each row by bisection.
+"""The indexer: scores are written to memory, then each row's k-th largest score is found exactly, by bisection.
 
 Rows of one request see the same entries. Where two neighbours do, a program scores both with keys that it reads once.
 A row longer than a program can hold is cut into chunks: the best of each, in their order, are a shorter row.
@@ -16,12 +16,12 @@ from .device import num_processors
 
 _PROGRAMS_PER_PROCESSOR = 4
 _LEAST_SCORES, _MOST_SCORES = 1024, 8192
-"""That a program bisects, in registers."""
+"""Scores that a program bisects, in registers."""
 _SAMPLES = 512
 
 
 def indexer_topk(query: Tensor, head_weights: Tensor, keys: Tensor, entry_index: Tensor, topk: int) -> Tensor:
-    """See `reference.indexer_topk`. Where every visible entry is chosen, entry_index itself is returned."""
+    """See `reference.indexer_topk`. Returns entry_index itself if every visible entry is chosen."""
     num_rows, length = entry_index.shape
     if length <= topk:
         return entry_index
@@ -43,7 +43,7 @@ def indexer_topk(query: Tensor, head_weights: Tensor, keys: Tensor, entry_index:
 
 
 def _scores(query: Tensor, head_weights: Tensor, keys: Tensor, entry_index: Tensor) -> Tensor:
-    """float32 [N, K], unwritten behind the entries that a row sees."""
+    """float32 [N, K] scores, unwritten after the entries that a row sees."""
     num_rows, num_heads, dim = query.shape
     length = entry_index.shape[1]
     scores = query.new_empty(num_rows, length, dtype=torch.float32)
@@ -76,7 +76,7 @@ def _scores(query: Tensor, head_weights: Tensor, keys: Tensor, entry_index: Tens
 
 
 def _select(scores: Tensor, index: Tensor, topk: int, chunks: int, block: int) -> tuple[Tensor, Tensor]:
-    """The `topk` best of each chunk of `block` scores, chunk after chunk: (scores, index) [N, chunks * topk]."""
+    """(scores, index) [N, chunks * topk]: the `topk` best of each chunk of `block` scores."""
     num_rows = len(index)
     chosen = index.new_empty(num_rows, chunks * topk)
     chosen_scores = scores.new_empty(num_rows, chunks * topk) if chunks > 1 else scores
@@ -181,7 +181,7 @@ def _score(
     o_d = tl.arange(0, D_PADDED)
     o_h = tl.arange(0, ROWS * H_PADDED) % H_PADDED
     o_r = tl.arange(0, ROWS * H_PADDED) // H_PADDED
-    m_h = (o_h < H) & (o_r <= num_second)  # a second row that sees nothing need not exist
+    m_h = (o_h < H) & (o_r <= num_second)  # a second row without entries need not exist
     o_h += o_r * H
     o_rows = tl.arange(0, ROWS)[None, :]
     b_query = tl.load(p_query + o_h[:, None] * D + o_d[None, :], mask=m_h[:, None] & (o_d < D)[None, :], other=0.0)
@@ -233,7 +233,7 @@ def _select_kernel(
                 tl.store(p_chosen_scores + o_w, tl.load(p_scores + o_w, mask=m_w), mask=m_w)
     else:
         o_k = tl.arange(0, BLOCK)
-        # Unsigned integers in the order of the scores: 0 for what is no key, at least 1 for what may be chosen.
+        # Unsigned integers in the order of the scores: 0 for no key, at least 1 for candidates.
         m_k = o_k < num_keys
         b_scores = tl.load(p_scores + o_k, mask=m_k, other=0.0)
         b_bits = b_scores.to(tl.int32, bitcast=True)
@@ -252,10 +252,10 @@ def _select_kernel(
             num_reaching = tl.where(num_higher >= width, num_higher, num_reaching)
             bit = bit >> 1
 
-        # Those above it, and of those at it the earliest that there is room for.
+        # All above it, and of those equal to it the earliest, up to `width` in total.
         m_above, m_at = b_order > lowest, (b_order == lowest) & m_k
         room = width - tl.sum(m_above.to(tl.int32), 0)
-        # One running count of both: each stays below 2^15.
+        # One running count for both, each below 2^15.
         b_counts = tl.cumsum(m_above.to(tl.int32) + (m_at.to(tl.int32) << 16), 0)
         b_num_at = b_counts >> 16
         b_place = (b_counts & 0xFFFF) + tl.minimum(b_num_at, room) - 1

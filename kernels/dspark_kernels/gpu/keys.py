@@ -1,4 +1,4 @@
-"""Keys as the cache holds them: what `store_window` and `compress` do with a row of channels once they have it.
+"""Norm, rotation, rounding and storage of a key: shared by `store_window` and `compress`.
 
 A key is normed, turned, and stored plainly, or rounded to FP8, or packed (`formats.pack_keys`). Rounding happens where
 the reference rounds, so a packed row differs from its bytes only where float32 sums in another order do.
@@ -60,7 +60,7 @@ def store_key(
     ROW_BYTES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Store key [BLOCK_D] at p_row: packed into ROW_BYTES bytes, or in the pool's dtype where that is 0."""
+    """Store key [BLOCK_D] at p_row: packed into ROW_BYTES bytes, or in the pool's dtype if ROW_BYTES is 0."""
     o_d = tl.arange(0, BLOCK_D)
     if ROW_BYTES > 0:
         _store_packed(p_row, b_key, D, PLAIN, GROUP, ROW_BYTES, BLOCK_D)
@@ -83,7 +83,7 @@ def _store_packed(
     ROW_BYTES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Rotary channels go through as groups of their own, of which nothing is stored.
+    # Rotary channels are groups of their own, whose rounded values are not stored.
     b_values, b_exponents = round_fp8(tl.reshape(b_key.to(tl.float32), (BLOCK_D // GROUP, GROUP)))
     o_d = tl.arange(0, BLOCK_D)
     tl.store(p_row + o_d, tl.reshape(b_values, (BLOCK_D,)).to(tl.uint8, bitcast=True), mask=o_d < PLAIN)
@@ -124,7 +124,7 @@ def _store_window_kernel(
 
 
 def packed_row_bytes(pool: Tensor, head_dim: int, rotary_dims: int, quantise: bool) -> int:
-    """Bytes of a packed row of `pool`, 0 where it holds plain numbers; raises where keys do not fit it."""
+    """Bytes of a packed row of `pool`, 0 for an unpacked pool. Raises ValueError if keys do not fit."""
     packed = pool.dtype == torch.uint8
     width = packed_key_bytes(head_dim, rotary_dims) if packed else head_dim
     if pool.shape[1] != width or pool.stride(1) != 1:

@@ -29,7 +29,7 @@ _BLOCK_ROWS = tl.constexpr(FP8_SCALE_TILE[0])
 
 @dataclass(frozen=True)
 class _Tiling:
-    """What one program takes at a time: rows and output channels."""
+    """Rows and output channels of one program."""
 
     rows: int
     channels: int
@@ -38,8 +38,8 @@ class _Tiling:
 
 
 _FEW_ROWS = 16
-"""Rows up to which a program that streams the weight takes 8 of them."""
-# The first whose programs keep most processors busy.
+"""Up to so many rows a program that streams the weight takes 8 of them."""
+# In order of preference: the first with enough programs for most processors is used.
 _FEW_TILINGS = (
     _Tiling(rows=8, channels=64, warps=4, stages=3),
     _Tiling(rows=8, channels=32, warps=8, stages=3),
@@ -52,7 +52,7 @@ _MANY_TILINGS = (
     _Tiling(rows=64, channels=32, warps=4, stages=6),
 )
 _ROUND_GROUPS = 16
-"""Groups of channels that the rounding kernel takes at a time."""
+"""Groups of channels per step of the rounding kernel."""
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def _many_kernel(
 ):
     GROUPS: tl.constexpr = IN // _GROUP
     DTYPE: tl.constexpr = p_numbers.dtype.element_ty
-    # Programs that follow one another share a tile of the weight: all rows fit in the cache, weights may not.
+    # Consecutive programs share a tile of the weight: all rows fit in L2, the weight may not.
     row_blocks = tl.cdiv(num_rows, BLOCK_M)
     i_channel = tl.program_id(0) // row_blocks * BLOCK_N
     o_channels = i_channel + tl.arange(0, BLOCK_N)
@@ -142,7 +142,7 @@ def _many_kernel(
     b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b_next_scale = tl.load(p_x_scale, mask=m_rows, other=0.0) * _scale_of(p_scale, i_channel, 0, GROUPS)
     for i_group in range(GROUPS):
-        # The next scales are on their way while this product is computed.
+        # The next scales are loaded during this product.
         b_scale, i_next = b_next_scale, i_group + 1
         b_next_scale = tl.load(p_x_scale + i_next * num_rows, mask=m_rows & (i_next < GROUPS), other=0.0)
         b_next_scale *= _scale_of(p_scale, i_channel, i_next, GROUPS)
@@ -155,7 +155,7 @@ def _many_kernel(
 
 
 def _tiling_of(choices: Sequence[_Tiling], x: Tensor, out_channels: int) -> tuple[_Tiling, int, int]:
-    """Blocks with the numbers of blocks of rows and of output channels."""
+    """(tiling, number of row blocks, number of channel blocks)."""
     for tiling in choices:
         row_blocks, channel_blocks = triton.cdiv(len(x), tiling.rows), triton.cdiv(out_channels, tiling.channels)
         if row_blocks * channel_blocks >= 0.75 * num_processors(x):

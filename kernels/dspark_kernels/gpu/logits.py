@@ -1,8 +1,8 @@
-"""Single logits edited, and the lowest logit that filters leave: found by bisection, nothing is sorted.
+"""Edits of single logits, and the threshold of top-k, top-p and min-p filters by bisection, without sorting.
 
-Float32 numbers in order have integer keys in order, so 32 questions "how much lies above this key?" find a k-th largest
-logit or the end of a nucleus exactly. They are asked of few: the largest logit of each lane, some thousands, already
-bounds the answer from below, and only what is not below the bound is gathered and searched.
+Float32 numbers in order have integer keys in order, so 32 steps of bisection (how much is above this key?) find a k-th
+largest logit or the end of a nucleus exactly. The largest logits of the lanes, some thousands, bound the result from
+below, and only logits at or above the bound are gathered and searched.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 4096
-"""Lanes of a row, and gathered logits that are searched; where more are left, the row itself is."""
+"""Lanes of a row, and most gathered logits; if there are more, the full row is searched."""
 _BLOCK_LIST = 1024
 _EDITS = 128
-"""Per program."""
+"""Edits per program."""
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _logit(key):
 
 @triton.jit
 def _above(p_list, length, key, inverse, shift, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many logits of a list have larger keys, or the sum of their exp(x - shift), as float64."""
+    """Number of logits in a list with larger keys, or the sum of their exp(x - shift), as float64."""
     total = shift.to(tl.float64) * 0
     for start in range(0, length, BLOCK):
         o_list = start + tl.arange(0, BLOCK)
@@ -68,9 +68,9 @@ def _above(p_list, length, key, inverse, shift, BY_MASS: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def _lowest_within(p_list, length, limit, low, high, inverse, shift, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The smallest key from low to high above which lies less than `limit`; high where none does.
+    """The smallest key from low to high with less than `limit` above it; high if there is none.
 
-    What lies above changes at keys of logits only, so the result is one, or low.
+    The count above changes at keys of logits only, so the result is the key of a logit, or low.
     """
     refused = low - 1
     while high - refused > 1:
@@ -103,7 +103,7 @@ def _filter_threshold_kernel(
     top_p, min_p = tl.load(p_top_p + i_row).to(tl.float64), tl.load(p_min_p + i_row).to(tl.float64)
     has_top_k, has_top_p = top_k < num_columns, top_p < 1
 
-    # Lane by lane, so that warps do not wait for each other.
+    # Per lane, so that warps do not wait for each other.
     o_block = tl.arange(0, BLOCK)
     b_tops = tl.full([BLOCK], float("-inf"), tl.float32)
     b_lows = tl.full([BLOCK], float("inf"), tl.float32)
@@ -124,7 +124,7 @@ def _filter_threshold_kernel(
         b_weights = tl.exp(b_tops - shift)
         mass = tl.sum((b_masses * b_weights).to(tl.float64))
 
-        # What so many lanes reach, or lanes of that mass, at least as many logits reach.
+        # A key reached by so many lanes, or by lanes of that mass, is reached by at least as many logits.
         limit = tl.where(has_top_k, top_k.to(tl.float64), top_p * mass)
         b_weights = tl.where(has_top_k, 1.0, b_weights)
         b_keys = _key(b_tops)
@@ -155,15 +155,15 @@ def _filter_threshold_kernel(
         if has_top_k:
             low = _lowest_within(p_list, length, top_k, low, high, inverse, shift, False, BLOCK_LIST)
             lowest = _logit(low)
-            # Ties with the last of the k best are not all among them.
+            # Not all ties with the last of the k best are among them.
             ties = top_k - _above(p_list, length, low, inverse, shift, False, BLOCK_LIST)
             mass = _above(p_list, length, low, inverse, shift, True, BLOCK_LIST) + ties * tl.exp(lowest - shift)
         if has_top_p:
             low = _lowest_within(p_list, length, top_p * mass, low, high, inverse, shift, True, BLOCK_LIST)
             lowest = tl.maximum(lowest, _logit(low))
-    # log(0) is -inf, of which not every library is sure.
+    # Not every library returns -inf for log(0).
     ratio = tl.where(min_p > 0, tl.log(tl.where(min_p > 0, min_p, 1.0)).to(tl.float32), float("-inf"))
-    # The masses notice NaN and inf, which comparisons pass over.
+    # NaN and inf show in the masses, but not in comparisons.
     b_is_number = tl.sum(b_masses) < float("inf")
     tl.store(p_thresholds + i_row, tl.where(b_is_number, tl.maximum(lowest, top + ratio), float("nan")))
 
@@ -232,7 +232,7 @@ def edit_logits(
         return edited
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    # Every edited logit is read from the input, so the copy need not have come that far; both are rounded, not fused.
+    # Edited logits are read from the input, so the copy need not be complete. Product and sum are rounded separately.
     _edit_kernel[(triton.cdiv(num_edits, _EDITS),)](
         logits,
         rows.contiguous(),

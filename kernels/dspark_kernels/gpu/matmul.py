@@ -1,4 +1,4 @@
-"""Products that cuBLAS does well, called so that nothing is converted on the way."""
+"""Products by cuBLAS, without converting operands first."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from torch import Tensor
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """See `reference.linear_float32`."""
     if x.dtype == weight.dtype == torch.bfloat16 and x.is_cuda:
-        # Exact products, float32 sums: what converting the weight first would give, without writing it anew.
+        # Exact products, float32 sums: the result of converting the weight first, without writing a float32 copy.
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return torch.mm(x.float(), weight.float().t())

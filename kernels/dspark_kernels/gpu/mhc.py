@@ -1,4 +1,4 @@
-"""Hyper-connections: collapse the residual streams, mix them, and put a sublayer's output back; one launch each.
+"""Hyper-connections: collapse the residual streams, mix them, and write a sublayer's output back; one launch each.
 
 A read is two steps, and the second needs the sums of the first. Step one projects tiles of rows, the long axis [m*d]
 cut into splits that many processors share. In step two one program per row collapses it, and a few more make `comb` of
@@ -27,7 +27,7 @@ _MOST_ROW_BYTES = 128 * 1024
 """A row is held in registers."""
 
 _counters: dict[torch.device, Tensor] = {}
-"""Arrivals per tile of rows, zero between launches: the last program of a tile puts them back, which costs no launch.
+"""Arrivals per tile of rows, zero between launches: the last program of a tile resets them, which needs no launch.
 
 All calls share them, so on a device they must follow one another, as on one stream.
 """
@@ -36,7 +36,7 @@ All calls share them, so on a device they must follow one another, as on one str
 def _tile_counters(device: torch.device) -> Tensor:
     if device not in _counters:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # The zeros would be written when that graph runs, and at no other time.
+            # Inside a capture the zeros would be written only when that graph runs.
             raise RuntimeError(f"mhc_read or mhc_head must have run on {device} before a graph is captured")
         _counters[device] = torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
     return _counters[device]
@@ -44,18 +44,18 @@ def _tile_counters(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tiling:
-    """How a read is cut, by the number of its rows and of processors."""
+    """Tiling of a read, by number of rows and of processors."""
 
     rows: int
-    """Per tile; `fn` is read once for each of them."""
+    """Rows per tile; `fn` is read once per tile."""
     columns: int
-    """Of [m*d] per step of a projection."""
+    """Columns of [m*d] per step of a projection."""
     splits: int
-    """Projections of a tile."""
+    """Number of projections of a tile."""
     mixed_rows: int
-    """Whose `comb` one program makes."""
+    """Rows per program that computes `comb`."""
     mixed_splits: int
-    """That it adds up at once: all of one row's; of many rows few, so that threads have rows of their own."""
+    """Splits that it adds at once: all for one row; few for many rows, so that threads have rows of their own."""
     lag: int
     """Tiles between a projection and what follows it: as many as run at once."""
 
@@ -63,7 +63,7 @@ class _Tiling:
     def of(cls, num_rows: int, width: int, dtype: torch.dtype, processors: int) -> _Tiling:
         rows, columns = _tile_of(num_rows, dtype)
         tiles, steps = triton.cdiv(num_rows, rows), triton.cdiv(width, columns)
-        # Few tiles: every processor takes part. Many: about eight steps each, so that tiles end soon one after another.
+        # With few tiles every processor takes part. With many, a split has about eight steps, so that tiles end soon.
         splits = max(min(processors // tiles, steps), triton.cdiv(steps, 8))
         splits = 1 << (splits.bit_length() - 1)
         mixed_rows = 1 if num_rows <= 2 * processors else min(rows, 32)
@@ -77,11 +77,11 @@ def _tile_of(num_rows: int, dtype: torch.dtype) -> tuple[int, int]:
 
     32 rows of 128 columns would spill registers, and so would 16 rows of 64; 128 rows leave no room for 128 columns of
     three loads under way beside another program.
-    `mhc_read` looks this function up at every call: a benchmark that puts another in its place measures other tiles.
+    Looked up at every call of `mhc_read`, so that a benchmark can replace it to measure other tiles.
     """
     rows = min(max(triton.next_power_of_2(num_rows), 16), 128)
     if dtype == torch.float32:
-        return min(rows, 32), 32  # these products keep their operands in registers
+        return min(rows, 32), 32  # operands of these products are kept in registers
     return rows, 128 if rows in (16, 64) else 64
 
 
@@ -139,7 +139,7 @@ def _project(
 
 @triton.jit
 def _wait(p_counter, SPLITS: tl.constexpr):
-    """Until the projections of a tile are in memory."""
+    """Wait until the projections of a tile are in memory."""
     while tl.atomic_add(p_counter, 0, sem="acquire") < SPLITS:
         pass
 
@@ -173,8 +173,8 @@ def _collapse(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """u [D] of one row: its streams weighed and summed; but for a head also normed, and with post [M]."""
-    # All that does not depend on the projections is under way before they are waited for.
+    """u [D] of one row: the weighted sum of its streams; for a read also normed, and with post [M]."""
+    # Loads that do not depend on the projections are started before waiting for them.
     i_row = i_row.to(tl.int64)
     o_d, o_m, o_split = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M), tl.arange(0, SPLITS)
     m_d, m_m = o_d < D, o_m < M
@@ -233,7 +233,7 @@ def _mix(
     m_n, m_pair = o_n < N, (o_from < M) & (o_to < M)
     b_scale = tl.load(p_scale + 2)
     b_base = tl.load(p_base + 2 * M + o_comb, mask=m_pair, other=0.0)
-    # A column that is only there to fill the block gets no share; a row that is gets equal ones, and loses them below.
+    # Padding columns get weight 0; padding rows get equal weights, which are removed below.
     b_base = tl.where((o_from < M) & (o_to >= M), float("-inf"), b_base)
 
     _wait(p_counter, SPLITS)
@@ -245,7 +245,7 @@ def _mix(
         if BLOCK_N > 1:
             b_block_squares = tl.load(p_sums + MIXES, mask=m_n[:, None], other=0.0, cache_modifier=".cg")
         else:
-            # One row's sum is a scalar, and a scalar has no layout that must agree with that of the mixes.
+            # One row's sum is a scalar, which has no layout that must agree with the layout of the mixes.
             p_row = p_partials + i_first.to(tl.int64) * (SPLITS * SUMS)
             b_block_squares = tl.load(p_row + o_split * SUMS + MIXES, cache_modifier=".cg")
         p_block, m_block = p_sums[:, :, None] + 2 * M + o_comb, m_n[:, None, None] & m_pair[None, None, :]
@@ -317,7 +317,7 @@ def _mhc_read_kernel(
     i_first = i_tile * BLOCK_N
     if i_part < SPLITS:
         _project(p_streams, p_fn, p_partials, i_first, i_part, N, M * D, MIXES, SUMS, SPLITS, BLOCK_N, BLOCK_K)
-        # The atomic orders the stores of one thread: those of the others must come before it.
+        # The atomic orders the stores of its own thread only: a barrier puts those of other threads before it.
         tl.debug_barrier()
         tl.atomic_add(p_counter, 1, sem="release")
     else:
@@ -351,7 +351,7 @@ def _mhc_read_kernel(
                     BLOCK_D,
                 )
                 _leave(p_counter, SPLITS, followers)
-        elif not IS_HEAD:  # noqa: SIM102, what Triton decides and what the program decides do not mix
+        elif not IS_HEAD:  # noqa: SIM102, conditions of the compiler and of the program cannot be combined
             if i_part * MIXED_ROWS < num_rows:
                 i_first += i_part * MIXED_ROWS
                 _mix(
@@ -421,7 +421,7 @@ def _read(
     eps: float,
     rms_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`mhc_read`, or without `norm` `mhc_head`, whose post and comb hold nothing."""
+    """`mhc_read`, or without `norm` `mhc_head`, whose post and comb are unused."""
     num_rows, m, d = streams.shape
     mixes = m if norm is None else (2 + m) * m
     block_m, block_d = triton.next_power_of_2(m), triton.next_power_of_2(d)

@@ -38,16 +38,16 @@ _GROUP = tl.constexpr(ACTIVATION_GROUP)
 _PLAIN = tl.constexpr(PLAIN)
 _TILE_NUMBERS = 3
 _TILE = tl.constexpr(_TILE_NUMBERS)
-"""Numbers of a tile: its expert, and the first place of its pairs and the end of its expert's in the sorted list."""
+"""Integers per tile: expert, first pair in the sorted list, end of the expert's pairs in it."""
 
 
 _PLAN_PAIRS, _ROUND_GROUPS, _COMBINE_CHANNELS = 1024, 16, 512
-"""Pairs at most, groups of channels and channels that the small kernels take at a time."""
+"""Most pairs, groups of channels and channels per step of the small kernels."""
 
 
 @dataclass(frozen=True)
 class _Tiling:
-    """What one program of a product takes at a time."""
+    """Tiling of one program of a product."""
 
     rows: int
     channels: int
@@ -58,7 +58,7 @@ class _Tiling:
 
 
 _FEW_PAIRS = 6
-"""Pairs per expert up to which most experts' pairs fit in a tile of 8 rows."""
+"""Up to so many pairs per expert, the pairs of most experts fit in a tile of 8 rows."""
 _FEW_TILINGS = {
     FP4: _Tiling(rows=8, channels=64, columns=128, slices=8, warps=4),
     FP8: _Tiling(rows=8, channels=64, columns=128, slices=4, warps=4),
@@ -75,7 +75,7 @@ _FLOAT32_TILING = _Tiling(rows=16, channels=64, columns=32, slices=1, warps=8, s
 
 @triton.jit
 def _local_experts(p_experts, o_pairs, num_pairs, first_expert, E: tl.constexpr):
-    """Experts of pairs as this rank numbers them; E where they are another rank's."""
+    """This rank's numbers of the experts of pairs; E for experts of other ranks."""
     b_local = tl.load(p_experts + o_pairs, mask=o_pairs < num_pairs, other=-1) - first_expert
     return tl.where((o_pairs < num_pairs) & (b_local >= 0) & (b_local < E), b_local, E).to(tl.int32)
 
@@ -95,7 +95,7 @@ def _list_pairs(
     BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Write one expert's pairs and tiles behind those of the experts before it."""
+    """Write one expert's pairs and tiles after those of the experts before it."""
     o_experts = tl.arange(0, BLOCK_E)
     b_counts = tl.zeros((BLOCK_E,), tl.int32)
     for i_pair in range(0, num_pairs, BLOCK_P):
@@ -188,7 +188,7 @@ def _round_kernel(p_inner, p_rounded, p_num_local, FORMAT: tl.constexpr, INNER: 
 
 @triton.jit
 def _load_tile(p_tiles, i_tile, BLOCK_M: tl.constexpr):
-    """Expert of a tile, or -1 where there is none, and places of its pairs in the sorted list with their mask."""
+    """Expert of a tile, -1 for an unused tile, and places of its pairs in the sorted list with their mask."""
     p_tile = p_tiles + i_tile * _TILE
     i_expert, first, end = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
     o_places = first + tl.arange(0, BLOCK_M)
@@ -363,7 +363,7 @@ class _Weight:
     format: int
 
     def sizes(self) -> dict[str, int]:
-        """What a product must know of how it is stored."""
+        """Arguments of a product that depend on the storage format."""
         scales = 0 if self.scale is None else self.scale[0].numel()
         return {"FORMAT": self.format, "COLUMNS": self.stored.shape[2], "SCALES": scales}
 
@@ -378,9 +378,9 @@ def _weight_of(weight: Tensor, scale: Tensor | None) -> _Weight:
 
 
 def _tiling_of(weight_format: int, dtype: torch.dtype, num_pairs: int, num_experts: int) -> _Tiling:
-    """Blocks for `num_pairs` pairs of `num_experts` experts, both counted over all ranks, as choices spread over all.
+    """Tiling for `num_pairs` pairs of `num_experts` experts, both counted over all ranks.
 
-    `moe` looks this function up at every call: a benchmark that puts another in its place measures other tiling.
+    Looked up at every call of `moe`, so that a benchmark can replace it to measure other tilings.
     """
     if weight_format == PLAIN and dtype == torch.float32:
         return _FLOAT32_TILING

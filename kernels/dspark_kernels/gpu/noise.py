@@ -1,6 +1,6 @@
-"""Noise inside kernels: the bits of `philox.py`, word for word, and its Gumbel noise in float64 or roughly in float32.
+"""Noise inside kernels: the bits of `philox.py`, and its Gumbel noise in float64 or approximately in float32.
 
-A draw is addressed by (seed, stream, position, token id). Four ids share one Philox call: id // 4 is a counter word,
+A number is addressed by (seed, stream, position, token id). Four ids share one Philox call: id // 4 is a counter word,
 id % 4 picks the output word.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _philox(c0, c1, c2, c3, k0, k1):
-    """`philox.philox_4x32` of uint32 words. A product of 64 bits is one instruction, its two halves would be two."""
+    """`philox.philox_4x32` of uint32 words. One 64-bit product is one instruction; its halves would take two."""
     for _ in tl.static_range(10):
         even = c0.to(tl.uint64) * 0xD2511F53
         odd = c2.to(tl.uint64) * 0xCD9E8D57
@@ -58,7 +58,7 @@ def philox_tile(b_seeds, b_positions, stream: tl.constexpr, first_block, SIZE: t
         (key & 0xFFFFFFFF).to(tl.uint32),
         (key >> 32).to(tl.uint32),
     )
-    # A join adds a last dimension, so the outer one counts fastest.
+    # A join adds a last dimension, so the outer join varies fastest.
     b_words = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
     return tl.reshape(b_words, [b_seeds.shape[0], SIZE])
 
@@ -77,7 +77,7 @@ def gumbel(bits):
 
 @triton.jit
 def _below_one(bits):
-    """1 - `uniform` in float32, which keeps its digits where the uniform is close to 1: where the noise is large."""
+    """1 - `uniform` in float32, precise where the uniform is close to 1 and the noise is large."""
     return ((bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
 
 
@@ -85,18 +85,18 @@ def _below_one(bits):
 def rough_gumbel(bits):
     """Gumbel noise in float32 arithmetic, at most 2^-18 off `gumbel`.
 
-    A kernel uses it to find out which tokens can win at all: float64 is needed for few of them.
+    Kernels use it to exclude tokens that cannot win: few tokens need float64.
     """
     below = _below_one(bits)
     near = tl.where(below < 0.5, 1.0 - below, (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10)
-    # -log(u): its argument `near` is u rounded, and what rounding took is as much as the logarithm misses close to 1.
-    # That leaves 2^-22 of the value, and as much of the second logarithm, which is at most 23.
+    # -log(u): its argument `near` is u rounded; close to 1 the logarithm changes by as much as the rounding did, which
+    # is added back. An error of 2^-22 of the value remains, and as much of the second logarithm, which is at most 23.
     exponential = (below - (1.0 - near)) - tl.log(near)
     return -tl.log(exponential)
 
 
 @triton.jit
 def least_exponential(bits):
-    """A lower bound, up to 2^-22 of it, of exp(-gumbel) that needs no logarithm: close where the noise is large."""
+    """A lower bound of exp(-gumbel), up to 2^-22 of it, without a logarithm; tight where the noise is large."""
     below = _below_one(bits)
     return below + 0.5 * below * below

@@ -1,4 +1,4 @@
-"""RMS norm, rotation and the gated activation: every row is loaded once, in full width, and stored once.
+"""RMS norm, rotation and gated activation: every row is loaded once, in full width, and stored once.
 
 A row is one block of the next power of two, so its sum of squares needs no second look at memory. The channels of a
 rotated pair are neighbours in that block, and a split takes them apart in registers.
@@ -14,12 +14,12 @@ from torch import Tensor
 from .device import num_processors
 
 _MAX_CHANNELS = 32768
-"""Of a row that one program can hold."""
+"""Most channels of a row that one program can hold."""
 
 
 @triton.jit
 def normed(b_x, p_weight, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """float32 rows [ROWS, BLOCK_D], 0 behind channel D, over their RMS, times weight [D] where there is one."""
+    """float32 rows [ROWS, BLOCK_D], 0 behind channel D, divided by their RMS, times weight [D] if there is one."""
     b_mean = tl.sum(b_x * b_x, axis=1) * (1.0 / D)
     b_x = b_x * tl.rsqrt(b_mean + eps)[:, None]
     if p_weight is not None:
@@ -42,7 +42,7 @@ def turned(b_x, b_cos, b_sin, FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: 
     """float32 rows [ROWS, BLOCK_D], each pair of neighbours from channel FIRST on turned by its angle."""
     b_even, b_odd = tl.split(tl.reshape(b_x, (ROWS, BLOCK_D // 2, 2)))
     b_turned = tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos)
-    # Turning by nothing would keep the numbers before FIRST, but not the sign of every zero.
+    # Rotating by 0 would keep the numbers before FIRST, but not the sign of every zero.
     return tl.where((tl.arange(0, BLOCK_D) >= FIRST)[None, :], tl.reshape(b_turned, (ROWS, BLOCK_D)), b_x)
 
 
@@ -86,7 +86,7 @@ def _rope_kernel(
     b_cos = load_angles(p_cos, o_rows // HEADS, m_rows, D, PAIRS, BLOCK_D)
     b_sin = load_angles(p_sin, o_rows // HEADS, m_rows, D, PAIRS, BLOCK_D)
     if NORM:
-        # Two operations in one pass: the first one's result is rounded as if it were stored.
+        # Two operations in one pass: the result of the first is rounded as if it were stored.
         b_x = normed(b_x, p_weight, eps, D, BLOCK_D).to(p_out.dtype.element_ty).to(tl.float32)
     if INVERSE:
         b_sin = -b_sin
@@ -110,7 +110,7 @@ def _swiglu_kernel(p_gate, p_up, p_out, num_columns, stride_gate, stride_up, lim
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x as [rows, channels] with the channels of a row side by side; a view where x's strides allow it."""
+    """x as [rows, channels] with contiguous channels; a view if x's strides allow it."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -191,7 +191,7 @@ def _rotated(
 
 
 def check_rotary(num_channels: int, cos: Tensor) -> None:
-    """Raise unless `num_channels` are pairs, of which cos [., Dr/2] turns the last ones."""
+    """Raise ValueError unless `num_channels` is even and cos [., Dr/2] fits into its pairs."""
     rotary_dims = 2 * cos.shape[-1]
     if num_channels % 2 or rotary_dims > num_channels:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Which drafts are verified, and in which rows: small integer work that must not wait for the host.
+"""Choice of drafts to verify, and their rows: small integer work without synchronisation with the host.
 
 `admit_prefixes` is one program that keeps all candidates in registers. Survivals are never negative, so that their
-float64 bit patterns, read as integers, are in the same order; the last that the budget admits is found by bisection.
-`pack_rows` spreads over requests; every program sums the lengths before its own again, which costs less than a launch.
+float64 bit patterns, read as integers, are in the same order; the last admitted one is found by bisection.
+`pack_rows` spreads over requests; every program adds up the lengths before its own, which costs less than a launch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 _MAX_CANDIDATES = 16384
-"""Padded requests times padded positions that the registers of one program hold."""
+"""Most padded requests times padded positions in the registers of one program."""
 _BLOCK_R = 16
 _BLOCK_LENGTHS = 1024
 _BLOCK_EMPTY = 256
@@ -67,7 +67,7 @@ def _admit_prefixes_kernel(
     m_r = o_r < R
     b_limit = tl.load(p_limits + o_r, mask=m_r, other=0)
     b_threshold = tl.load(p_thresholds + o_r, mask=m_r, other=0.0).to(tl.float64)
-    # Position by position: a product in another order would differ in its last bit.
+    # Position by position, because a product in another order would differ in the last bit.
     b_survival = tl.full((BLOCK_R,), 1.0, tl.float64)
     b_kept = tl.zeros((BLOCK_R,), tl.int32)
     b_key = tl.full((BLOCK_R, BLOCK_G), -1, tl.int64)  # -1: not allowed
@@ -107,7 +107,7 @@ def pack_rows(
     num_requests, gamma = drafts.shape
     token_ids, positions, owners = (torch.empty(num_rows, dtype=torch.int64, device=lengths.device) for _ in range(3))
     first_rows = torch.empty(num_requests + 1, dtype=torch.int64, device=lengths.device)
-    # Without requests there are still empty rows to write, and the end of the last request.
+    # Without requests, padding rows and the end of the last request are still written.
     grid = (max(1, triton.cdiv(num_requests, _BLOCK_R)),)
     _pack_rows_kernel[grid](
         lengths.contiguous(),

@@ -1,7 +1,7 @@
-"""Routing: logits of all experts, summed over parts of the channels, then the choice, one program per row.
+"""Routing: logits of all experts, summed over parts of the channels, then the choice of experts, one program per row.
 
 Few rows leave few tiles of logits, and the gate is read by few processors, unless its channels are shared out too. The
-parts are added up in a fixed order by the kernel that chooses.
+parts are added up in a fixed order by the choosing kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .device import num_processors
 from .weights import numbers
 
 _FEW_ROWS = 16
-"""Rows up to which a program takes as many; beyond, 64."""
+"""Up to so many rows, a program takes all of them; beyond, 64."""
 _MAX_SPLITS = 32
 _LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -96,7 +96,7 @@ def _choose_kernel(
     b_left = b_scores
     if p_bias is not None:
         b_left += tl.load(p_bias + o_experts, mask=o_experts < E, other=0.0).to(tl.float32)
-    # NaN counts as one of the best. Only what is chosen or no expert is -inf, so that choices differ.
+    # NaN counts as a highest score. Chosen and padding experts are set to -inf, so that choices are distinct.
     b_left = tl.where(b_left == b_left, tl.maximum(b_left, _LEAST), float("inf"))
     b_left = tl.where(o_experts < E, b_left, float("-inf"))
     b_weights = tl.zeros((BLOCK_K,), tl.float32)
@@ -142,7 +142,7 @@ def route(
     block_m = 16 if num_rows <= _FEW_ROWS or not exact else 64
     block_n, block_k = (block_m * 2 if block_m == 16 else 64, 128) if exact else (32, 32)
     tiles = (triton.cdiv(num_rows, block_m), triton.cdiv(num_experts, block_n))
-    # No more parts than channels for two steps each: a part costs a read and a write of the logits.
+    # At least two steps per part, because a part costs a read and a write of the logits.
     splits = max(1, min(num_processors(hidden) // (tiles[0] * tiles[1]), d // (2 * block_k), _MAX_SPLITS))
     width = triton.cdiv(triton.cdiv(d, splits), block_k) * block_k
     splits = triton.cdiv(d, width)

@@ -1,11 +1,11 @@
-"""Draws by argmax(x + Gumbel noise) in one pass over the logits, the noise exact but mostly not computed.
+"""Sampling by argmax(x + Gumbel noise) in one pass over the logits; most exact noise need not be computed.
 
 The noise is defined in float64, and most of it need not be known. Of each row a program carries a leader, the best
 token of its tiles so far. A tile is looked at again only where a bound without logarithms lets one of its tokens reach
 the leader; then float32 noise decides, except between tokens closer than its error, where float64 noise does.
-Programs share out the tiles of a row, and the exact values of their leaders decide among them.
+The tiles of a row are distributed over programs, and the exact values of their leaders are compared.
 
-Filters look at whole rows before anything is drawn: `markov_sample` with filters writes its logits, one step at a time.
+Filters need full rows before a token is drawn: `markov_sample` with filters writes its logits, one step at a time.
 
 Letters: n or R rows, S splits of a row, V vocabulary, G gamma, r rank of the Markov head.
 """
@@ -25,26 +25,26 @@ from .matmul import linear_float32
 from .noise import gumbel, least_exponential, philox_bits, philox_tile, rough_gumbel
 
 _TILE = 2048
-"""Tokens of a row that `gumbel_argmax` takes at once, eight per thread.
+"""Tokens of a row per step of `gumbel_argmax`, eight per thread.
 
-Half as many of two bytes, because registers would spill.
+Half as many for 2-byte logits, because registers would spill.
 """
 _REDUCED_ROWS, _REDUCED_SPLITS = 4, 128
-"""Per program of the kernel that reduces partial results, and how many of each at once."""
+"""Rows per program of the kernel that reduces partial results, and splits per step."""
 
 
 @triton.jit
 def _margin(value):
-    """How far below `value` another rough value x + noise may lie whose exact value is larger, both in float32.
+    """Largest distance below `value` of another rough value x + noise whose exact value is larger, in float32.
 
-    Each of the two is off by at most 2^-18 for the rough noise, and rounds twice, by 2^-24 of itself each time.
+    Each of the two has an error of 2^-18 from rough noise, and is rounded twice, by 2^-24 of itself each time.
     """
     return 1.52587890625e-05 + 4.76837158203125e-07 * tl.abs(value)  # 2^-16, 2^-21
 
 
 @triton.jit
 def _log(b_sum):
-    """Logarithm of a sum that is 0 only where its scale is."""
+    """Logarithm of a sum that is 0 only if its scale is."""
     return tl.log(tl.where(b_sum == 0, 1.0, b_sum))
 
 
@@ -81,7 +81,7 @@ def _contest(
         b_rough = tl.where(m_wins, b_next_rough, b_rough)
         b_ids = tl.where(m_wins, b_next_ids, b_ids)
         b_at = tl.where(m_wins, b_next_at, b_at)
-        # Without noise values are exact: equal ones need no second look.
+        # Without noise values are exact, and equal ones need no comparison.
         m_near = m_near & (o_columns > b_next[:, None]) & (b_sampled[:, None] | (b_y > b_value[:, None]))
         b_next = tl.min(tl.where(m_near, o_columns, BLOCK), 1)
         m_next = o_columns == b_next[:, None]
@@ -109,12 +109,12 @@ def _advance(
     STREAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The state [R] of rows after a tile b_x [R, BLOCK] of tempered logits; b_kept has -inf where nothing may win.
+    """The state [R] of rows after a tile b_x [R, BLOCK] of scaled logits; b_kept is -inf for excluded tokens.
 
     State: the leader's rough value, its id and its x, the largest x, and the sum of exp(x - largest). Tiles come with
     ascending ids, the first one being 4 * first_block.
     """
-    # Always so, but the compiler cannot know: it would keep ten round keys for each row in registers that it lacks.
+    # Always true, which the compiler cannot know: it would keep ten round keys per row in registers.
     b_seeds = tl.where(b_sum >= 0, b_seeds, 0)
     b_top = tl.maximum(b_max, tl.max(b_x, 1))
     b_shift = tl.where(tl.abs(b_top) == float("inf"), 0.0, b_top)
@@ -135,7 +135,7 @@ def _advance(
         b_highest = tl.max(b_y, 1)
         b_best = tl.maximum(b_rough, b_highest)
         b_floor = tl.where(b_sampled, b_best - _margin(b_best), b_best)
-        # Nothing is near -inf, which may not win, and only itself is near inf.
+        # No value is near -inf, which cannot win, and only inf is near inf.
         b_floor = tl.where(tl.abs(b_best) == float("inf"), float("inf"), b_floor)
         m_near = b_y >= b_floor[:, None]
         b_rivals = tl.sum(m_near.to(tl.int32), 1) + (b_rough >= b_floor).to(tl.int32)
@@ -236,7 +236,7 @@ def _reduce_kernel(
         b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_sums - b_shift[None, :]), 0)
         b_max = b_top
     b_total = b_max + _log(b_sum)
-    # The sum notices NaN and inf, which comparisons pass over.
+    # NaN and inf show in the sum, but not in comparisons.
     b_values = tl.where(b_total < float("inf"), b_values, float("nan"))
     if not ANY_ID:
         b_ids = tl.where(b_values > float("-inf"), b_ids, -1)
@@ -266,7 +266,7 @@ def _gumbel_argmax_kernel(
     BLOCK: tl.constexpr,
 ):
     i_row, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    # One row, as the tile of rows that _advance wants.
+    # One row, as a tile of rows for _advance.
     o_row = i_row + tl.arange(0, 1)
     b_temperature = tl.load(p_temperatures + o_row)
     b_seed, b_position = tl.load(p_seeds + o_row), tl.load(p_positions + o_row)
@@ -383,7 +383,7 @@ def _markov_step_kernel(
     for i_tile in range(i_split, tl.cdiv(vocab_size, BLOCK_V), num_splits):
         o_tokens = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
         m_tokens = o_tokens < vocab_size
-        # A tile ahead: unlike W2 the compiler does not pipeline it.
+        # Loaded one tile ahead, because the compiler pipelines only W2.
         b_base = b_next_base
         o_next = o_tokens + num_splits * BLOCK_V
         m_next = m_requests[:, None] & (o_next < vocab_size)[None, :]
@@ -436,27 +436,27 @@ def _markov_step_kernel(
 
 @dataclass(frozen=True)
 class _Tiles:
-    """How a step of `markov_sample` divides its work among programs."""
+    """Tiling of a step of `markov_sample`."""
 
     requests: int
     vocabulary: int
     rank: int
-    """Channels multiplied at once; where that is all of them, W2 is copied to shared memory ahead of its use."""
+    """Channels per product; if these are all, W2 is prefetched to shared memory."""
     splits: int
-    """Partial results of the step before that are reduced at once."""
+    """Partial results of the previous step that are reduced at once."""
     per_processor: int
-    """Programs that fit."""
+    """Programs that are resident at once."""
     num_stages: int = 3
 
 
 def _markov_tiles(num_requests: int, weight: Tensor) -> _Tiles:
-    """W2 comes from memory once per step: programs of a column tile run together, and few requests share one."""
+    """W2 is read from memory once per step: programs of a column tile run together, each with few requests."""
     rank = max(16, triton.next_power_of_2(weight.shape[1]))
     if weight.dtype == torch.float32:
-        # No tensor cores: right, but not made to be fast.
+        # Without tensor cores: correct, but slow.
         return _Tiles(16, 32, min(rank, 32), splits=128, per_processor=4, num_stages=2)
     rank = min(rank, 512)
-    # 32 KiB of W2 at a time, or 16 where more requests take shared memory and registers.
+    # 32 KiB of W2 at a time, or 16 if more requests need shared memory and registers.
     if num_requests <= 16:
         return _Tiles(16, min(64, 16384 // rank), rank, splits=512, per_processor=2)
     if num_requests <= 32:
@@ -465,7 +465,7 @@ def _markov_tiles(num_requests: int, weight: Tensor) -> _Tiles:
 
 
 def _reduce(values: Tensor, ids: Tensor, sums: Tensor, any_id: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The three results [n] of partial ones [S, n]; with `any_id` an id also where there is nothing to draw from."""
+    """The three results [n] of partial ones [S, n]; with `any_id` a valid id also for rows without a distribution."""
     num_splits, num_rows = values.shape
     best_values, total_sums = values.new_empty(num_rows), sums.new_empty(num_rows)
     best_ids = ids.new_empty(num_rows, dtype=torch.int64)

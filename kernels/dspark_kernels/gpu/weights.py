@@ -1,4 +1,4 @@
-"""Tiles of stored weights as kernels multiply with them: decoded in registers to bfloat16, which is exact.
+"""Products with tiles of quantised weights, which are decoded in registers to bfloat16, exactly.
 
 A power-of-two scale times an E4M3 or E2M1 number fits in bfloat16, and so does an activation that was rounded to FP8.
 Products of the two, summed in float32, are the reference's product up to the order of the sums.
@@ -29,7 +29,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _AMAX_FLOOR = tl.constexpr(1e-4)
 
 # Nibbles become the lowest exponent bits of a bfloat16: too small by 2^126. The scale makes up for 2^94 of it, which
-# leaves room for scales up to 2^33, and a sum of products for the rest.
+# leaves room for scales up to 2^33, and the sum of products for the rest.
 _FP4_SCALE_BIAS = tl.constexpr(94)
 _FP4_UNIT = tl.constexpr(2.0**32)
 
@@ -194,7 +194,7 @@ def multiply_add(
             b_sum = _multiply(b_sum, b_x, b_low, SLICES)
             b_sum = _multiply(b_sum, b_odd_x, b_high, SLICES)
         else:
-            # One product of both: in two that follow one another the compiler lays the sums out differently.
+            # One product of both, because for two in a row the compiler would lay out their sums differently.
             b_weight = tl.reshape(tl.permute(tl.join(b_low, b_high), (0, 2, 1)), (ROWS, 2 * BLOCK))
             b_sum = _multiply(b_sum, b_x, b_weight, SLICES)
     elif FORMAT == _FP8:
@@ -208,7 +208,7 @@ def multiply_add(
 
 @triton.jit
 def zero_sum(M: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr):
-    """What the first `multiply_add` adds to."""
+    """Initial sum for `multiply_add`."""
     if SLICES == 1:
         b_sum = tl.zeros((M, ROWS), tl.float32)
     else:
@@ -218,7 +218,7 @@ def zero_sum(M: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr):
 
 @triton.jit
 def whole_sum(b_sum, FORMAT: tl.constexpr, SLICES: tl.constexpr):
-    """[M, ROWS] of a sum of `multiply_add`."""
+    """The result [M, ROWS] of a sum of `multiply_add`."""
     if SLICES > 1:
         b_sum = tl.trans(tl.sum(b_sum, axis=0))
     if FORMAT == _FP4:
@@ -236,7 +236,7 @@ def scaled_groups(b_groups):
     """
     b_bits = tl.maximum(tl.max(tl.abs(b_groups), axis=1), _AMAX_FLOOR).to(tl.int32, bitcast=True)
     b_exponents = ((b_bits + 0x1FFFFF) >> 23) - 8
-    # A power of two is divided by through its reciprocal, exactly.
+    # Multiplying by the reciprocal of a power of two is exact.
     b_reciprocals = ((254 - b_exponents) << 23).to(tl.float32, bitcast=True)
     return b_groups * b_reciprocals[:, None], b_exponents
 
@@ -255,7 +255,7 @@ def round_activations(b_groups):
 
 @triton.jit
 def store_rounded(p_rows, b_groups, m_groups, i_channel, FORMAT: tl.constexpr, CHANNELS: tl.constexpr):
-    """Round float32 groups of 128 channels to FP8, and store their values as `load_rows` finds them.
+    """Round float32 groups of 128 channels to FP8, and store their values in the layout of `load_rows`.
 
     Group g [128] has the channels from i_channel[g] on of row p_rows[g], which has CHANNELS of them.
     """
