@@ -113,7 +113,7 @@ def _speed_of_repeat(
     on, off = (_bodies(settings, single, enabled) for enabled in (True, False))
     job = Job(_requests(settings, single))
     together = Job(_requests(settings, streams), together=True)
-    # The order turns round every repeat, so that nobody is always first after a pause.
+    # The order turns round every repeat, so that no side is always first after a pause.
     sides: dict[str, Callable[[], Any]] = {
         "http_on": lambda: one_after_the_other(client, on),
         "http_off": lambda: one_after_the_other(client, off),

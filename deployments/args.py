@@ -168,7 +168,7 @@ class PlacementArgs(_Block):
 
 
 class LimitArgs(_Block):
-    """How much is let in, and what is said to the rest."""
+    """Admission limits, and the answer when they are exceeded."""
 
     max_ongoing_requests: Count | None = None
     """Per Engine replica; None lets in what the engine can run and queue."""

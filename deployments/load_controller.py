@@ -1,4 +1,4 @@
-"""The load controller as a deployment: heartbeats in, bounds out, and probes while somebody wants to know."""
+"""The load controller as a deployment: heartbeats in, bounds out, and probes while a policy or a viewer needs them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class LoadControllerReplica:
         return decision
 
     async def view(self) -> dict[str, Any]:
-        """All that is known of nodes and replicas, as JSON has it; devices are read while somebody looks."""
+        """All that is known of nodes and replicas, as JSON has it; devices are read while this is called."""
         self._viewed_at = time.monotonic()
         if not len(self._probes):
             await self._first_look()

@@ -1,4 +1,4 @@
-"""The actors that read the devices of nodes, for as long as somebody wants to know."""
+"""The actors that read the devices of nodes, while a policy or a viewer needs it."""
 
 from __future__ import annotations
 

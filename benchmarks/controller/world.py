@@ -140,7 +140,7 @@ class World:
         self._full = np.array([fleet.engine == "full" for fleet in self.fleets])
         self.max_running = np.array([fleet.max_running for fleet in self.fleets])[:, None]
         self.thresholds = np.zeros(self.shape)
-        """In force; whoever controls writes them."""
+        """In force; the controller of the simulation writes them."""
         self.accepting = np.ones(self.shape, dtype=bool)
         """Replicas that requests are sent to."""
         self.running = np.zeros((*self.shape, num_classes), dtype=np.int64)

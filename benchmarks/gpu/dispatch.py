@@ -63,7 +63,7 @@ def direct() -> Operations:
 
 @contextmanager
 def bound(operations: Operations) -> Iterator[None]:
-    """Whoever calls `dspark_kernels.<op>` gets these."""
+    """Bind these in place of `dspark_kernels.<op>`."""
     before = {name: getattr(dspark_kernels, name) for name in operations}
     for name, function in operations.items():
         setattr(dspark_kernels, name, function)

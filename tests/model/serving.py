@@ -62,7 +62,7 @@ class Serving:
 
 
 def poison(cache: CacheTensors) -> None:
-    """Fill the whole cache with NaN, so that reading a row nobody wrote cannot go unnoticed."""
+    """Fill the whole cache with NaN, so that reading a row that was never written cannot go unnoticed."""
     for layer in cache.layers:
         for tensor in vars(layer).values():
             if isinstance(tensor, Tensor):

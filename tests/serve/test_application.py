@@ -40,7 +40,7 @@ def gang_args(checkpoint: Path, **fields: object) -> dict[str, object]:
         "model": str(checkpoint),
         "tensor_parallel_size": 2,
         "engine": ENGINE,
-        # Not in the home of whoever runs the tests.
+        # Not in the home of the user who runs the tests.
         "dspark": {"cost_table": {"directory": str(checkpoint.parent / "costs")}},
         "placement": {"verifier": {"resources": {"CPU": 0.5}}, "drafter": {"resources": {"CPU": 0.5}}},
         "health": {"check_period_s": 1, "check_timeout_s": 5, "graceful_shutdown_timeout_s": 2},

@@ -1,4 +1,4 @@
-"""What a YAML file may say, and what is said about what it may not."""
+"""Keys and values that a YAML file may have, and the errors for others."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_more_signals_end_a_command_that_does_not_listen(family: Callable[..., F
     assert running.end() == 143
 
 
-def test_a_command_dies_with_whoever_watches_it(family: Callable[..., Family]) -> None:
+def test_a_command_dies_with_the_process_that_watches_it(family: Callable[..., Family]) -> None:
     running = family()
     running.top.kill()
     wait_until_gone([running.command])

@@ -1,4 +1,4 @@
-"""What a preset or a YAML block may say, and what is said about what it may not."""
+"""Keys and values of presets and YAML blocks, and the errors for others."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 `_plan_kernel` lists each expert's pairs and cuts the lists into tiles of rows. Where weights are quantised it also
 rounds hidden rows to FP8, and `_round_kernel` does so with the rows between the products. A program of a
-product takes one tile and some output channels: an expert's weights are read once per tile, and not at all where nobody
+product takes one tile and some output channels: an expert's weights are read once per tile, and not at all where no row
 chose it. The grid cannot depend on what was chosen; programs that find no tile leave at once. A pair has a row of its
 own until `_combine_kernel` adds up a row's pairs, first choice first: results do not depend on the order of programs.
 
