@@ -97,7 +97,7 @@ def test_what_is_no_rate_is_the_latest():
 
 
 class Script:
-    """A reader that gives one entry per read, then the last one again and again; an entry that is an exception is raised."""
+    """A reader that gives one entry per read, then the last one again; an entry that is an exception is raised."""
 
     def __init__(self, *entries: tuple[DeviceLoad, ...] | Exception) -> None:
         self._entries = list(entries)
