@@ -9,8 +9,8 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 BypassReason = Literal["predicted_loss", "policy", "no_room"]
-"""Why a step drafted for nobody: it would have cost more than it brings, the policy says so, or every request is
-about to end."""
+"""Why a step has no drafts: they would cost more than they bring, the policy forbids them, or every request is about to
+end."""
 
 
 # Limits of one request. The HTTP schema uses the same names.
@@ -307,13 +307,13 @@ class StepRecord:
     """Requests that decoded one round."""
     num_prefill_rows: int
     bypass: BypassReason | None
-    """Why nobody had a draft; None where drafts were made or nobody asks for any."""
+    """Why there were no drafts; None where there were some, or where no request asks for any."""
     lengths: tuple[int, ...] = ()
     """Drafts verified of each drafted request."""
     accepted: tuple[int, ...] = ()
-    """Drafts that stood of each drafted request."""
+    """Accepted drafts of each drafted request."""
     expected: float = 0.0
-    """Drafts that were to stand: the summed survival of the verified ones."""
+    """Drafts that were expected to be accepted: the summed survival of the verified ones."""
     gamma: int = 0
     """Positions drafted of each drafted request."""
     predicted_draft_seconds: float = 0.0

@@ -38,7 +38,7 @@ class DraftWorker:
         """Store the context, then draft every block."""
         self.store(request.context)
         if not len(request.slots):
-            return _nothing(request.num_positions)
+            return _empty_proposal(request.num_positions)
         anchors, starts, slots = (
             torch.from_numpy(x).to(self._pools.device) for x in (request.anchors, request.starts, request.slots)
         )
@@ -117,5 +117,5 @@ class InlineDrafter:
         """Nothing to end: it lives and dies with rank 0."""
 
 
-def _nothing(gamma: int) -> DraftProposal:
+def _empty_proposal(gamma: int) -> DraftProposal:
     return DraftProposal(np.empty((0, gamma), dtype=np.int64), np.empty((0, gamma), dtype=np.float32))
