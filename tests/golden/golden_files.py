@@ -1,4 +1,4 @@
-"""Where the golden numbers are, and which cases there are: a new case of a known kind needs no new code."""
+"""Finds the golden numbers and lists their cases; a new case of a known kind needs no new code."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ TOLERANCE = 1e-4  # relative
 
 @dataclass(frozen=True)
 class LossCase:
-    """Recorded logits of one Markov head, and what the loss made of them."""
+    """Recorded logits of one Markov head, and their losses."""
 
     name: str
     weights: LossWeights

@@ -41,7 +41,7 @@ class Case:
 
 
 def sections(key: str) -> list[Any]:
-    """Every section called `key`, as pytest parameters; a file without one has nothing to say about it."""
+    """Every section called `key`, as pytest parameters; none for a file without one."""
     found = [(case_name(path), json.loads(path.read_text())) for path in case_files("schedulers/*.json")]
     return [pytest.param(facts[key], id=name) for name, facts in found if key in facts]
 

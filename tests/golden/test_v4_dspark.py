@@ -74,7 +74,7 @@ def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Replay:
-    """A target and a drafter that live through the rounds of one recording."""
+    """A target and a drafter that replay the rounds of one recording."""
 
     def __init__(self, path: Path) -> None:
         self.case = GoldenCase.load(path)
@@ -140,7 +140,7 @@ class Replay:
         )
 
     def _verify(self, name: str) -> Tensor:
-        """Target forward of the anchor and all drafts; features [B, n, T*d] of those recorded to stand."""
+        """Target forward of the anchor and all drafts; features [B, n, T*d] of the tokens recorded as accepted."""
         recorded = self.case.group(name)
         if "committed_ids" not in recorded:
             return torch.empty(0)  # the last round is only drafted
@@ -200,7 +200,7 @@ class Replay:
 
 
 def in_order_of_experts(weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Routing [N, K] sorted by expert: the order of the chosen ones means nothing."""
+    """Routing [N, K] sorted by expert: the order of chosen experts has no meaning."""
     order = experts.argsort(dim=-1)
     return weights.gather(-1, order), experts.gather(-1, order)
 

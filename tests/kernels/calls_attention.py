@@ -38,7 +38,7 @@ def _choose(rows: int, entries: int, topk: int) -> object:
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """By name and rows: what to call."""
+    """Calls to compile, by name and number of rows."""
     found: dict[str, Callable[[], object]] = {}
     for model in MODELS:
         for n in model.rows:

@@ -13,11 +13,11 @@ from dspark_kernels import gpu
 MIXES = 24
 EPS = 1e-6
 OTHER_ROWS = (8, 16, 17, 32, 64)
-"""Of `mhc_read` as well: the first and the last number of rows of its tiles."""
+"""Numbers of rows for `mhc_read` too: the first and the last of each of its tilings."""
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """By name and rows: what to call."""
+    """Calls to compile, by name and number of rows."""
     found: dict[str, Callable[[], object]] = {}
     for model in MODELS:
         for num_rows in sorted((*model.rows, *OTHER_ROWS)):

@@ -13,7 +13,7 @@ from dspark_kernels import gpu
 
 _BFLOAT16 = torch.bfloat16
 _RANKS = 8
-"""That share Flash's experts in one more call of `moe`."""
+"""Ranks that split Flash's experts in an additional call of `moe`."""
 
 
 def _rows(num_rows: int, width: int) -> Tensor:
@@ -56,7 +56,7 @@ def _linear(num_rows: int, out_channels: int, in_channels: int) -> object:
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """By name and rows: what to call."""
+    """Calls to compile, by name and number of rows."""
     found: dict[str, Callable[[], object]] = {}
     for model in MODELS:
         for n in model.rows:

@@ -15,7 +15,7 @@ _EPS = 1e-6
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """By name and rows: what to call."""
+    """Calls to compile, by name and number of rows."""
     found: dict[str, Callable[[], object]] = {}
     for model in MODELS:
         for rows in model.rows:

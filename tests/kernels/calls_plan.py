@@ -13,7 +13,7 @@ _Q_IDS = 64
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """By name and rows: what to call. Rows are blocks of six, or one row alone."""
+    """Calls to compile, by name and number of rows: verify blocks of six rows, or a single row."""
     found: dict[str, Callable[[], object]] = {}
     for num_rows in ROWS:
         found |= _calls(num_rows, -(-num_rows // (1 + GAMMA)))

@@ -1,4 +1,4 @@
-"""What kernel tests share: fresh random inputs and the error bounds of kernels/README.md."""
+"""Shared by kernel tests: fresh random inputs and the error bounds of kernels/README.md."""
 
 from __future__ import annotations
 

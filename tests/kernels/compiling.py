@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 SHARED_BYTES = 227 * 1024
-"""Of one program, at most, on sm_90."""
+"""Limit of one program on sm_90."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Compiled:
 
 
 class _Driver:
-    """Stands in for the driver: says what to compile for, and has nothing to launch on."""
+    """A driver without a device: names the target of compilation and cannot launch."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -53,7 +53,7 @@ _known: dict[str, Compiled] = {}
 
 
 def compiled_kernels(call: Callable[[], object]) -> list[Compiled]:
-    """What `call` would have launched, in order, each kernel variant once."""
+    """Kernel variants that `call` would launch, in order, each once."""
     found: dict[str, Compiled] = {}
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ def compiled_kernels(call: Callable[[], object]) -> list[Compiled]:
 
 
 def _assembled(kernel: Any) -> Compiled:
-    """ptxas once more, to hear of registers and spills."""
+    """Run ptxas again for its report of registers and spills."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     # Newer Tritons carry two assemblers, and the one with the longer name understands what they write.
     ptxas = max(folder.glob("ptxas*"), key=lambda path: len(path.name))

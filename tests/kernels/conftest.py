@@ -26,7 +26,7 @@ if find_spec("dspark_kernels") is None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds NaN: a value that was never written cannot equal an expected one."""
+    """Fill fresh memory with NaN, so that an unwritten value cannot equal an expected one."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

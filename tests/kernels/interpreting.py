@@ -1,4 +1,4 @@
-"""Triton's interpreter, put right where it computes otherwise than a GPU.
+"""Corrections of Triton's interpreter where its results differ from a GPU's.
 
 It keeps bfloat16 as integers and multiplies those, cuts off what does not fit into a bfloat16, and loses the carry of
 numbers that round up to a power of two in E4M3. It also spends a millisecond on every call of a device function.

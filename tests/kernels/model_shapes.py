@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ROWS = (1, 6, 12, 24, 48, 96, 192, 1536)
-"""One row, one request with five drafts, and up to 256 requests: each may be cut another way."""
+"""One row, one request with five drafts, and up to 256 requests: each may have another tiling."""
 FEWER_ROWS = (6, 24, 48, 192, 1536)
 VOCABULARY, HEAD_DIM, ROTARY_PAIRS, STREAMS, TOP_K, GAMMA = 129280, 512, 32, 4, 6, 5
 
 
 @dataclass(frozen=True)
 class Model:
-    """One rank's part of a model; what both models have alike stands above."""
+    """One rank's part of a model; sizes common to both models are constants above."""
 
     name: str
     hidden: int

@@ -117,7 +117,7 @@ def in_float32(module: Any) -> Any:
 
 @torch.no_grad()
 def _fill(module: nn.Module, seed: int) -> None:
-    """Values that show when they are ignored or misplaced."""
+    """Values whose loss or misplacement changes results."""
     initialise(module, seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""Acceptance: which drafts stand, and the token behind them."""
+"""Acceptance kernels: number of accepted drafts, and the next token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dspark_kernels.philox import STREAM_ACCEPT, STREAM_RECOVER, STREAM_SAMPLE
 
 TEST_MARGIN = 1e-6
 SCORE_MARGIN = 1e-5
-"""Kernels sum a softmax in float32: closer than this, another decision is as good."""
+"""Kernels sum a softmax in float32: within this margin either decision is correct."""
 
 
 def first_rows_of(lengths: Sequence[int]) -> Tensor:
@@ -34,7 +34,7 @@ def assert_coupled(row_tokens: Tensor, target_tokens: Tensor, first_rows: Tensor
 
 @pytest.mark.parametrize("num_padding", [0, 5])
 @pytest.mark.parametrize("num_requests", [1, 16, 129])
-def test_drafts_stand_as_long_as_the_target_says_them(num_requests: int, num_padding: int) -> None:
+def test_drafts_are_accepted_while_they_equal_the_targets_tokens(num_requests: int, num_padding: int) -> None:
     first_rows = first_rows_of(integers(0, 8, num_requests).tolist())
     # Two tokens: about half of the drafts are right.
     num_rows = int(first_rows[-1]) + num_padding
@@ -55,7 +55,7 @@ def test_requests_may_have_any_number_of_rows() -> None:
         assert_coupled(wrong, target, first_rows)
 
 
-def test_an_anchor_is_not_judged() -> None:
+def test_an_anchor_is_not_tested() -> None:
     target = torch.tensor([7, 8, 9], device=DEVICE)
     assert assert_coupled(torch.tensor([100, 7, 100], device=DEVICE), target, first_rows_of([2, 1])) == ([1, 0], [8, 9])
 
@@ -102,7 +102,7 @@ def rows_of(
     drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator()).to(DEVICE)
     if kept is not None:
         logits = logits.masked_fill(logits < logits.topk(kept).values[:, -1:], -torch.inf)
-    # What nobody may read: q of a last row, and anything behind the last request.
+    # Never read: q of a last row, and anything after the last request.
     last = first_rows[1:][first_rows[1:] > first_rows[:-1]] - 1
     probabilities[last] = torch.nan
     probabilities[num_used:] = torch.nan
@@ -151,7 +151,7 @@ def assert_rejection(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _is_close_call(rows: Rows, request: int, first: int, end: int) -> bool:
-    """Whether u * q is so near to p at one of the drafts that rounding decides."""
+    """Whether u * q is so close to p at one of the drafts that rounding decides."""
     judged = slice(first, end - 1)
     drafts = rows.row_tokens[first + 1 : end].unsqueeze(1)
     p = rows.logits[judged].double().softmax(-1).gather(1, drafts).squeeze(1)
@@ -190,7 +190,7 @@ def test_rejection_agrees_on_129_rows(dtype: torch.dtype, vocab_size: int) -> No
 
 
 @pytest.mark.parametrize(("num_requests", "shift"), [(1, 0.0), (12, 0.0), (12, 1e6)])
-def test_one_row_is_drawn_from(num_requests: int, shift: float) -> None:
+def test_one_row_gives_a_token(num_requests: int, shift: float) -> None:
     rows = rows_of([1] * num_requests, 1900, 3)
     assert_rejection(replace(rows, logits=rows.logits + shift))
 
@@ -207,7 +207,7 @@ def test_filtered_tokens_are_never_drawn(dtype: torch.dtype) -> None:
     assert rows.logits[rows.first_rows[:-1] + accepted, anchors].isfinite().all()
 
 
-def test_the_same_id_may_stand_in_q_more_than_once() -> None:
+def test_the_same_id_may_occur_in_q_more_than_once() -> None:
     rows = rows_of([5] * 12, 700, 40)
     # The first id twice, with its probability in two parts, and padding of probability 0.
     ids, probabilities = rows.q_ids.clone(), rows.q_probabilities.clone()
@@ -228,24 +228,24 @@ def test_logits_and_q_may_be_slices() -> None:
     assert_rejection(replace(rows, logits=logits[:, 50:650], q_ids=q_ids, q_probabilities=q_probabilities))
 
 
-def test_a_draft_that_the_target_always_says_stands() -> None:
+def test_a_draft_that_is_certain_for_the_target_is_accepted() -> None:
     accepted, anchors = assert_rejection(block_of([0.0, 1.0, 0.0], {1: 1.0}, 1, 15))
     assert accepted.tolist() == [1] * 15
     assert anchors.tolist() == [1] * 15
 
 
-def test_a_draft_that_the_target_never_says_falls() -> None:
+def test_a_draft_that_is_impossible_for_the_target_is_rejected() -> None:
     accepted, anchors = assert_rejection(block_of([0.0, 0.5, 0.5], {0: 1.0}, 0, 15))
     assert not accepted.any()
     assert set(anchors.tolist()) == {1, 2}
 
 
-def test_a_draft_that_was_impossible_stands() -> None:
+def test_a_draft_with_draft_probability_zero_is_accepted() -> None:
     accepted, _ = assert_rejection(block_of([0.3, 0.7], {1: 1.0}, 0, 10))
     assert accepted.tolist() == [1] * 10
 
 
-def test_a_draft_twice_as_likely_as_it_should_be_falls_half_the_time() -> None:
+def test_a_draft_twice_as_likely_as_for_the_target_is_rejected_half_the_time() -> None:
     accepted, anchors = assert_rejection(block_of([0.25, 0.75, 0.0], {0: 0.5, 1: 0.3, 2: 0.2}, 0, 24))
     assert 6 <= int(accepted.sum()) <= 18
     # Only token 1 has more of p than of q.
@@ -254,7 +254,7 @@ def test_a_draft_twice_as_likely_as_it_should_be_falls_half_the_time() -> None:
 
 
 @pytest.mark.parametrize("filtered", [-torch.inf, -1e30])
-def test_where_nothing_of_p_is_left_p_is_drawn_from(filtered: float) -> None:
+def test_an_empty_residual_is_replaced_by_p(filtered: float) -> None:
     # No distribution, but what rounding could leave: q is not below p anywhere.
     rows = block_of([0.0, 0.5, 0.0, 0.5], {3: 0.8, 1: 0.9, 0: 0.1}, 1, 15)
     accepted, anchors = assert_rejection(replace(rows, logits=rows.logits.clamp(min=filtered)))
@@ -262,7 +262,7 @@ def test_where_nothing_of_p_is_left_p_is_drawn_from(filtered: float) -> None:
     assert anchors[accepted == 0].unique().tolist() == [1, 3]
 
 
-def test_the_first_draft_that_falls_decides() -> None:
+def test_the_first_rejected_draft_ends_the_block() -> None:
     # Nine requests with 12 drafts, of which one is impossible, and 18 without any row.
     logits = torch.full((13 * 9, 3), -torch.inf, device=DEVICE)
     logits[:, 1] = 0.0
@@ -284,8 +284,8 @@ def test_the_first_draft_that_falls_decides() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("places", [slice(0, 1), slice(899, 900), slice(0, 900)])
-def test_a_row_without_a_softmax_is_not_drawn_from(bad: float, places: slice) -> None:
-    """Whether a draft is judged by it or the token behind the last one is drawn; other requests are as always."""
+def test_a_row_without_a_softmax_gives_no_token(bad: float, places: slice) -> None:
+    """Both where it tests a draft and where it predicts the last token; other requests are unaffected."""
     rows = rows_of([4, 1, 3, 2], 900, 8)
     expected = gpu.accept_rejection(*rows.arguments())
     logits = rows.logits.clone()
@@ -300,7 +300,7 @@ def test_a_row_without_a_softmax_is_not_drawn_from(bad: float, places: slice) ->
         assert anchors[3] == (-1 if accepted[3] == 1 else expected[1][3])
 
 
-def test_a_row_with_nothing_to_draw_gives_no_token() -> None:
+def test_a_row_without_a_possible_token_gives_no_token() -> None:
     rows = rows_of([3, 1], 300, 4)
     rows = replace(rows, logits=torch.full_like(rows.logits, -torch.inf))
     for side in (gpu, reference):
@@ -308,7 +308,7 @@ def test_a_row_with_nothing_to_draw_gives_no_token() -> None:
         assert (accepted.tolist(), anchors.tolist()) == ([0, 0], [-1, -1])
 
 
-def test_a_draft_of_unknown_probability_falls_and_p_is_drawn_from() -> None:
+def test_a_draft_with_nan_probability_is_rejected_and_p_sampled() -> None:
     rows = rows_of([2] * 12, 300, 4)
     q_probabilities = rows.q_probabilities.clone()
     q_probabilities[:, 2] = torch.nan

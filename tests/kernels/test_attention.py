@@ -35,7 +35,7 @@ def written(pool_rows: int, *shape: int) -> Tensor:
 
 
 def window(num_rows: int, length: int, pool_rows: int) -> Tensor:
-    """Some rows in no order, none in places."""
+    """Random rows in random order, -1 at random places."""
     index = written(pool_rows, num_rows, length)
     missing = compare.integers(0, 4, num_rows, length) == 0
     return index.masked_fill(missing, -1)
@@ -226,7 +226,7 @@ def test_no_rows_and_no_entries() -> None:
     assert_as_reference(query, keys, window(2, 8, 9), keys, no_entries, sink, 0.125)
 
 
-def test_what_the_kernel_cannot_read_is_refused() -> None:
+def test_unsupported_inputs_are_refused() -> None:
     query, sink, index = compare.random(2, 3, 80), compare.random(3), window(2, 8, 9)
     packed = pool(9, 80, torch.float32, 16)
     with pytest.raises(ValueError, match="80 channels outside the rotary part"):

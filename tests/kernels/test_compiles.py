@@ -35,14 +35,14 @@ MAY_SPILL = {
     "_attention_kernel": (64, "put away before its loop over keys, and fetched behind it"),
     "_markov_step_kernel": (24, "with Pro's 512 channels and 17 to 32 requests, in the first step alone"),
 }
-"""By kernel: bytes that it may spill, and why they do not matter."""
+"""Bytes that a kernel may spill, with the reason why they do not matter."""
 
 
 OTHER_CODE = {"linear_fp8": (1, 6), "moe": (1, 6), "sparse_attention": (1, 6), "mhc_read": (24,)}
 """Numbers of rows, beside the most, at which operations launch other kernels, or kernels with other tiles."""
 
 SIZES_ALONE = {"linear_fp8": ("Flash 512x4096", "Flash 4096x12288", "Pro 512x7168", "Pro 7168x21504")}
-"""By operation: the variants that stand for all others, which have other sizes and nothing else."""
+"""Representative variants of an operation; its others differ in sizes only."""
 
 # One process compiles for all tests of this file; two cores take minutes.
 pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow, pytest.mark.xdist_group("compiles")]
@@ -50,7 +50,7 @@ pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow, pytest.mark.xdist_gro
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one call."""
+    """Result of one call."""
 
     call: str
     """`op variant [N=rows]`"""

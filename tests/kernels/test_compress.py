@@ -20,7 +20,7 @@ EPS = 1e-6
 
 @pytest.mark.parametrize(("rows", "channels", "ratio"), [(1, 10, 4), (129, 40, 4), (3, 1100, 128)])
 @pytest.mark.parametrize("dtype", compare.DTYPES)
-def test_raw_rows_go_to_their_slots_and_nowhere_else(rows: int, channels: int, ratio: int, dtype: torch.dtype) -> None:
+def test_raw_rows_go_to_their_slots_only(rows: int, channels: int, ratio: int, dtype: torch.dtype) -> None:
     kv, gate = compare.random(rows, channels, dtype=dtype), compare.random(rows, channels, dtype=dtype)
     ape, positions = compare.random(ratio, channels), compare.integers(0, 1 << 20, rows)
     pool, slots = compare.random(rows + 5, 2 * channels), some_slots(rows, rows + 5)
@@ -85,7 +85,7 @@ def some_windows(
     """About half of them close, all but the first may lack some of their first rows; the rest of the pool is NaN."""
     width = 2 * channels if overlapping else channels
     pool = torch.full((count * rows + 1, 2 * width), torch.nan, device=compare.DEVICE)
-    # Row 0, where an absent row's index might lead, is nobody's.
+    # Row 0, to which the index of an absent row might lead, belongs to no window.
     index = 1 + torch.randperm(count * rows, generator=compare.generator()).view(count, rows).to(compare.DEVICE)
     absent = compare.integers(0, rows, count)
     absent[0] = 0
@@ -177,7 +177,7 @@ def test_pooled_rows_are_rounded_before_the_norm(dtype: torch.dtype, weight_dtyp
             assert torch.equal(windows.compressed(gpu.compress, entries), expected)
 
 
-def test_tables_that_do_not_fit_each_other_are_refused() -> None:
+def test_mismatched_shapes_are_refused() -> None:
     windows, entries = some_windows(2, 8, 24, 8), compare.random(8, 24)
     for changed, what in (
         ({"pool": compare.random(20, 60)}, "rows of 60 numbers: expected 2 or 4 times 24 channels"),

@@ -128,7 +128,7 @@ def test_the_best_token_stays_whatever_the_filter() -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("filter_", [(1.0, UNLIMITED, 1.0, 0.1), (0.7, 3, 1.0, 0.0), (1.0, UNLIMITED, 0.9, 0.0)])
 @pytest.mark.usefixtures("small_blocks")
-def test_rows_without_a_softmax_have_no_limit(bad: float, filter_: tuple[float, int, float, float]) -> None:
+def test_rows_without_a_softmax_have_no_threshold(bad: float, filter_: tuple[float, int, float, float]) -> None:
     logits = compare.random(3, 100)
     logits[0, 57], logits[1] = bad, bad
     draws = filters(*[filter_] * 3)
@@ -143,14 +143,14 @@ def test_a_row_of_many_blocks_is_searched_in_full_size() -> None:
     assert_same_filter(logits, filters((0.8, 50, 0.95, 0.0), (3.0, UNLIMITED, 0.9, 0.0)))
 
 
-def test_129_rows_find_their_own_limits() -> None:
+def test_129_rows_have_their_own_thresholds() -> None:
     logits = compare.random(129, 9)
     temperatures, top_k, top_p, min_p = filters(*[(1.0, UNLIMITED, 1.0, 0.3)] * 129)
     top_k[::32], top_p[5::32] = 2, 0.5
     assert_same_filter(logits, (temperatures, top_k, top_p, min_p))
 
 
-def test_strided_rows_and_no_rows_have_limits() -> None:
+def test_strided_rows_and_no_rows_have_thresholds() -> None:
     draws = filters((1.0, 3, 1.0, 0.0), (0.5, 9, 0.5, 0.0))
     for logits in (compare.random(2, 70)[:, 20:50], compare.random(30, 2).t()):
         assert_same_filter(logits, draws)

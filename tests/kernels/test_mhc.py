@@ -91,8 +91,8 @@ def test_sinkhorn_makes_as_many_steps_as_asked(iters: int) -> None:
 
 
 @pytest.mark.parametrize(("lag", "dtype"), [(0, torch.float32), (1, torch.bfloat16), (3, torch.float32)])
-def test_how_the_work_is_cut_does_not_matter(lag: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tiles, the last not full, of two steps in each split; several programs that mix, in several tiling."""
+def test_tiling_does_not_change_results(lag: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tiles, the last not full, of two steps in each split; several programs that mix."""
     tiling = mhc._Tiling(rows=16, columns=32, splits=8, mixed_rows=4, mixed_splits=2, lag=lag)
     monkeypatch.setattr(mhc._Tiling, "of", lambda *args: tiling)
     streams = streams_of(34, 4, 100, dtype)
@@ -147,7 +147,7 @@ def test_a_graph_of_them_can_be_replayed() -> None:
     assert not mhc._tile_counters(streams.device).any()
 
 
-def test_other_strides_than_the_usual_are_read_right() -> None:
+def test_unusual_strides_are_read_correctly() -> None:
     streams = streams_of(4, 3, 70, torch.bfloat16).transpose(0, 1).contiguous().transpose(0, 1)
     assert_reads(streams)
     assert_collapses(streams)
@@ -155,7 +155,7 @@ def test_other_strides_than_the_usual_are_read_right() -> None:
     assert_close(gpu.mhc_write(*args), reference.mhc_write(*args))
 
 
-def test_what_no_kernel_can_do_is_refused() -> None:
+def test_unsupported_inputs_are_refused() -> None:
     streams, weights = streams_of(2, 2, 40, torch.bfloat16), read_weights(2, 40)
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         gpu.mhc_read(streams.half(), *weights, 20, EPS, RMS_EPS)

@@ -1,4 +1,4 @@
-"""The whole network through kernels says what it says through references: layers, cache, drafts, recorded steps, text.
+"""The full network through kernels against references: layers, cache, drafts, recorded steps, text.
 
 Kernels are interpreted where there is no GPU, so networks and texts are as small as they can be.
 """
@@ -62,7 +62,7 @@ def test_kernels_take_the_arguments_of_their_references() -> None:
 
 
 def test_operations_run_as_kernels_only_where_they_are_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else both sides of the comparisons below would be the same."""
+    """Otherwise both sides of the comparisons below would be the same."""
     called: list[str] = []
     monkeypatch.setattr(dspark_kernels, "rms_norm", dspark_kernels._operation(reference.rms_norm))
     monkeypatch.setattr(gpu, "rms_norm", lambda x, *_: called.append("kernel") or x)
@@ -87,7 +87,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Network:
-    """What kernels have to agree with references about, and how closely; errors are relative to the usual row."""
+    """A comparison of kernels with references and its bounds, relative to the typical length of a row."""
 
     dtype: torch.dtype
     stored: bool
@@ -125,7 +125,7 @@ def which(request: pytest.FixtureRequest) -> Network:
 
 
 def target_outputs(target: DeepSeekV4, which: Network) -> Tensors:
-    """Rows of hidden states, features and logits of all steps, and of the cache that they leave."""
+    """Rows of hidden states, context features and logits of all steps, and of the cache after them."""
     cache = new_cache(target, packed=which.stored)
     outputs = [run(target, cache, [segment(*piece) for piece in step]) for step in STEPS]
     hidden = torch.cat([output.hidden for output in outputs])
@@ -153,13 +153,13 @@ def assert_agree(found: Tensors, expected: Tensors, which: Network) -> None:
 
 
 def assert_as_exact(found: Tensors, expected: Tensors, exact: Tensors) -> None:
-    """Kernels are as far from float32 as references are, give or take a third: neither rounds more often."""
+    """Kernels and references differ from float32 by the same amount up to a third: neither rounds more often."""
     for name in expected:
         ours, theirs = (row_errors(outputs[name], exact[name]).mean() for outputs in (found, expected))
         assert ours <= 4 / 3 * theirs, f"{name}: off by {ours:.2g}, references by {theirs:.2g}"
 
 
-def test_a_forward_through_kernels_leaves_what_one_through_references_leaves(which: Network) -> None:
+def test_a_forward_through_kernels_equals_one_through_references(which: Network) -> None:
     target, _ = which.modules
     with through("references"):
         expected = target_outputs(target, which)
@@ -188,7 +188,7 @@ def drafted(module: DSparkModule, block: BlockOutput, temperature: float) -> tup
     return module.sample(block, anchors, starts, temperatures, seeds, GAMMA)
 
 
-def test_a_draft_through_kernels_is_that_of_references(which: Network) -> None:
+def test_a_draft_through_kernels_equals_one_through_references(which: Network) -> None:
     _, module = which.modules
     features = torch.randn(13, 2 * module.config.hidden_size, generator=torch.Generator().manual_seed(5)).to(
         DEVICE, which.dtype
@@ -247,7 +247,7 @@ RECORDED = (
 
 
 @pytest.mark.parametrize("stored", [False, True] if ON_GPU else [False], ids="float32, quantised {}".format)
-def test_replayed_steps_through_kernels_are_launched_ones(stored: bool) -> None:
+def test_replayed_steps_through_kernels_equal_launched_ones(stored: bool) -> None:
     target, _ = network(torch.float32, stored, (4,))
     recorded, launched = new_cache(target, stored), new_cache(target, stored)
     with through("references"):
@@ -265,7 +265,7 @@ def test_replayed_steps_through_kernels_are_launched_ones(stored: bool) -> None:
             assert row_errors(found.context_features, expected.context_features).max() < bound
 
 
-def test_replayed_drafts_through_kernels_are_launched_ones() -> None:
+def test_replayed_drafts_through_kernels_equal_launched_ones() -> None:
     _, module = network(torch.float32, False, (4,))
     pools = DraftPools(module, NUM_SEQUENCES)
     for number, pool in enumerate(pools.tensors):
@@ -319,7 +319,7 @@ def text(speculate: bool) -> list[tuple[int, ...]]:
     return steps
 
 
-def test_text_with_speculation_through_kernels_is_text_without() -> None:
+def test_text_through_kernels_is_the_same_with_and_without_speculation() -> None:
     plain, speculated = text(speculate=False), text(speculate=True)
     assert [len(tokens) for tokens in plain] == [1] * 8
     assert sum(speculated, ()) == sum(plain, ())

@@ -98,7 +98,7 @@ def test_the_parts_of_two_ranks_add_up(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_experts_that_nobody_chose_are_not_read(dtype: torch.dtype) -> None:
+def test_unchosen_experts_are_not_read(dtype: torch.dtype) -> None:
     """The reference's path for few experts multiplies with all of them: it gets others."""
     w13, w2, *_ = experts_of("plain", 6, 64, 32, dtype)
     hidden, (weights, experts) = random(5, 64, dtype=dtype), choices(5, 2, 2)
@@ -119,7 +119,7 @@ def test_all_rows_may_choose_one_expert(kind: str, num_rows: int, num_experts: i
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_whose_experts_nobody_chose_adds_nothing(kind: str) -> None:
+def test_a_rank_without_chosen_experts_adds_nothing(kind: str) -> None:
     weights, experts = choices(3, 2, 4)
     actual = check(random(3, 128), weights, experts, experts_of(kind, 4, 128, 128), num_experts=8, first_expert=4)
     assert not actual.any()
@@ -138,7 +138,7 @@ def test_rows_that_choose_no_expert_add_nothing(kind: str, num_rows: int) -> Non
     assert not reference.moe(hidden, weights, experts, *stored[:2], LIMIT, 8, 0, *stored[2:])[padding].any()
 
 
-def test_experts_that_the_layer_has_not_are_refused() -> None:
+def test_expert_numbers_beyond_the_layer_are_refused() -> None:
     w13, w2, *_ = experts_of("plain", 2, 64, 32)
     for op in (gpu.moe, reference.moe):
         with pytest.raises(ValueError, match=r"experts 3 \.\. 4 of 4: expected some of 0 \.\. 3"):

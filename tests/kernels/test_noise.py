@@ -109,13 +109,13 @@ def test_uniforms_are_exact_and_gumbel_noise_is_that_of_the_reference() -> None:
     assert same.double().mean() >= 0.999
 
 
-def test_rough_noise_is_off_by_no_more_than_it_says() -> None:
+def test_the_error_of_rough_noise_is_within_its_bound() -> None:
     uniforms, _, rough, _ = computed(bits_everywhere())
     exact = -(-uniforms.log()).log()
     assert (rough.double() - exact).abs().max() <= 2.0**-18
 
 
-def test_the_bound_without_logarithms_is_one_and_close_where_noise_is_large() -> None:
+def test_the_bound_without_logarithms_holds_and_is_tight_where_noise_is_large() -> None:
     uniforms, _, _, least = computed(bits_everywhere())
     exponentials = -torch.log1p(uniforms - 1)
     ratios = least.double() / exponentials

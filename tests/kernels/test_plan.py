@@ -1,4 +1,4 @@
-"""Planning: which prefixes are admitted, and how they are laid out in rows. All results are integers, and equal."""
+"""Admission of prefixes and their layout in rows. All results are integers, and equal."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_without_requests_all_rows_are_empty(num_rows: int) -> None:
     assert owners.tolist() == [-1] * num_rows
 
 
-def test_what_was_admitted_is_packed_without_asking_the_host() -> None:
+def test_admitted_prefixes_are_packed_without_synchronisation() -> None:
     confidences, drafts = random(20, 5).sigmoid(), integers(0, 99, 20, 5)
     limits, none = torch.full((20,), 5, device=DEVICE), torch.zeros(20, device=DEVICE)
     lengths = assert_admitted(confidences, limits, none, 44)

@@ -1,4 +1,4 @@
-"""Draws against the reference: token ids exactly, also where rounding, ties or noise alone decide."""
+"""Sampling against the reference: equal token ids, also where rounding, ties or noise alone decide."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_forbidden_tokens_are_passed_over() -> None:
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.usefixtures("small_tiles")
 def test_a_row_without_a_softmax_draws_no_id(bad: float, places: slice, filtered: bool) -> None:
-    """Not the first one in silence; other rows of the same call are drawn from as always."""
+    """In particular not the first one; other rows of the same call are unaffected."""
     logits, drawn = compare.random(4, 100), draws(4, 1.0, 0.0)
     expected = gpu.gumbel_argmax(logits[2:], *(tensor[2:] for tensor in drawn), STREAM_SAMPLE, 40)
     logits[:2, places] = bad
@@ -123,7 +123,7 @@ def test_a_row_without_a_softmax_draws_no_id(bad: float, places: slice, filtered
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_a_shard_that_is_not_a_number_is_noticed_among_others() -> None:
+def test_a_shard_with_nan_is_noticed_among_others() -> None:
     logits, drawn = compare.random(2, 80), draws(2, 1.0, 0.0)
     logits[:, 50] = torch.nan
     parts = [

@@ -45,7 +45,7 @@ def test_experts_with_few_pairs_each_get_small_tiles(
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])
 @pytest.mark.parametrize(("num_rows", "tile_rows"), [(16, 8), (48, 8), (49, 64)])
-def test_every_rank_takes_the_tiles_that_the_whole_layer_would(
+def test_every_rank_uses_the_tiles_of_the_full_layer(
     num_ranks: int, num_rows: int, tile_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pairs that a rank is given are those of all ranks: they must not be divided by its own experts alone."""

@@ -1,4 +1,4 @@
-"""What one process of the tensor-parallel test does; imported by spawned processes, so it stays light."""
+"""One process of the tensor-parallel test; imported by spawned processes, so it imports little."""
 
 from __future__ import annotations
 

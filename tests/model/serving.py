@@ -14,7 +14,7 @@ from dspark_ray.model.rows import Segment, build_rows
 
 
 class Serving:
-    """A target and a cache full of NaN, its slots and pages dealt out to sequences in a shuffled order."""
+    """A target and a cache full of NaN, with slots and pages assigned to sequences in shuffled order."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Serving:
 
 
 def poison(cache: CacheTensors) -> None:
-    """Fill the whole cache with NaN, so that reading a row that was never written cannot go unnoticed."""
+    """Fill the cache with NaN, so that reading an unwritten row is noticed."""
     for layer in cache.layers:
         for tensor in vars(layer).values():
             if isinstance(tensor, Tensor):

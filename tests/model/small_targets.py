@@ -85,7 +85,7 @@ def build_pair(seed: int = DECISIVE_SEED, **overrides: Any) -> TargetPair:
 
 @torch.no_grad()
 def randomise(model: DeepseekV4ForCausalLM, seed: int) -> None:
-    """Give every weight, sink, bias and table a value that would show if it were ignored or misplaced."""
+    """Give every weight, sink, bias and table values whose loss or misplacement changes results."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     for name, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""Keys in FP8: the values that the official program rounds to, in half the bytes."""
+"""Packed FP8 keys: the rounded values of the official program, in half the bytes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def hidden_states(packed: bool) -> tuple[list[torch.Tensor], CacheTensors]:
     return outputs, cache
 
 
-def test_a_packed_cache_holds_the_very_values_that_rounding_leaves_in_a_plain_one() -> None:
+def test_a_packed_cache_holds_the_values_of_a_rounded_plain_one() -> None:
     packed, small = hidden_states(packed=True)
     plain, large = hidden_states(packed=False)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(packed, plain, strict=True))

@@ -1,4 +1,4 @@
-"""What is not rounded to bfloat16 on the way: compressor rows, and parts of a sum over ranks."""
+"""Values that stay in float32: compressor rows, and the terms of a sum over ranks."""
 
 from __future__ import annotations
 

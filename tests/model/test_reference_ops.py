@@ -1,4 +1,4 @@
-"""What the operations promise beyond the forwards that use them: kernels of the same name are held to it."""
+"""Contracts of the reference operations in cases that forwards do not reach; kernels must follow them too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_pooling_ignores_what_invalid_slots_hold() -> None:
+def test_pooling_ignores_invalid_rows() -> None:
     kv, gate = random(2, 8, 5, seed=1), random(2, 8, 5, seed=2)
     valid = torch.ones(2, 8, dtype=torch.bool)
     valid[0, :4] = False
@@ -38,7 +38,7 @@ def test_attention_ignores_keys_that_are_not_indexed() -> None:
     assert not attend()[1].any()  # a row without keys attends to its sink alone
 
 
-def test_equal_scores_go_to_the_older_entry() -> None:
+def test_of_equal_scores_the_earlier_entry_is_chosen() -> None:
     query, keys, head_weights = torch.ones(1, 4, 8), torch.ones(6, 8), torch.ones(1, 4)
     entry_index = torch.tensor([[5, 4, 3, 2, -1, -1]])
     assert ops.indexer_topk(query, head_weights, keys, entry_index, topk=2).tolist() == [[5, 4]]

@@ -1,4 +1,4 @@
-"""Going back is a smaller length and nothing else: random rounds of drafts accepted and rejected."""
+"""Rejection only reduces the length: random rounds of accepted and rejected drafts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pair() -> TargetPair:
 
 @dataclass
 class Request:
-    """One sequence: the text that verification will find to be true, and how much of it is committed."""
+    """One sequence: the text that verification accepts, and its committed length."""
 
     text: list[int]
     expected: Tensor

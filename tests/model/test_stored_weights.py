@@ -1,4 +1,4 @@
-"""Weights that stay as a checkpoint quantised them: what is kept, what it decodes to, what is computed with it."""
+"""Weights kept quantised: their bytes, their dequantised values, and results computed with them."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def decoded(module: nn.Module) -> Tensors:
 
 
 def quantised_names(part: type[Module]) -> dict[str, torch.dtype]:
-    """What a release has a quantised product for."""
+    """Weights of a release that have a quantised product."""
     prefixes = {DeepSeekV4: [f"layers.{n}." for n in range(4)], DSparkModule: ["mtp.0.", "mtp.1."]}.get(part, [])
     names = {prefix + name: torch.float8_e4m3fn for prefix in prefixes for name in LINEARS}
     names |= {prefix + name: torch.int8 for prefix in prefixes for name in EXPERTS}
@@ -181,7 +181,7 @@ def test_linears_stay_in_fp8_and_experts_in_fp4_byte_by_byte(part: type[Module],
 
 
 @each_part
-def test_what_is_kept_decodes_to_what_is_dequantised_and_the_rest_is_the_same(part: type[Module], path: Path) -> None:
+def test_kept_weights_decode_to_the_dequantised_values_and_others_are_equal(part: type[Module], path: Path) -> None:
     found, expected = decoded(load(part, path, keep=True)), load(part, path, keep=False).state_dict()
     assert found.keys() == expected.keys()
     for name, values in expected.items():
@@ -333,15 +333,13 @@ def assert_computes_with_rounded_inputs(part: type[Module], path: Path) -> None:
 
 
 @each_part
-def test_a_stored_network_computes_what_a_dequantised_one_does_with_rounded_inputs(
-    part: type[Module], path: Path
-) -> None:
+def test_a_quantised_network_equals_a_dequantised_one_with_rounded_inputs(part: type[Module], path: Path) -> None:
     assert_computes_with_rounded_inputs(part, path)
 
 
 @each_part
 def test_rounding_the_inputs_makes_a_difference(part: type[Module], path: Path) -> None:
-    """Else the comparison with rounded inputs would say nothing about the rounding."""
+    """Otherwise the comparison with rounded inputs would not test the rounding."""
     kept, plain = load(part, path, keep=True), load(part, path, keep=False)
     assert (OUTPUTS[part](kept) - OUTPUTS[part](plain)).abs().max() > 100 * TOLERANCE
 
@@ -446,7 +444,7 @@ ENGINE = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 96, 
 
 
 def texts(path: Path, keep: bool | None, speculate: bool, temperature: float) -> tuple[list[list[int]], int]:
-    """What three requests hear, and in how many outputs."""
+    """Texts of three requests, and their number of outputs."""
     engine = build_engine(path, EngineConfig(keep_quantised=keep, **ENGINE))  # type: ignore[arg-type]
     said: dict[str, list[int]] = {}
     for number in range(3):
@@ -466,7 +464,9 @@ def texts(path: Path, keep: bool | None, speculate: bool, temperature: float) ->
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
-def test_an_engine_on_stored_weights_says_the_same_with_and_without_speculation(path: Path, temperature: float) -> None:
+def test_an_engine_with_quantised_weights_has_one_text_with_and_without_speculation(
+    path: Path, temperature: float
+) -> None:
     speculated, few = texts(path, keep=True, speculate=True, temperature=temperature)
     plain, many = texts(path, keep=True, speculate=False, temperature=temperature)
     assert speculated == plain

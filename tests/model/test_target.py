@@ -61,7 +61,7 @@ def test_prefill_in_any_chunks_gives_the_logits_of_transformers(
 
 
 def test_every_weight_of_the_target_matters() -> None:
-    """A weight that changes nothing would make the comparisons above say nothing about it."""
+    """A weight without effect would not be tested by the comparisons above."""
     pair = build_pair()
     text = random_tokens(80, pair.vocab_size, seed=2)
     before = Serving(pair.ours).prefill(0, text, [80])
@@ -116,7 +116,7 @@ def test_hash_layers_after_learned_ones_are_refused() -> None:
         ModelConfig.from_dict(raw)
 
 
-def test_both_dialects_of_the_config_give_the_same_shape() -> None:
+def test_both_spellings_of_the_config_give_the_same_shape() -> None:
     saved = ModelConfig.from_dict(build_pair(compress_rates={CSA: 4, HCA: 128}).theirs.config.to_dict())
     dropped = ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters")
     official = {key: value for key, value in BASE.items() if key not in dropped} | {
@@ -130,7 +130,7 @@ def test_both_dialects_of_the_config_give_the_same_shape() -> None:
     assert ModelConfig.from_dict(official) == saved
 
 
-def test_cache_lengths_follow_the_longest_block() -> None:
+def test_cache_lengths_follow_the_longest_verify_block() -> None:
     config = build_pair().ours.config
     shape = CacheShape.of(config, gamma=5, page_size=16, num_slots=3, max_rows=100)
     assert (shape.window_ring, shape.raw_rings) == (12 + 5, {4: 8 + 5, 16: 16 + 5})

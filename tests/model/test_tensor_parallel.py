@@ -1,4 +1,4 @@
-"""The target split over processes that talk gloo computes what one process does."""
+"""The target split over processes (gloo) gives the results of one process."""
 
 from __future__ import annotations
 

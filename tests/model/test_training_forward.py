@@ -1,4 +1,4 @@
-"""The training forwards, which know whole sequences, equal the serving forwards, which know a cache."""
+"""Training forwards over full sequences equal serving forwards with a cache."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_tool_results_join_the_user_turn_in_the_order_of_their_calls() -> None:
     assert render(messages).endswith(expected)
 
 
-def test_an_answer_without_its_end_lets_the_model_go_on() -> None:
+def test_an_answer_without_its_end_is_continued() -> None:
     messages = [user("u"), assistant("Once") | {"wo_eos": True}]
     assert render(messages) == f"{BOS}{USER}u{ASSISTANT}</think>Once"
 
@@ -117,7 +117,7 @@ def test_no_assistant_turn_is_opened_on_request() -> None:
     assert render([user("u")], add_generation_prompt=False) == f"{BOS}{USER}u"
 
 
-def test_a_turn_is_opened_behind_an_answer_on_request() -> None:
+def test_a_turn_is_opened_after_an_answer_on_request() -> None:
     messages = [user("u"), assistant("A")]
     assert render(messages, add_generation_prompt=True) == f"{render(messages)}{ASSISTANT}</think>"
     going_on = [user("u"), assistant("A") | {"wo_eos": True}]
@@ -137,7 +137,7 @@ def test_markers_and_texts_take_turns() -> None:
 
 
 @pytest.mark.parametrize("arguments", ['{"a": "\\ud83d"}', '{"\\ud83d": 1}', {"a": "\ud83d"}])
-def test_arguments_that_no_encoding_can_spell_are_refused(arguments: Any) -> None:
+def test_arguments_that_cannot_be_encoded_are_refused(arguments: Any) -> None:
     with pytest.raises(RequestError, match="Unicode") as caught:
         render([user("u"), assistant(None, None, [call("1", "f", arguments)])])
     assert caught.value.param == "messages[1].tool_calls[0].function"
@@ -179,7 +179,7 @@ def test_a_bad_message_is_refused_by_its_field(messages: Any, param: str) -> Non
         ({"reasoning_effort": "none", "thinking": True}, "reasoning_effort"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_its_field(options: dict[str, Any], param: str) -> None:
+def test_unsupported_fields_are_refused_by_name(options: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
         render([user("a")], **options)
     assert caught.value.param == param

@@ -1,4 +1,4 @@
-"""Checkpoints written by us and by transformers, read whole and in slices, good and broken."""
+"""Checkpoints written by this package and by transformers, read fully and in slices, valid and broken."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ CONFIG = ModelConfig.from_dict(RAW)
 
 @torch.no_grad()
 def scramble(module: nn.Module, seed: int) -> None:
-    """Values that would show if they were lost, moved or rounded twice; all of them fit into bfloat16."""
+    """Values whose loss, misplacement or second rounding changes results; all fit into bfloat16."""
     initialise(module, seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
@@ -261,12 +261,12 @@ def test_quantised_tensors_have_the_dtypes_of_a_release(quantised: Path, name: s
     assert stored_tensors(quantised)[name].dtype == dtype
 
 
-def test_the_configuration_says_how_weights_are_stored(plain: Path, quantised: Path) -> None:
+def test_the_configuration_has_the_quantisation(plain: Path, quantised: Path) -> None:
     assert json.loads((plain / "config.json").read_text()) == RAW
     assert json.loads((quantised / "config.json").read_text())["expert_dtype"] == "fp4"
 
 
-def test_a_plain_copy_of_a_quantised_release_no_longer_says_quantised(tmp_path: Path, target: DeepSeekV4) -> None:
+def test_a_plain_copy_of_a_quantised_release_has_no_quantisation_config(tmp_path: Path, target: DeepSeekV4) -> None:
     save_checkpoint(tmp_path, target, None, RAW | {"quantization_config": {}, "expert_dtype": "fp4"})
     assert json.loads((tmp_path / "config.json").read_text()) == RAW
 
@@ -532,7 +532,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-def test_an_index_that_promises_too_much_is_refused(tmp_path: Path) -> None:
+def test_an_index_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     save_file({"norm.weight": torch.ones(2)}, tmp_path / "a.safetensors")
     index = {"weight_map": {"head.weight": "a.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -584,7 +584,7 @@ def test_a_good_checkpoint_has_no_problems(quantised: Path) -> None:
     assert describe(quantised).problems == ()
 
 
-def test_a_description_lists_what_loading_would_refuse(plain: Path, tmp_path: Path) -> None:
+def test_a_description_lists_the_problems_of_loading(plain: Path, tmp_path: Path) -> None:
     path = broken(plain, tmp_path, "mtp.1.norm.weight", None)
     assert describe(path).problems == ("mtp.1.norm.weight: expected shape [160], found no such tensor",)
 

@@ -1,4 +1,4 @@
-"""The verifier's features of the last tokens: what comes out is what was put in last, whenever it is asked for."""
+"""Context features of the last tokens: a read returns the last rows written, whenever it happens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def asked(window: FeatureWindow, slot: int, num_known: int, num_computed: int) -
 
 
 @pytest.mark.parametrize("steps_between_questions", [1, 5, 40])
-def test_what_comes_out_is_what_one_row_at_a_time_gives(steps_between_questions):
+def test_reads_equal_those_of_one_row_at_a_time(steps_between_questions):
     generator = np.random.default_rng(0)
     window, plain = FeatureWindow(NUM_SLOTS, WINDOW), Plain()
     lengths, stamp = np.zeros(NUM_SLOTS, dtype=np.int64), 0.0

@@ -1,4 +1,4 @@
-"""Noise: the generator's published answers, and what an address means."""
+"""Noise: published results of the generator, and independence of addresses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def noise(
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
-def test_the_generator_gives_the_published_answers(counter: str, key: str, expected: str) -> None:
+def test_the_generator_gives_the_published_results(counter: str, key: str, expected: str) -> None:
     output = philox_4x32(words(counter), words(key))  # type: ignore[arg-type]
     assert [int(word) for word in output] == [int(word) for word in words(expected)]
 

@@ -44,7 +44,7 @@ def sample(logits: Tensor, contexts: list[RowContext]) -> Samples:
 
 
 def processed_row(logits: Tensor, **changes: Any) -> list[float]:
-    """One row after the processors, the slow way round."""
+    """One row after edits and temperature."""
     rows = build_sampling_rows([context(**changes)])
     return apply_temperature(edit_logits(logits, rows, 0), rows.temperatures)[0].tolist()
 
@@ -97,7 +97,7 @@ def kept(logits: Tensor, **changes: Any) -> set[int]:
 
 
 def straightforward(logits: Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """The kept tokens by the definitions: one filter after the other, each on what is left."""
+    """The kept tokens by definition: one filter after the other, each on the remaining tokens."""
     ranked = sorted(range(VOCAB), key=lambda token: -logits[0, token].item())[: top_k or VOCAB]
     weights = [math.exp(logits[0, token]) for token in ranked]
     kept_tokens: list[int] = []
@@ -112,7 +112,7 @@ def straightforward(logits: Tensor, top_k: int, top_p: float, min_p: float) -> s
 @pytest.mark.parametrize("top_k", [0, 1, 4, VOCAB - 1])
 @pytest.mark.parametrize("top_p", [0.3, 0.85, 1.0])
 @pytest.mark.parametrize("min_p", [0.0, 0.2])
-def test_filters_keep_what_their_definitions_keep(top_k: int, top_p: float, min_p: float) -> None:
+def test_filters_keep_the_tokens_of_their_definitions(top_k: int, top_p: float, min_p: float) -> None:
     for seed in range(5):
         logits = random_logits(1, seed)
         expected = straightforward(logits, top_k, top_p, min_p)
@@ -139,7 +139,7 @@ def test_a_min_p_of_one_keeps_the_best_token() -> None:
     assert kept(logits, min_p=1.0) == {int(logits.argmax())}
 
 
-def test_tokens_that_tie_at_the_limit_all_stay() -> None:
+def test_tokens_that_tie_at_the_threshold_all_stay() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, *[0.0] * (VOCAB - 4)]])
     assert kept(logits, top_k=2) == {0, 1, 2, 3}
 
@@ -167,7 +167,7 @@ def test_temperature_zero_takes_the_likeliest_token_whatever_the_seed() -> None:
     assert sample(logits, contexts).token_ids == logits.argmax(-1).tolist()
 
 
-def test_a_token_is_the_best_of_tempered_logits_plus_the_noise_of_its_address() -> None:
+def test_a_token_is_the_best_of_scaled_logits_plus_the_noise_of_its_address() -> None:
     logits = random_logits(50)
     contexts = [context(position=100 + row, seed=row - 25, temperature=0.6) for row in range(50)]
     noise = gumbel_noise(torch.arange(50) - 25, torch.arange(50) + 100, STREAM_SAMPLE, 0, VOCAB)
@@ -242,7 +242,7 @@ def test_no_rows_give_no_samples() -> None:
 
 @dataclass
 class Meeting:
-    """Where the threads that play the ranks lay down their tensors."""
+    """Exchanges tensors between threads that act as ranks."""
 
     barrier: threading.Barrier
     parts: dict[int, Tensor] = field(default_factory=dict)
@@ -250,7 +250,7 @@ class Meeting:
 
 @dataclass(frozen=True)
 class ThreadGroup(ParallelGroup):
-    """A rank that is a thread."""
+    """A rank of a group of threads."""
 
     meeting: Meeting = field(kw_only=True)
 
@@ -363,7 +363,7 @@ def test_a_rejection_draft_is_one_of_its_ids_with_positive_probability() -> None
         assert (choose.probabilities[:, k][hits] > 0).all()
 
 
-def test_the_truncated_distribution_is_the_tempered_filtered_one_renormalised() -> None:
+def test_the_truncated_distribution_is_the_filtered_one_renormalised() -> None:
     choose = chooser("rejection")
     logits = random_logits(len(DRAFTED))
     choose(0, logits)

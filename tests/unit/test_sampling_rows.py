@@ -1,4 +1,4 @@
-"""What travels to every rank so that rows of logits become tokens."""
+"""Sampling parameters of rows as tensors that are sent to every rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def edits_of(rows: SamplingRows) -> dict[tuple[int, int], tuple[float, float]]:
     return dict(zip(keys, values, strict=True))
 
 
-def test_plain_requests_have_no_edits_and_need_no_whole_row() -> None:
+def test_plain_requests_have_no_edits_and_need_no_full_vocabulary() -> None:
     rows = build_sampling_rows([context(), context(temperature=0)])
     assert rows.edits is None
     assert rows.full_vocab_rows == ()
@@ -42,7 +42,7 @@ def test_plain_requests_have_no_edits_and_need_no_whole_row() -> None:
     [{"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"logprobs": 0}, {"wants_distribution": True}],
     ids=str,
 )
-def test_filters_reports_and_distributions_need_the_whole_row(changes: dict[str, Any]) -> None:
+def test_filters_reports_and_distributions_need_the_full_vocabulary(changes: dict[str, Any]) -> None:
     assert build_sampling_rows([context(), context(**changes)]).full_vocab_rows == (1,)
 
 
@@ -87,7 +87,7 @@ def test_selected_rows_are_renumbered_with_all_that_belongs_to_them() -> None:
     assert selected.full_vocab_rows == (0, 1)
 
 
-def test_no_rows_are_rows_too() -> None:
+def test_no_rows_can_be_packed() -> None:
     rows = build_sampling_rows([])
     assert (rows.num_rows, rows.full_vocab_rows, rows.any_sampled) == (0, (), False)
 
@@ -102,13 +102,13 @@ def test_a_token_outside_the_vocabulary_is_named(params: Any, stop_ids: tuple[in
 
 
 class Unsearchable(tuple[int, ...]):
-    """Rows that must not be looked for one by one."""
+    """Rows whose membership must not be tested one by one."""
 
     def __contains__(self, row: object) -> bool:
         raise AssertionError("every search looks through all rows")
 
 
-def test_selecting_rows_does_not_search_the_whole_rows_for_each() -> None:
+def test_selecting_rows_does_not_search_full_vocab_rows_for_each() -> None:
     rows = build_sampling_rows([context(top_p=0.5), context(), context(top_p=0.5)])
     selected = replace(rows, full_vocab_rows=Unsearchable(rows.full_vocab_rows)).select([1, 2])
     assert selected.full_vocab_rows == (1,)

@@ -1,4 +1,4 @@
-"""Streamed text: whole characters, stop strings across tokens, nothing held longer than needed."""
+"""Streamed text: complete characters, stop strings across tokens, no text held longer than needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokenizer's edge: ids, special tokens, bytes, errors."""
+"""The tokenizer: ids, special tokens, bytes, errors."""
 
 from __future__ import annotations
 

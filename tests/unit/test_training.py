@@ -1,4 +1,4 @@
-"""Training goes on where it stopped, and learns."""
+"""Training reduces the loss, and resumes from its saved state."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Acceptance: number of accepted drafts, and the token that follows them.
 
-`accept_rejection` takes four launches. Only rows with a draft behind them are read for their softmax, and of the row
-where a request's token is drawn only the tokens that can win are given exact noise:
+`accept_rejection` takes four launches. The softmax is computed only for rows followed by a draft, and exact noise only
+for tokens that can win in the row that predicts the next token:
 
     parts    grid (parts, rows of a request, R)   maximum and sum of exponentials of every part of a row
-    test     grid (R)                             the first draft that falls
-    draw     grid (splits, R)                     best of x + noise, leaving out the tokens that the draft could draw
-    finish   grid (R)                             those tokens, at most K, weighed by max(p - q, 0); the better of both
+    test     grid (R)                             the first rejected draft
+    draw     grid (splits, R)                     best of x + noise, without the candidates of the draft
+    finish   grid (R)                             the K candidates, weighted by max(p - q, 0); the better of both
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention over gathered keys that are values too: a tile of keys is read once for both products.
 
-One program serves a block of heads of one row. Few rows do not fill the device, so there the keys of a row are dealt to
-several programs, whose partial results a second kernel joins. Splits are shares of the keys that a row has, not of
-the index's width: a graph captured for long texts costs little at short ones.
+One program serves a block of heads of one row. Few rows do not fill the device; then the keys of a row are split over
+several programs, whose partial results a second kernel joins. Splits divide the keys that a row has, not the width of
+the index: a graph captured for long texts costs little at short ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The compressor: raw rows, and the entries that are pooled from them when a window closes.
 
-Of many windows in a batch few close, so programs walk over runs of windows and skip the others. A closing window's rows
-pass once, in chunks; each place of the chunk keeps its own running maximum, sum and weighted sum, so nothing is
+Few windows of a batch close, so a program walks over a run of windows and skips the others. Rows of a closing window
+are read once, in chunks; each place of the chunk keeps its own running maximum, sum and weighted sum, so nothing is
 exchanged between threads before the last chunk.
 """
 
@@ -23,7 +23,7 @@ _CHUNK = 8
 _MAX_CHANNELS = 1024
 """Channels of an entry per program: four chunks of more would not fit into shared memory."""
 _WARPS_PER_PROCESSOR = 32
-"""Number of programs over which `compress` distributes its windows."""
+"""Warps per processor of the programs over which `compress` distributes its windows."""
 
 
 @triton.jit

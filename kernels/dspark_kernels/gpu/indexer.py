@@ -1,7 +1,7 @@
 """The indexer: scores are written to memory, then each row's k-th largest score is found exactly, by bisection.
 
-Rows of one request see the same entries. Where two neighbours do, a program scores both with keys that it reads once.
-A row longer than a program can hold is cut into chunks: the best of each, in their order, are a shorter row.
+Rows of one request see the same entries: for two neighbours that do, a program reads the keys once. A row longer than
+a program can hold is cut into chunks, whose best entries, in order, make a shorter row.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Norm, rotation, rounding and storage of a key: shared by `store_window` and `compress`.
 
-A key is normed, turned, and stored plainly, or rounded to FP8, or packed (`formats.pack_keys`). Rounding happens where
-the reference rounds, so a packed row differs from its bytes only where float32 sums in another order do.
+A key is normed, rotated, and stored as it is, rounded to FP8, or packed (`formats.pack_keys`). It is rounded at the
+same points as in the reference, so bytes of a packed row differ only where float32 sums in another order do.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Products of rows with an FP8 weight: a kernel for few rows, which streams the weight, and one for many.
 
-Both multiply E4M3 numbers and bring in the scales, of a row and of a block of the weight, once per 128 input channels.
+Both multiply E4M3 numbers and apply the scales, of a row and of a tile of the weight, once per 128 input channels.
 With few rows a program has few output channels and its warps share the input channels, so that small weights occupy the
-device too; activations are rounded in registers. With many rows they are rounded once, by a kernel before.
+device too; activations are rounded in registers. With many rows they are rounded once, by a separate kernel.
 
 Many bfloat16 rows are multiplied by FP8 tensor cores, as the official program does. These add up 128 products with some
 14 bits. Float32 rows are multiplied as float16, which holds E4M3 numbers, and summed in float32; so are few rows.
@@ -57,7 +57,7 @@ _ROUND_GROUPS = 16
 
 @triton.jit
 def _scale_of(p_scale, i_channel, o_groups, GROUPS: tl.constexpr):
-    """float32 scales of groups of input channels, for the block of output channels that i_channel is in."""
+    """float32 scales of groups of input channels, for the scale tile of output channel i_channel."""
     b_bytes = tl.load(p_scale + i_channel // _BLOCK_ROWS * GROUPS + o_groups, mask=o_groups < GROUPS, other=0)
     return (b_bytes.to(tl.int32) << 23).to(tl.float32, bitcast=True)
 

@@ -1,13 +1,13 @@
 """Hyper-connections: collapse the residual streams, mix them, and write a sublayer's output back; one launch each.
 
-A read is two steps, and the second needs the sums of the first. Step one projects tiles of rows, the long axis [m*d]
-cut into splits that many processors share. In step two one program per row collapses it, and a few more make `comb` of
+A read has two steps, and the second needs the sums of the first. Step one projects tiles of rows, with the long axis
+[m*d] split over many processors. In step two one program per row collapses it, and a few more make `comb` of
 several rows. Both are programs of one grid:
 
     [project tiles 0 .. lag-1] [project lag | follow 0] [project lag+1 | follow 1] ... [follow the last lag]
 
 A program that follows waits for the projections of its tile. A wait always ends: they come earlier in the grid,
-programs start in the order of the grid (CUB's scans rely on it too), and a projection waits for nobody. When rows are
+programs start in the order of the grid (CUB's scans rely on it too), and a projection does not wait. When rows are
 read for the second time they should still be in L2.
 """
 

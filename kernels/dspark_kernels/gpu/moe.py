@@ -1,12 +1,12 @@
 """Routed experts: pairs (row, chosen expert) sorted by expert, two products over them, and a sum per row.
 
-`_plan_kernel` lists each expert's pairs and cuts the lists into tiles of rows. Where weights are quantised it also
-rounds hidden rows to FP8, and `_round_kernel` does so with the rows between the products. A program of a
-product takes one tile and some output channels: an expert's weights are read once per tile, and not at all where no row
-chose it. The grid cannot depend on what was chosen; programs that find no tile leave at once. A pair has a row of its
+`_plan_kernel` lists each expert's pairs and cuts the lists into tiles of rows. With quantised weights it also
+rounds hidden rows to FP8, and `_round_kernel` rounds the rows between the products. A program of a
+product takes one tile and some output channels: an expert's weights are read once per tile, and not at all if no row
+chose it. The grid cannot depend on the choices; programs without a tile return at once. A pair has a row of its
 own until `_combine_kernel` adds up a row's pairs, first choice first: results do not depend on the order of programs.
 
-Where experts have few pairs each, reading weights is what takes the time, and the warps of a program share the input
+If experts have few pairs each, most time goes into reading weights, and the warps of a program split the input
 channels instead of the rows (`weights.multiply_add`).
 """
 

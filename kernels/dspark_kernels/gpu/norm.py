@@ -1,6 +1,6 @@
 """RMS norm, rotation and gated activation: every row is loaded once, in full width, and stored once.
 
-A row is one block of the next power of two, so its sum of squares needs no second look at memory. The channels of a
+A row is one block of the next power of two, so its sum of squares needs no second read. The channels of a
 rotated pair are neighbours in that block, and a split takes them apart in registers.
 """
 

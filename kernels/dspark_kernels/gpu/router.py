@@ -1,7 +1,7 @@
 """Routing: logits of all experts, summed over parts of the channels, then the choice of experts, one program per row.
 
-Few rows leave few tiles of logits, and the gate is read by few processors, unless its channels are shared out too. The
-parts are added up in a fixed order by the choosing kernel.
+With few rows there are few tiles of logits, so the channels of the gate are split too, for more processors to read it.
+The parts are added up in a fixed order by the choosing kernel.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _choose_kernel(
     b_left = b_scores
     if p_bias is not None:
         b_left += tl.load(p_bias + o_experts, mask=o_experts < E, other=0.0).to(tl.float32)
-    # NaN counts as a highest score. Chosen and padding experts are set to -inf, so that choices are distinct.
+    # NaN counts as a highest score. Only chosen experts and places beyond E are -inf, so that choices are distinct.
     b_left = tl.where(b_left == b_left, tl.maximum(b_left, _LEAST), float("inf"))
     b_left = tl.where(o_experts < E, b_left, float("-inf"))
     b_weights = tl.zeros((BLOCK_K,), tl.float32)

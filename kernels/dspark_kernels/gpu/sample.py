@@ -1,8 +1,8 @@
 """Sampling by argmax(x + Gumbel noise) in one pass over the logits; most exact noise need not be computed.
 
-The noise is defined in float64, and most of it need not be known. Of each row a program carries a leader, the best
-token of its tiles so far. A tile is looked at again only where a bound without logarithms lets one of its tokens reach
-the leader; then float32 noise decides, except between tokens closer than its error, where float64 noise does.
+The noise is defined in float64, but most of it need not be computed. For each row a program keeps a leader, the best
+token of its tiles so far. A tile is examined only if, by a bound without logarithms, one of its tokens can reach the
+leader; then float32 noise decides, or float64 noise between tokens closer than the error of float32 noise.
 The tiles of a row are distributed over programs, and the exact values of their leaders are compared.
 
 Filters need full rows before a token is drawn: `markov_sample` with filters writes its logits, one step at a time.
