@@ -1,4 +1,4 @@
-# Every target installs what it misses, so any of them can be the first command on a fresh machine.
+# Every target installs missing packages, so any of them can be the first command on a fresh machine.
 # Needs: make, git, and a Python 3.11 or 3.12 (`make PYTHON=python3.12 ...` picks one).
 
 .DEFAULT_GOAL := help
@@ -22,7 +22,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 # Tests that share an expensive fixture carry `xdist_group`, and stay in one process.
 IN_PARALLEL = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-# Two ranks and a drafter share the cores of a laptop: one thread each is faster than a crowd.
+# Two ranks and a drafter share the cores of a laptop: one thread each is fastest.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help install serve generate test check test-clients lint format bench bench-schedule bench-controller bench-kernels chaos gpu-day docs clean
@@ -32,7 +32,7 @@ help: ## Show the targets.
 
 install: $(INSTALLED) ## Make .venv and install everything into it.
 
-# torch comes first and alone: a build of it that is already there (a CPU one, for example) is kept.
+# torch is installed first and alone, so that an existing build (for CPUs, for example) stays.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found: install one, or say make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,8 +40,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,cli,dev,docs]'
 	@touch $@
 
-# A new local Ray cluster takes commands from whoever holds its token. This one lives in the checkout, so that
-# the cluster is closed to the network (unlike RAY_AUTH_MODE=disabled) and the home folder stays as it was.
+# A local Ray cluster takes commands from every holder of its token. This token lives in the checkout, so that other
+# machines cannot send commands (unlike RAY_AUTH_MODE=disabled) and the home folder stays unchanged.
 $(RAY_TOKEN):
 	@mkdir -p $(@D)
 	@umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > $@
@@ -93,11 +93,11 @@ bench-controller: $(INSTALLED) ## Simulate load control and autoscaling; writes 
 bench-kernels: $(INSTALLED) ## Measure every kernel against its floor and a compiled reference (needs a GPU).
 	$(BIN)/python -m benchmarks.gpu.kernels $(ARGS)
 
-chaos: $(INSTALLED) ## Kill, stop and break every process while streams run; writes benchmarks/results/chaos* and goes on where it stopped.
+chaos: $(INSTALLED) ## Kill, stop and break every process while streams run; writes benchmarks/results/chaos*; continues an interrupted run.
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
-# On a machine whose own Python has torch with CUDA, nothing is installed: such machines often reach no package index.
-gpu-day: ## Everything that only a GPU can tell, in nine minutes (ARGS=--dry-run goes through it without one).
+# Where the machine's own Python has torch with CUDA, nothing is installed: such machines often reach no package index.
+gpu-day: ## All checks and measurements that need a GPU, in nine minutes (ARGS=--dry-run runs them on a CPU).
 	@if $(PYTHON) -c 'import torch, triton; assert torch.cuda.is_available()' 2>/dev/null; then python="$(PYTHON)"; \
 	else $(MAKE) --no-print-directory install; python=$(BIN)/python; fi; \
 	PYTHONPATH=kernels:. "$$python" -m benchmarks.gpu_day $(ARGS)

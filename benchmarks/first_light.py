@@ -1,10 +1,13 @@
-"""What the first release does on the tiny model: speed-up, overheads, accepted lengths.
+"""Measures the whole application with the packaged tiny model on a CPU with two cores.
 
-    python -m benchmarks.first_light [--readme]
+    python -m benchmarks.first_light              writes benchmarks/results/first_light.json and .png
+    python -m benchmarks.first_light --readme     also fills the tables in README.md and docs/performance.md
 
-A repeat measures all sides of a ratio one after the other on the same prompts, so that whatever else the
-machine does meets all of them. Every finished repeat is kept in .build/, and an interrupted run goes on where
-it stopped. Results go to benchmarks/results/.
+Figures: speed-up by speculation over HTTP, HTTP over the same gang without Ray, drafter actor over inline drafter, and
+accepted lengths by kind of text.
+
+A repeat measures all sides of a ratio one after the other on the same prompts, so that other load on the machine
+affects all of them. Finished repeats are kept in .build/, and an interrupted run continues from them.
 """
 
 from __future__ import annotations
@@ -37,12 +40,12 @@ SCRATCH = ROOT / ".build" / "first_light"
 
 NUM_STREAMS = 8
 _SILENCE_SECONDS = 900.0
-"""A gang waits for its turn, so silence is no sign of death here."""
+"""A gang is idle while the others are measured, so a long silence is normal."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured; a change of it starts the measurement again."""
+    """Settings of the measurement; a change starts it again."""
 
     config: dict[str, Any]
     """The application's YAML file."""
@@ -113,7 +116,7 @@ def _speed_of_repeat(
     on, off = (_bodies(settings, single, enabled) for enabled in (True, False))
     job = Job(_requests(settings, single))
     together = Job(_requests(settings, streams), together=True)
-    # The order turns round every repeat, so that no side is always first after a pause.
+    # Every second repeat runs in reverse order, so that no side is always first after a pause.
     sides: dict[str, Callable[[], Any]] = {
         "http_on": lambda: one_after_the_other(client, on),
         "http_off": lambda: one_after_the_other(client, off),
@@ -175,7 +178,7 @@ def _requests(
     )
 
 
-# Accepted lengths: one process, everything batched; lengths do not depend on where the drafter is.
+# Accepted lengths: one process, all requests in one batch; lengths do not depend on the drafter's placement.
 
 
 def measure_lengths(settings: Settings, prompts: Prompts, notebook: Notebook) -> None:
@@ -211,7 +214,7 @@ def _accepted_and_rounds(stats: dict[str, SpeculationStats], kind: str) -> list[
 
 
 def _overall(figures: dict[str, Any]) -> dict[str, float]:
-    """Mean accepted length over the kinds, each weighing the same."""
+    """Mean of the kinds' accepted lengths, with equal weights."""
     modes = ("greedy", "sampled", "sampled_rejection")
     return {mode: _mean([_length(*counts) for counts in figures[mode].values()]) for mode in modes}
 
@@ -224,7 +227,7 @@ def _length(num_accepted: int, num_rounds: int) -> float:
 
 
 def _spec(settings: Settings, drafter: str) -> GangSpec:
-    """The application's gang, with the drafter where it is said."""
+    """The application's gang with the drafter placed as `drafter` says."""
     args = settings.args
     return GangSpec(
         checkpoint=str(args.checkpoint),
@@ -237,7 +240,7 @@ def _spec(settings: Settings, drafter: str) -> GangSpec:
 
 
 def _single(settings: Settings, verification: str) -> GangSpec:
-    """One process, one rank; every draft is verified, so that lengths are the drafter's and not the machine's."""
+    """One process, one rank. Every draft is verified, so that lengths do not depend on the machine's speed."""
     mode: VerificationMode = "coupled" if verification == "coupled" else "rejection"
     engine = replace(settings.args.engine_config(), verification=mode, schedule="fixed")
     return GangSpec(checkpoint=str(settings.args.checkpoint), engine=engine)
@@ -333,7 +336,11 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.first_light",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", type=Path, default=ROOT / "deployments" / "tiny.yaml")
     parser.add_argument("--checkpoint", type=Path, help="a folder to serve instead of the one in the config")
     parser.add_argument("--output", type=Path, default=RESULTS)

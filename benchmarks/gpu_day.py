@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in under nine minutes: one command, five stages, one file of figures.
+"""All checks and measurements that need a GPU, in under nine minutes: five stages, one file of figures.
 
     make gpu-day                                     on a machine with a GPU; results in .build/gpu_day
     make gpu-day ARGS="--output FOLDER"
@@ -11,12 +11,11 @@ installed, PYTHONPATH=kernels:. before the command.
     tests       kernels against their references
     checks      bits of a row by number of rows, tiles, waits in recorded steps, which body serves, rows of NaN
     texts       start-up from an empty Triton cache; the tiny checkpoint's texts on the GPU and on the CPU
-    nvml        what NVML answers, idle and under load, beside the controller's scales
+    nvml        NVML's values, idle and under load, beside the controller's scales
     benchmarks  the kernels that move most bytes, and a round of a V4-Flash-shaped model
 
-Every job of a stage is a process with a time limit of its own, so that one that fails or hangs costs only its own
-figures. `gpu_day.json` is written anew whenever a job starts or ends, and once a second. benchmarks/README.md says how
-to read it.
+Every job of a stage is a process with a time limit of its own, so that a job that fails or hangs loses only its own
+figures. `gpu_day.json` is rewritten whenever a job starts or ends, and once a second. benchmarks/README.md explains it.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ KERNELS, ROUND = "kernels.json", "round.json"
 """As benchmarks.gpu.kernels and benchmarks.gpu.round write them, for the tables that they make."""
 
 LIMITS = {"tests": 150.0, "checks": 90.0, "texts": 120.0, "nvml": 40.0, "benchmarks": 130.0}
-"""Seconds of a stage; each may also use what those before it left."""
+"""Seconds of a stage; time that earlier stages left unused is added."""
 DRY_SECONDS = 600.0
 """Of a stage of a dry run."""
 
@@ -72,13 +71,13 @@ MODULES = {
 WORKERS, DRY_WORKERS = 14, 2
 LONG_TO_COMPILE = ("linear_fp8", "moe", "sparse_attention", "markov_sample")
 COMPARED_OPS = "mhc_read,mhc_write,markov_sample,accept_rejection"
-"""That are also measured against their compiled references."""
+"""Operations that are also measured against their compiled references."""
 ROUNDS = ("--layers", "6", "--requests", "1,32")
 DRY_TESTS = ("tests/kernels/test_noise.py",)
 
 
 def missing(dry_run: bool) -> list[str]:
-    """What a day needs and this machine does not have."""
+    """Requirements that this machine lacks."""
     absent = [package for module, package in MODULES.items() if find_spec(module) is None]
     if not absent and not dry_run:
         import torch
@@ -88,7 +87,7 @@ def missing(dry_run: bool) -> list[str]:
 
 
 class Plan:
-    """The jobs of a day, as commands."""
+    """The jobs of all stages, as commands."""
 
     def __init__(self, records: Path, output: Path, dry_run: bool, commit: str | None) -> None:
         self._records, self._output, self._is_dry = records, output, dry_run
@@ -125,7 +124,7 @@ class Plan:
         names = [f"texts:cpu-{dtype}-launched" for dtype in DTYPES]
         names += [f"texts:gpu-{dtype}-{steps}" for dtype in DTYPES for steps in ("replayed", "launched")]
         jobs = [self._job("start-up:cold", LIMITS["texts"], cache), *self._jobs(names, LIMITS["texts"])]
-        # What benchmarks will need is compiled while cores are idle.
+        # The kernels of the benchmarks are compiled while cores are idle.
         rounds = ("--shape", "tiny", "--requests", "1", "--context", "128") if self._is_dry else ROUNDS
         jobs.append(
             self._python("compile-round", "benchmarks.gpu.round", *rounds, "--compile", seconds=LIMITS["texts"])
@@ -175,7 +174,7 @@ class Plan:
 
 
 class Day:
-    """A run of all stages, and the file of its figures."""
+    """A run of all stages, with its file of figures."""
 
     def __init__(self, output: Path, dry_run: bool, commit: str | None) -> None:
         output.mkdir(parents=True, exist_ok=True)
@@ -198,7 +197,7 @@ class Day:
         return all(self._stages[name].status == "ended" for name in names)
 
     def figures(self) -> dict[str, Any]:
-        """All that is known by now."""
+        """The contents of the file so far."""
         stages, everything = {}, []
         for name, result in self._stages.items():
             records = list(self._records_of(name))
@@ -269,11 +268,13 @@ def _end(*_: object) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_day", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the results (default: .build/gpu_day)")
     parser.add_argument("--dry-run", action="store_true", help="every stage on a CPU, with the smallest shapes")
     parser.add_argument("--stages", default=",".join(LIMITS), help="comma-separated (default: all)")
-    parser.add_argument("--commit", help="what this is a copy of, on a machine that has no repository")
+    parser.add_argument("--commit", help="commit of this copy, on a machine without the repository")
     parser.add_argument("--report", type=Path, metavar="FILE", help="print tables of a file of figures")
     arguments = parser.parse_args()
     if arguments.report is not None:

@@ -1,10 +1,10 @@
-"""How many texts with speculation are other texts than without, by dtype and by requests decoded together.
+"""Counts texts that speculation changes, by dtype and by number of requests decoded together; on one core of a CPU.
 
-    python -m benchmarks.losslessness                 on a CPU; writes benchmarks/results/losslessness.json
+    python -m benchmarks.losslessness                 writes benchmarks/results/losslessness.json
     python -m benchmarks.losslessness --readme        also fills the table in docs/lossless.md
 
-Coupled verification keeps a draft only where it is the target's own token, so texts can part in one way alone: a step
-with more rows rounds a logit differently, and two tokens that nearly tie change places. 16 held-out prompts, half of
+Coupled verification accepts a draft only where it equals the target's own token, so a text can change in one way only:
+a step with more rows rounds a logit differently, and two nearly tied tokens change places. 16 held-out prompts, half of
 them greedy, 200 tokens each, every draft verified.
 """
 
@@ -38,22 +38,22 @@ def texts(device: Device, dtype: DType, at_once: int, speculation: bool) -> dict
 
 
 def measure() -> list[dict[str, Any]]:
-    """A line for each dtype and number of requests."""
+    """One line per dtype and number of requests."""
     device, lines = Device(dry_run=False), []
     for dtype in DTYPES:
         for at_once in AT_ONCE:
             plain, speculative = (texts(device, dtype, at_once, speculation) for speculation in (False, True))
             found = compared(SPECULATIVE, speculative, PLAIN, plain)
             lines.append({"dtype": dtype, "at_once": at_once, "texts": found.texts, "places": found.places})
-            told = f"{found.parted} of {found.texts} texts part, at {found.places}"
+            told = f"{found.parted} of {found.texts} texts differ, at {found.places}"
             print(f"{dtype}, {at_once} at once: {told}", flush=True)
     return lines
 
 
 def table(content: dict[str, Any]) -> str:
-    """Texts that part, in Markdown."""
+    """Numbers of changed texts, in Markdown."""
     counts = " | ".join(str(at_once) for at_once in AT_ONCE)
-    title = f"texts of {MAX_TOKENS} tokens that part, by requests at once"
+    title = f"texts of {MAX_TOKENS} tokens that differ, by requests at once"
     lines = [f"| {title} | {counts} |", f"|---|{'---|' * len(AT_ONCE)}"]
     for dtype in DTYPES:
         cells = [f"{len(one['places'])} of {one['texts']}" for one in content["lines"] if one["dtype"] == dtype]
@@ -64,7 +64,11 @@ def table(content: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.losslessness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--readme", action="store_true", help="fill the table in docs/lossless.md")
     arguments = parser.parse_args()

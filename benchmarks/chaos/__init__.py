@@ -1,1 +1,1 @@
-"""Kill, stop and break processes of a live application while streams run."""
+"""Recovery of a running application from killed, stopped and broken processes."""

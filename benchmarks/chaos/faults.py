@@ -1,4 +1,4 @@
-"""Faults that the chaos program makes: signals to processes, and an exception inside a step."""
+"""Faults of the chaos program: signals to processes, and an exception inside a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RAISE = signal.SIGUSR1
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to which process."""
+    """A signal or exception, and its target."""
 
     how: str
     """raise, SIGKILL or SIGSTOP"""
@@ -53,7 +53,7 @@ def schedule(seed: int, num_rounds: int) -> list[Fault]:
 
 
 def install() -> None:
-    """In every worker process of this program's Ray: let RAISE make the next forward raise."""
+    """Setup of every Ray worker of this program: after the signal RAISE, the next forward raises."""
     signal.signal(RAISE, _break_the_next_step)
 
 
@@ -85,7 +85,7 @@ def process_of(target: str, app_name: str) -> int:
 
 
 def live_processes(class_name: str) -> list[int]:
-    """Process ids of the actors of a class that Ray takes for alive; needs no dashboard."""
+    """Process ids of the actors of a class that are alive for Ray; needs no dashboard."""
     from ray._private import state
 
     actors = state.actors().values()
@@ -93,7 +93,7 @@ def live_processes(class_name: str) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process has not ended; one that waits for its parent to notice has."""
+    """Whether the process has not ended; a zombie has."""
     try:
         return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -105,7 +105,7 @@ def send(fault: Fault, pid: int) -> None:
 
 
 def _title(pid: int) -> str:
-    """Ray puts the method that an actor runs into its process's title."""
+    """The process title, which contains the running method of an actor."""
     try:
         return Path("/proc", str(pid), "cmdline").read_text()
     except OSError:

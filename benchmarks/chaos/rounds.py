@@ -1,11 +1,12 @@
-"""Kills, stops and breaks every process of the application while streams run, and compares every text.
+"""Measures recovery from faults: kills, stops and breaks every process of the application while streams run.
 
     python -m benchmarks.chaos [--rounds 50] [--seed 0] [--minutes M]
 
-Streams with seeds are under way all the time. In a random but seeded order, rank 0, another rank, the drafter, the
-Engine replica or the load controller is killed or stopped, or an exception is raised inside a step. The next fault
-waits until the application is healthy and every stream has ended once. Finished rounds are kept in
-benchmarks/results/chaos.json, with a table beside it, and an interrupted run goes on where it stopped.
+Runs on two cores of a CPU; writes benchmarks/results/chaos.json and chaos.md. Eight streams with seeds run all the
+time, and every text is compared with that of an undisturbed run. In a random order that the seed determines, rank 0,
+another rank, the drafter, the Engine replica or the load controller is killed or stopped, or an exception is raised
+inside a step. The next fault follows when the application is healthy and every stream has ended once. An interrupted
+run continues after the last finished round.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 APP = "chaos"
 NUM_STREAMS = 8
 _HEALTHY_SECONDS = 240.0
-"""After which a fault counts as not overcome."""
+"""Time limit of a recovery."""
 
 ARGS: dict[str, Any] = {
     "model": "tiny",
@@ -45,11 +46,11 @@ ARGS: dict[str, Any] = {
     "dspark": {
         "drafter": {"placement": "actor"},
         "cost_table": {"directory": str(ROOT / ".build" / "chaos")},
-        # A drafter that is asked for nothing would not notice that it is broken.
+        # Without requests, a broken drafter would not raise.
         "schedule": {"bypass": False},
     },
     "placement": {"verifier": {"resources": {"CPU": 0.5}}, "drafter": {"resources": {"CPU": 0.5}}},
-    # The grace of a production deployment, which must not matter here.
+    # The grace period of a production deployment, which must not delay recovery.
     "health": {
         "check_period_s": 1,
         "check_timeout_s": 5,
@@ -72,7 +73,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What differs between the long run and the short one in the tests."""
+    """Settings that differ between this program and its short form in the tests."""
 
     max_tokens: int = 64
     args: dict[str, Any] = field(default_factory=lambda: ARGS)
@@ -92,13 +93,13 @@ class Round:
     num_changed: int = 0
     num_lost: int = 0
     num_refused: int = 0
-    """New requests that got a 503 with Retry-After while no engine was there; they were sent again."""
+    """New requests that got a 503 with Retry-After while there was no engine; they were sent again."""
     notes: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
 def running(limits: Limits) -> Iterator[str]:
-    """The application on a Ray of its own whose workers can be made to raise; yields the base URL."""
+    """The application on a Ray of its own, with workers that raise on a signal; yields the base URL."""
     import ray
     from ray import serve
 
@@ -135,12 +136,12 @@ def served(limits: Limits) -> Iterator[str]:
 
 
 class Streams:
-    """Eight streams that never end for long: each asks for its own text again and again and compares it."""
+    """Eight streams, each of which requests its own text repeatedly and compares it."""
 
     def __init__(self, url: str, model: str, limits: Limits) -> None:
         self._client = httpx.Client(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None))
         self._bodies = [_body(model, index, limits.max_tokens) for index in range(NUM_STREAMS)]
-        self._truths = [answer.text for answer in all_together(self._client, self._bodies)[1]]
+        self._expected = [answer.text for answer in all_together(self._client, self._bodies)[1]]
         self._lock = threading.Lock()
         self._round = Round("none")
         self._ended: set[int] = set()
@@ -150,7 +151,7 @@ class Streams:
             thread.start()
 
     def begin(self, fault: str) -> Round:
-        """Count what ends from now on for this fault."""
+        """Count streams that end from now on for this fault."""
         with self._lock:
             self._round, self._ended = Round(fault), set()
             return self._round
@@ -177,13 +178,13 @@ class Streams:
             with self._lock:
                 self._ended.add(index)
                 self._round.num_texts += 1
-                if text != self._truths[index]:
+                if text != self._expected[index]:
                     self._round.num_changed += 1
-                    self._round.notes.append(f"stream {index} differs at {_parting(text, self._truths[index])}")
+                    self._round.notes.append(f"stream {index} differs at {_difference(text, self._expected[index])}")
 
     def _note_error(self, index: int, error: str) -> None:
         with self._lock:
-            # A status before the first byte of a stream: nothing had been accepted.
+            # A status before the first byte: the request was not accepted.
             if error.startswith(("503", "429")):
                 self._round.num_refused += 1
             else:
@@ -203,9 +204,11 @@ def _body(model: str, index: int, max_tokens: int) -> dict[str, Any]:
     }
 
 
-def _parting(text: str, truth: str) -> str:
-    at = next((n for n, (a, b) in enumerate(zip(text, truth, strict=False)) if a != b), min(len(text), len(truth)))
-    return f"{at} of {len(truth)} characters: {text[at : at + 20]!r} for {truth[at : at + 20]!r}"
+def _difference(text: str, expected: str) -> str:
+    at = next(
+        (n for n, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b), min(len(text), len(expected))
+    )
+    return f"{at} of {len(expected)} characters: {text[at : at + 20]!r} for {expected[at : at + 20]!r}"
 
 
 class Chaos:
@@ -237,7 +240,7 @@ class Chaos:
         return outcome
 
     def _is_whole(self, fault: Fault) -> bool:
-        """Whether every process that the fault concerns is there, and the Engine replica answers."""
+        """Whether every process that the fault concerns runs, and the Engine replica answers."""
         try:
             process_of(fault.to, APP)
             process_of("Engine" if fault.hits_the_gang else "LoadController", APP)
@@ -246,7 +249,7 @@ class Chaos:
         return self._replica() is not None
 
     def _replica(self) -> str | None:
-        """The id of the Engine replica that answers now."""
+        """The id of the Engine replica that answers, None without one."""
         try:
             answer = self._http.get("/admin/steps", params={"last": 1})
             return answer.json()["replica"] if answer.status_code == httpx.codes.OK else None
@@ -254,7 +257,7 @@ class Chaos:
             return None
 
     def _answers(self, former: str | None) -> bool:
-        """Whether another replica than `former` answers, and a new request with it."""
+        """Whether another replica than `former` answers and a new request succeeds."""
         replica = self._replica()
         if replica is None or replica == former:
             return False
@@ -264,7 +267,7 @@ class Chaos:
         return False
 
     def _watches(self, former: int) -> bool:
-        """Whether another controller than `former` hears of the Engine replica."""
+        """Whether another controller than `former` knows the Engine replica."""
         try:
             answer = self._http.get("/admin/load")
             is_known = answer.status_code == httpx.codes.OK and bool(answer.json()["replicas"])
@@ -274,7 +277,7 @@ class Chaos:
 
 
 def _seconds_until(condition: Callable[[], bool], started: float) -> float | None:
-    """None when it does not happen."""
+    """None when the time limit passes first."""
     while time.monotonic() - started < _HEALTHY_SECONDS:
         if condition():
             return time.monotonic() - started
@@ -291,7 +294,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no round after this many")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no round after so many minutes")
     parser.add_argument("--output", type=Path, default=RESULTS / "chaos.json")
     options = parser.parse_args()
     rounds = _kept(options.output, options.seed)
@@ -323,9 +326,9 @@ def _run(faults: list[Fault], rounds: list[Round], deadline: float, options: arg
 
 @contextlib.contextmanager
 def closed_cluster() -> Iterator[None]:
-    """Settings of a local cluster that is closed to others and leaves the home folder alone.
+    """Settings of a local cluster that is closed to others and writes nothing to the home folder.
 
-    To be entered before anything imports Ray.
+    Enter it before Ray is imported.
     """
     with tempfile.TemporaryDirectory(prefix="dspark-chaos-") as folder:
         token = Path(folder, "auth_token")
@@ -373,7 +376,7 @@ def _seconds(value: float | None) -> str:
 
 
 def table(rounds: list[Round]) -> str:
-    """Markdown: a line per kind of fault."""
+    """Markdown with a line per kind of fault."""
     lines = [
         "| fault | rounds | process ended (median, most) | healthy (median, most) | texts | changed | lost |",
         "|---|---|---|---|---|---|---|",

@@ -1,1 +1,1 @@
-"""Load control and autoscaling in a simulated fleet."""
+"""Load control and autoscaling on simulated replicas."""

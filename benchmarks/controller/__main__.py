@@ -1,10 +1,12 @@
-"""The load controller on simulated replicas: thresholds, numbers of replicas, steadiness, and its own cost.
+"""Simulates load control: thresholds, numbers of replicas, steadiness, and the controller's own CPU time.
 
-    python -m benchmarks.controller [--replicas N] [--readme]
+    python -m benchmarks.controller                writes benchmarks/results/controller.json and its four pictures
+    python -m benchmarks.controller --readme       also fills the table in docs/performance.md
+    python -m benchmarks.controller --replicas N   size of the largest cluster whose CPU time is measured
 
-The controller, its policies and the replica rule are the shipped ones; the world around them is simulated
-(benchmarks/controller/world.py says how). Every finished part is kept in .build/, and an interrupted run goes on
-where it stopped.
+Runs for about an hour on one core of a CPU. The controller, its policies and the replica rule are those of `autoscale`;
+replicas and traffic are simulated with DeepSeek-V4-Flash's measured costs (benchmarks/controller/world.py). Finished
+parts are kept in .build/, and an interrupted run continues from them.
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ SEEDS = (1, 2)
 REPLICAS = 10_000
 _SCALE_SECONDS = 60
 _SIZES = (0.1, 0.25, 0.5, 1.0)
-"""Of the largest cluster, over its number of replicas."""
+"""Sizes of the measured clusters, over that of the largest."""
 HEADLINE_ENGINE = "full"
-"""What this project's engine does unless it is told otherwise."""
+"""The engine's default schedule."""
 
-_CORE = ("autoscale/controller.py", "autoscale/saturation.py", "autoscale/signals.py", "autoscale/thresholds.py")
-_WORLD = ("traffic", "world", "signals", "bandit", "book", "days")
+_CORE = tuple(f"autoscale/{name}.py" for name in ("controller", "goodput", "saturation", "signals", "thresholds"))
+_WORLD = ("traffic", "world", "signals", "bandit", "figures", "days")
 _CODE = (*_CORE, "benchmarks/schedule/simulation.py", *(f"benchmarks/controller/{name}.py" for name in _WORLD))
 _STEADY = (*_CODE, "benchmarks/controller/steady.py")
 _REPLICAS = (
@@ -51,7 +53,7 @@ _REPLICAS = (
 
 
 def _notebook(files: tuple[str, ...]) -> Notebook:
-    """Of parts that depend on these files."""
+    """Finished parts, valid as long as these files do not change."""
     digest = hashlib.sha256()
     for name in files:
         digest.update((ROOT / name).read_bytes())
@@ -59,7 +61,7 @@ def _notebook(files: tuple[str, ...]) -> Notebook:
 
 
 def _kept(notebook: Notebook, part: str, run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The part's figures, from the notebook where it has them."""
+    """The part's figures, from the notebook if they are there."""
     if not notebook.entries(part):
         notebook.add(
             part, {"figures": run(*arguments, lambda share: print(f"{part}: {100 * share:.0f} %", flush=True))}
@@ -82,7 +84,7 @@ def days() -> list[dict[str, Any]]:
 
 
 def steady() -> list[dict[str, Any]]:
-    """Loads that stand still."""
+    """Constant loads."""
     notebook = _notebook(_STEADY)
     return [
         {
@@ -95,7 +97,7 @@ def steady() -> list[dict[str, Any]]:
 
 
 def settling() -> dict[str, Any]:
-    """A load that steps."""
+    """A load that rises and falls in steps."""
     return _kept(_notebook(_STEADY), "step", controller_steady.run_step, SEEDS[0])
 
 
@@ -109,7 +111,7 @@ def replicas() -> list[dict[str, Any]]:
 
 
 def scale(largest: int) -> list[dict[str, Any]]:
-    """The controller's own CPU."""
+    """CPU time of the controller."""
     notebook = _notebook(_STEADY)
     sizes = [(int(share * largest), policy) for policy in controller_days.SHIPPED for share in _SIZES]
     run = controller_steady.run_scale
@@ -119,11 +121,11 @@ def scale(largest: int) -> list[dict[str, Any]]:
     ]
 
 
-# What comes of them.
+# Results.
 
 
 def collect(largest: int) -> dict[str, Any]:
-    """All figures, as JSON has them."""
+    """All figures as JSON values."""
     day_runs, still, stepped = days(), steady(), settling()
     scaled, costs = replicas(), scale(largest)
     by_day, by_preset = controller_days.summary(day_runs), controller_replicas.summary(scaled)
@@ -148,7 +150,7 @@ def collect(largest: int) -> dict[str, Any]:
 
 
 def _over_fixed(by_day: dict[str, Any]) -> dict[str, Any]:
-    """Of the shipped policy that is better on the main days, both engines together, averaged over those days."""
+    """Figures of the better of both policies on the main days, averaged over these days and both engines."""
 
     def over(engine: str, policy: str, key: str) -> float:
         return statistics.fmean(by_day[engine][day]["arms"][policy][key] for day in controller_days.MAIN)
@@ -171,14 +173,14 @@ def _over_fixed(by_day: dict[str, Any]) -> dict[str, Any]:
 
 
 def _headroom(by_day: dict[str, Any], day: str) -> float:
-    """What any policy could win at most over the best single threshold, but for what replicas do to each other: an
-    engine that knows its costs and chooses anew in every step, over one that verifies above that threshold."""
+    """Upper limit of what a policy can gain over the best single threshold, apart from effects between replicas: an
+    engine that knows its costs and chooses in every step, over one that verifies above that threshold."""
     best = by_day["fixed"][day]["arms"][by_day["fixed"][day]["best_fixed"]]
     return float(by_day["full"][day]["arms"]["0"]["tokens_per_second"] / best["tokens_per_second"])
 
 
 def _largest_oscillation(still: list[dict[str, Any]], policy: str) -> float:
-    """Of any replica at any load: how much wider than its band a threshold moves at constant load."""
+    """Largest excess of a threshold's movement over its band, at constant load, over all replicas and loads."""
     fleets = [each for point in still for each in point["fleets"].items()]
     return max(figures["oscillation"] for name, figures in fleets if name.endswith(f" {policy}"))
 
@@ -213,7 +215,7 @@ def draw(results: dict[str, Any]) -> None:
     controller_pictures.scale(results["scale"], RESULTS / "controller_scale.png")
 
 
-# What is printed.
+# The table.
 
 
 def table(results: dict[str, Any]) -> str:
@@ -231,7 +233,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"The controller takes {100 * share:.1f} % of a core at {largest} replicas with a heartbeat a second.",
     ]
-    lines += [f"At constant load thresholds leave a dead band of {band:g} by {results['oscillation']:.3f} at most."]
+    lines += [f"At constant load, thresholds exceed a dead band of {band:g} by {results['oscillation']:.3f} at most."]
     machine = results["machine"]
     lines += ["", f"{machine['processor']}, {results['date'][:10]}, commit {results['commit'][:10]}."]
     return "\n".join(lines)
@@ -255,8 +257,8 @@ def _preset_lines(presets: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--replicas", type=int, default=REPLICAS, help="of the largest cluster whose cost is measured")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.controller", description=__doc__.splitlines()[0])
+    parser.add_argument("--replicas", type=int, default=REPLICAS, help="size of the largest measured cluster")
     parser.add_argument("--readme", action="store_true", help="fill the table in docs/performance.md")
     arguments = parser.parse_args()
     results = collect(arguments.replicas)

@@ -1,4 +1,4 @@
-"""A bandit over thresholds: what the shipped hill climbing is compared with. Lives in the benchmark only."""
+"""A bandit over thresholds, for comparison with the hill climbing of `autoscale.goodput`. Benchmark code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autoscale.signals import LoadSample
 ARMS = tuple(number / 10 for number in range(9))
 _TURN_SECONDS = 10.0
 _SLOPE = 0.6
-"""By which the logarithm of goodput rises with that of running requests, within a context; measured on the table."""
+"""Slope of log goodput over log running requests within a context, measured on the table of costs."""
 
 
 @dataclass
@@ -42,9 +42,9 @@ class Memory:
 class DiscountedBandit:
     """Discounted UCB on the logarithm of goodput, in contexts of half an octave of running requests.
 
-    With a memory all replicas learn together, which only a controller of the whole cluster can. Widths from 0.003 to
-    0.03 and discounts of 0.99, 0.998 and 0.999 were tried on one seed of a short closed day; those that did best
-    alone and together are compared.
+    With a shared memory all replicas learn together, which only a controller of the whole cluster can. Widths from
+    0.003 to 0.03 and discounts of 0.99, 0.998 and 0.999 were tried on one seed of a short closed day; the best pair
+    for separate and for shared memories is compared.
     """
 
     kind: ClassVar[str] = "bandit"
@@ -52,7 +52,7 @@ class DiscountedBandit:
     width: float = 0.005
     """Of the confidence bound."""
     memory: Memory | None = None
-    """Of all replicas; without one each has its own."""
+    """Shared by all replicas; None gives each its own."""
 
     def regulator(self, threshold: float, floor: float = 0.0) -> Player:
         return Player(self.memory or Memory(self.discount), self.width)
@@ -62,7 +62,7 @@ class Player:
     """One replica's turns."""
 
     range_used = None
-    """A bandit has no notion of how much it could still take away."""
+    """A bandit has no range of thresholds."""
 
     def __init__(self, memory: Memory, width: float) -> None:
         self._memory, self._width = memory, width

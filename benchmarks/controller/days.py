@@ -1,4 +1,4 @@
-"""Thresholds over a day at fixed hardware: every fleet has the same replicas, requests and faults."""
+"""Thresholds over a day on fixed hardware: every fleet has the same replicas, requests and faults."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from autoscale.goodput import GoodputSearch
 from autoscale.thresholds import LoadCurve, ThresholdPolicy
 from benchmarks.controller.bandit import DiscountedBandit, Memory
-from benchmarks.controller.book import Book
+from benchmarks.controller.figures import FleetFigures
 from benchmarks.controller.signals import Controlled
 from benchmarks.controller.traffic import FaultConfig, Traffic, TrafficConfig
 from benchmarks.controller.world import Costs, EngineKind, Fleet, World
 
 FIXED = tuple(number / 10 for number in range(9))
-"""Thresholds that are never changed."""
+"""Constant thresholds."""
 SHIPPED: dict[str, Callable[[], ThresholdPolicy]] = {"load_curve": LoadCurve, "goodput": GoodputSearch}
 BANDITS: dict[str, Callable[[], ThresholdPolicy]] = {
     "bandit": DiscountedBandit,
@@ -41,7 +41,7 @@ DAYS = {
     "beyond_graphs": Day(traffic=TrafficConfig(day_seconds=_SECONDS), max_running=256),
 }
 MAIN = ("open", "closed")
-"""Days that count for the headline: drafts of all requests fit into captured graphs, as one would configure it."""
+"""Days of the headline figures: the drafts of all requests fit into captured graphs, as in a sensible configuration."""
 NUM_REPLICAS, REPLICAS_PER_NODE = 24, 4
 
 
@@ -55,38 +55,37 @@ def run_day(day: Day, seed: int, progress: Callable[[float], None]) -> dict[str,
     world = World(Costs.load(), fleets, traffic, seed)
     world.thresholds[: len(fixed)] = np.array([threshold for _, threshold in fixed])[:, None]
     controlled = [Controlled(world, len(fixed) + place, policy, seed) for place, (*_, policy) in enumerate(adaptive)]
-    book = Book(world)
+    fleet_figures = FleetFigures(world)
     seconds = int(day.traffic.day_seconds)
     for now in range(seconds):
         second, seen = world.step()
         for each in controlled:
             each.second(seen, second.dead)
-        book.add(second, seen)
+        fleet_figures.add(second, seen)
         if now % 1800 == 0:
             progress(now / seconds)
-    figures = book.figures()
     arms: dict[str, dict[str, Any]] = {engine: {} for engine in ENGINES}
-    for fleet, each in zip(fleets, figures):
+    for fleet, each in zip(fleets, fleet_figures.figures()):
         arms[fleet.engine][fleet.name] = each
-    return {"arms": arms, "course": _course(book, fleets, traffic)}
+    return {"arms": arms, "course": _course(fleet_figures, fleets, traffic)}
 
 
-def _course(book: Book, fleets: list[Fleet], traffic: Traffic) -> dict[str, Any]:
-    """What the picture shows: load, and thresholds of a few replicas of the shipped policies."""
+def _course(fleet_figures: FleetFigures, fleets: list[Fleet], traffic: Traffic) -> dict[str, Any]:
+    """Data of the picture: load, and thresholds of a few replicas of the shipped policies."""
     shown = _typical(traffic)
     thresholds = {
         f"{fleet.engine} {fleet.name}": {
-            kind: [round(float(each[place, replica]), 3) for _, _, each in book.trace]
+            kind: [round(float(each[place, replica]), 3) for _, _, each in fleet_figures.trace]
             for kind, replica in shown.items()
         }
         for place, fleet in enumerate(fleets)
         if fleet.name in SHIPPED
     }
-    return {"load": [round(load, 3) for load, _, _ in book.trace], "thresholds": thresholds}
+    return {"load": [round(load, 3) for load, _, _ in fleet_figures.trace], "thresholds": thresholds}
 
 
 def _typical(traffic: Traffic) -> dict[str, int]:
-    """One replica of each kind, the first that is of no other kind."""
+    """One replica of each kind: the first that is of no other kind."""
     capped = traffic.capped_node[traffic.node_of]
     slow, neighbour = traffic.device_factor > 1, traffic.has_neighbour
     kinds = {
@@ -98,11 +97,11 @@ def _typical(traffic: Traffic) -> dict[str, int]:
     return {name: int(np.flatnonzero(which)[0]) for name, which in kinds.items() if which.any()}
 
 
-# What follows from the runs of all days.
+# Figures of all days.
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """By engine and day: every arm over that day's best single fixed threshold in hindsight, averaged over seeds."""
+    """By engine and day: every arm over the best single fixed threshold of that day, averaged over seeds."""
     days = dict.fromkeys(run["day"] for run in runs)
     return {
         engine: {day: _over_fixed([run["arms"][engine] for run in runs if run["day"] == day]) for day in days}

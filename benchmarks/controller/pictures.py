@@ -1,4 +1,4 @@
-"""Pictures of the controller at work on simulated replicas."""
+"""Pictures of the simulated load control."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from benchmarks.schedule.pictures import (
 )
 
 KIND_COLOURS = ("#1d4ed8", "#6b7280", "#c2410c", "#15803d")
-"""Of replicas: healthy, slow, with a neighbour, on a shared power budget."""
+"""Colours of replicas: healthy, slow, with a neighbour, on a shared power budget."""
 PRESET_COLOURS = dict(zip(PRESETS, (SCHEDULED_COLOUR, "#7c3aed", "#15803d")))
 BANDIT_COLOUR = "#7c3aed"
 
 
 def day(course: dict[str, Any], seconds: float, path: Path) -> None:
-    """Load above, and below it thresholds of a few replicas under each shipped policy, verified by `fixed` engines."""
+    """Load above; below, thresholds of a few replicas with `fixed` engines under each shipped policy."""
     figure, rows = _panels(3, 1, (2.6 * PANEL_WIDTH, 7.0), sharex=True)
     hours = _hours(course["load"], seconds)
     (load,), *policies = rows
     load.fill_between(hours, course["load"], color=FIXED_COLOURS[0], linewidth=0)
     load.axhline(1, color="black", linewidth=0.8)
-    load.set_title("Load: 1 is what all replicas together could just answer")
+    load.set_title("Load: 1 is the capacity of all replicas together")
     load.set_ylim(bottom=0)
     for (axes,), name in zip(policies, SHIPPED):
         for (kind, values), colour in zip(course["thresholds"][f"fixed {name}"].items(), KIND_COLOURS):
@@ -71,13 +71,13 @@ def _draw_arms(axes: Any, arms: dict[str, Any], key: str) -> None:
     }
     for name, style in styles.items():
         axes.axhline(arms[name][key], label=name.replace("_", " "), **style)
-    # What is far below all that adapts is cut off: differences here are small.
+    # Fixed thresholds far below the adaptive policies are cut off, because the other differences are small.
     lowest = min(arms[name][key] for name in styles)
     axes.set_ylim(lowest - 0.4 * (1.02 - lowest), None)
 
 
 def replicas(part: dict[str, Any], seconds: float, path: Path) -> None:
-    """Replicas over a day on the left; what the same hardware brings on the right. Engines are `full`."""
+    """Replicas over a day on the left, figures by mean number of replicas on the right; `full` engines."""
     figure, (course, tokens, slowest) = _panels(1, 3, (3.6 * PANEL_WIDTH, 4.0), width_ratios=(1.4, 1, 1))
     _draw_course(course, part["course"], part["arms"]["full"], seconds)
     for axes, key, title in (
@@ -92,7 +92,12 @@ def replicas(part: dict[str, Any], seconds: float, path: Path) -> None:
         for name in PRESETS:
             mine = part["arms"]["full"][name]
             axes.plot(
-                mine["mean_replicas"], mine[key], "D", color=PRESET_COLOURS[name], markersize=7, label=f"ours, {name}"
+                mine["mean_replicas"],
+                mine[key],
+                "D",
+                color=PRESET_COLOURS[name],
+                markersize=7,
+                label=f"preset {name}",
             )
         alone = part["arms"]["full"][ALONE]
         label = f"{HEADLINE}, thresholds at 0"
@@ -117,7 +122,7 @@ def _draw_course(axes: Any, course: dict[str, Any], arms: dict[str, Any], second
     )
     for name in PRESETS:
         style = {"color": PRESET_COLOURS[name], "linewidth": 2.4 if name == HEADLINE else 1.2}
-        axes.plot(hours, course["replicas"][name], label=f"ours, {name}", **style)
+        axes.plot(hours, course["replicas"][name], label=f"preset {name}", **style)
     top = max(max(values) for values in course["replicas"].values())
     other = axes.twinx()
     other.fill_between(hours, course["load"], color=FIXED_COLOURS[0], linewidth=0, zorder=0)
@@ -133,14 +138,14 @@ def _draw_course(axes: Any, course: dict[str, Any], arms: dict[str, Any], second
 
 
 def scale(points: list[dict[str, Any]], path: Path) -> None:
-    """CPU of the controller by number of replicas."""
+    """CPU time of the controller by number of replicas."""
     figure, (axes,) = _panels(1, 1, (1.5 * PANEL_WIDTH, 3.8))
     for name, style in zip(SHIPPED, ("-o", "--s")):
         mine = [point for point in points if point["policy"] == name]
         sizes = [point["replicas"] for point in mine]
         shares = [100 * point["core_share"] for point in mine]
         axes.plot(sizes, shares, style, color=SCHEDULED_COLOUR, label=name.replace("_", " "))
-    axes.axhline(20, color=PAPER_COLOUR, linewidth=1, linestyle=":", label="may be")
+    axes.axhline(20, color=PAPER_COLOUR, linewidth=1, linestyle=":", label="aim")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("replicas, each with a heartbeat a second")

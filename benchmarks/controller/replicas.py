@@ -1,8 +1,8 @@
-"""How many replicas: the speculation-aware policy against Serve's default on ongoing requests, at equal hardware.
+"""Numbers of replicas: the speculation-aware policy against Serve's default on ongoing requests, at equal hardware.
 
-Both see averages over 30 seconds, as Serve's look-back has it, and are held to the same bounds and to Serve's default
-delays. A new replica takes a minute to start; one that has to go takes no new requests and finishes those it has. Both
-are hardware. Nodes do not die here: who replaces them is the same for both.
+Both policies see averages over 30 seconds, Serve's look-back, and have the same bounds and Serve's default delays. A
+new replica takes a minute to start; a replica that is removed takes no new requests and finishes the others. Both count
+as hardware. Nodes do not die here, because Serve replaces them in the same way under both policies.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ import numpy as np
 
 from autoscale.presets import load_preset
 from autoscale.replicas import ReplicaLoad, ReplicaRule, recommend
-from benchmarks.controller.book import Book
 from benchmarks.controller.days import ENGINES
+from benchmarks.controller.figures import FleetFigures
 from benchmarks.controller.signals import Controlled
 from benchmarks.controller.traffic import FaultConfig, Traffic, TrafficConfig
 from benchmarks.controller.world import Costs, EngineKind, Fleet, World
 
 PRESETS = ("throughput", "cost", "latency")
 HEADLINE = "throughput"
-"""Chosen by its name, before any was run."""
+"""Chosen before the first run."""
 ALONE = "throughput_rule_alone"
-"""The headline's rule with no threshold policy: what is left of the gain is the rule's."""
+"""The headline's rule without a threshold policy, which shows the rule's share of the gain."""
 OURS = (*PRESETS, ALONE)
 TARGETS = (40, 56, 72, 96, 120, 160, 208, 260)
-"""Ongoing requests per replica that Serve's default aims at; a replica runs 160."""
+"""Targets of Serve's default, in ongoing requests per replica; a replica runs 160."""
 FEWEST, MOST, PLACES = 4, 32, 40
-"""Bounds on replicas, and room for those that still finish their requests."""
+"""Bounds on replicas, and places, which leave room for replicas that finish their requests."""
 UPSCALE_DELAY, DOWNSCALE_DELAY, LOOK_BACK, START_SECONDS = 30, 600, 30, 60
 TRAFFIC = TrafficConfig(day_seconds=14_400.0, nominal_replicas=18.0)
-"""At the day's peak 18 replicas would just do; in bursts there are not always enough."""
+"""18 replicas just suffice at the peak of the day; in bursts they do not always."""
 _FAULTS = FaultConfig(deaths_per_day=0.0)
 
 
-class Wisher(Protocol):
-    """Says how many replicas there should be."""
+class ScalingPolicy(Protocol):
+    """Returns the number of replicas."""
 
     def __call__(self, loads: Sequence[ReplicaLoad], num_replicas: int) -> float: ...
 
 
 @dataclass(frozen=True)
 class ServeDefault:
-    """Ongoing requests over the target, as Serve's replica_queue_length_autoscaling_policy has it."""
+    """Ongoing requests over the target, as in Serve's replica_queue_length_autoscaling_policy."""
 
     target_ongoing_requests: float
 
@@ -56,7 +56,7 @@ class ServeDefault:
 
 @dataclass(frozen=True)
 class SpeculationAware:
-    """Ours."""
+    """The rule of autoscale.policies.SpeculationAwarePolicy."""
 
     rule: ReplicaRule
 
@@ -66,21 +66,21 @@ class SpeculationAware:
 
 @dataclass
 class Delay:
-    """Serve's: a wish counts when it has pointed the same way for long enough."""
+    """Serve's delay: a change takes effect once its direction has stayed the same for long enough."""
 
     since: int | None = None
     direction: int = 0
 
-    def target(self, wished: int, now_is: int, now: int) -> int:
-        """From what there is now to what there should be."""
-        direction = (wished > now_is) - (wished < now_is)
+    def target(self, recommended: int, current: int, now: int) -> int:
+        """The number of replicas to have from `now` on."""
+        direction = (recommended > current) - (recommended < current)
         if direction == 0 or direction != self.direction:
             self.since, self.direction = now, direction
         delay = UPSCALE_DELAY if direction > 0 else DOWNSCALE_DELAY
         if direction == 0 or now - (self.since or 0) < delay:
-            return now_is
+            return current
         self.since, self.direction = None, 0
-        return wished
+        return recommended
 
 
 @dataclass
@@ -89,14 +89,14 @@ class Scaler:
 
     world: World
     fleet: int
-    wisher: Wisher
+    policy: ScalingPolicy
     controlled: Controlled | None
     delay: Delay = field(default_factory=Delay)
     ready_at: np.ndarray = field(default_factory=lambda: np.where(np.arange(PLACES) < 2 * FEWEST, 0.0, math.inf))
     """[R] infinite for those that are off"""
     finishing: np.ndarray = field(default_factory=lambda: np.zeros(PLACES, dtype=bool))
     history: list[np.ndarray] = field(default_factory=list)
-    """Of the look-back, [3, R]: running, waiting, range_used; not a number where nothing is reported"""
+    """One [3, R] array per second of the look-back: running, waiting, range_used; NaN where nothing is reported"""
 
     @property
     def powered(self) -> np.ndarray:
@@ -107,14 +107,14 @@ class Scaler:
         return self.powered & ~self.finishing
 
     def second(self, running: np.ndarray, waiting: np.ndarray, now: int) -> None:
-        """What was seen of the fleet in a second [R], and what follows from it."""
+        """Take the observations of a second [R], and start or stop replicas."""
         serves = self.wanted & (self.ready_at <= now)
         range_used = self.controlled.range_used if self.controlled else np.zeros(PLACES)
         self.history = [*self.history[1 - LOOK_BACK :], np.where(serves, [running, waiting, range_used], np.nan)]
         self._switch_off(running + waiting)
         number = int(self.wanted.sum())
-        wished = math.ceil(self.wisher(self._loads(serves), number) - 1e-6)
-        self._go_to(self.delay.target(min(max(wished, FEWEST), MOST), number, now), now)
+        recommended = math.ceil(self.policy(self._loads(serves), number) - 1e-6)
+        self._go_to(self.delay.target(min(max(recommended, FEWEST), MOST), number, now), now)
         self.world.accepting[self.fleet] = self.wanted & (self.ready_at <= now + 1)
 
     def _loads(self, serves: np.ndarray) -> list[ReplicaLoad]:
@@ -139,7 +139,7 @@ class Scaler:
             free = np.flatnonzero(~self.powered)[: target - len(wanted)]
             self.ready_at[free] = now + START_SECONDS
         elif target < len(wanted):
-            # Those that start have nothing to finish and go first, as in Serve.
+            # Replicas that are starting are removed first, as in Serve.
             latest = sorted(wanted, key=lambda place: (self.ready_at[place], place))[target - len(wanted) :]
             self.finishing[latest] = True
 
@@ -152,11 +152,11 @@ def run_replicas(seed: int, progress: Callable[[float], None]) -> dict[str, Any]
     traffic = Traffic(TRAFFIC, _FAULTS, PLACES, 4, seed)
     world = World(Costs.load(), [Fleet(name, engine) for engine, name, *_ in arms], traffic, seed)
     scalers = []
-    for fleet, (_, _, wisher, policy) in enumerate(arms):
+    for fleet, (_, _, scaling, policy) in enumerate(arms):
         controlled = Controlled(world, fleet, policy, seed) if policy else None
-        scalers.append(Scaler(world, fleet, wisher, controlled))
+        scalers.append(Scaler(world, fleet, scaling, controlled))
     world.accepting = np.array([scaler.wanted for scaler in scalers])
-    book, powered = Book(world), []
+    fleet_figures, powered = FleetFigures(world), []
     seconds = int(TRAFFIC.day_seconds)
     for now in range(seconds):
         second, seen = world.step()
@@ -164,34 +164,37 @@ def run_replicas(seed: int, progress: Callable[[float], None]) -> dict[str, Any]
             if scaler.controlled:
                 scaler.controlled.second(seen, second.dead, scaler.powered & (scaler.ready_at <= now))
             scaler.second(seen.running[fleet], seen.waiting[fleet], now)
-        book.add(second, seen)
+        fleet_figures.add(second, seen)
         powered.append([int(scaler.powered.sum()) for scaler in scalers])
         if now % 1800 == 0:
             progress(now / seconds)
-    return _results(arms, book, np.array(powered))
+    return _results(arms, fleet_figures, np.array(powered))
 
 
-def _ours(name: str) -> tuple[Wisher, Any]:
+def _ours(name: str) -> tuple[ScalingPolicy, Any]:
     preset = load_preset(HEADLINE if name == ALONE else name)
     return SpeculationAware(preset.replicas), None if name == ALONE else preset.controller.policy
 
 
-def _results(arms: Sequence[Any], book: Book, powered: np.ndarray) -> dict[str, Any]:
+def _results(arms: Sequence[Any], fleet_figures: FleetFigures, powered: np.ndarray) -> dict[str, Any]:
     """`powered` is [T, F]."""
     figures: dict[str, dict[str, Any]] = {engine: {} for engine in ENGINES}
     course: dict[str, list[float]] = {}
-    for fleet, ((engine, name, *_), each) in enumerate(zip(arms, book.figures())):
+    for fleet, ((engine, name, *_), each) in enumerate(zip(arms, fleet_figures.figures())):
         figures[engine][name] = {**each, "mean_replicas": float(powered[:, fleet].mean())}
         if engine == "full":
             course[name] = powered[:, fleet].reshape(-1, 60).mean(1).round(2).tolist()
-    return {"arms": figures, "course": {"load": [round(load, 3) for load, _, _ in book.trace], "replicas": course}}
+    return {
+        "arms": figures,
+        "course": {"load": [round(load, 3) for load, _, _ in fleet_figures.trace], "replicas": course},
+    }
 
 
-# What follows from the runs of all seeds.
+# Figures of all seeds.
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """By engine and preset: tokens and slowest users over what Serve's default does with no less hardware."""
+    """By engine and preset: tokens and slowest users over those of Serve's default on no less hardware."""
     return {engine: {name: _over_default(runs, engine, name) for name in OURS} for engine in ENGINES}
 
 
@@ -223,8 +226,8 @@ _HIGHER_IS_BETTER = ("tokens_per_second", "slowest_percent", "median_user")
 
 
 def _equal_hardware(arms: dict[str, Any], name: str) -> dict[str, float]:
-    """Of Serve's default with as many replicas on average, on the line between the two targets around, or what a target
-    with fewer replicas does better. Where ours uses fewer than any target does, the one that uses fewest."""
+    """Figures of Serve's default at the same mean number of replicas, interpolated between two targets; better figures
+    of a target with fewer replicas count instead. Below the smallest number, those of the target with the fewest."""
     sweep = sorted((arms[f"serve_{target}"] for target in TARGETS), key=lambda each: float(each["mean_replicas"]))
     sizes = [each["mean_replicas"] for each in sweep]
 

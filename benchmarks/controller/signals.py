@@ -1,4 +1,4 @@
-"""What probes and replicas would say of a simulated second, and the real controller that answers them."""
+"""Reports of simulated probes and replicas, and the real controller that answers them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from benchmarks.controller.world import Observed, World
 
 POWER_LIMIT_WATTS, MAX_CLOCK_MHZ, MEMORY_BYTES = 1100.0, 1920.0, 288 * 2**30
 CACHE_AT_FULL = 0.6
-"""Share of the cache in use when all slots are: memory is not what these replicas lack."""
+"""Share of the cache in use with all slots taken: memory does not limit these replicas."""
 ACTIVITY_NOISE = 0.03
-"""Standard deviation of a probe's activities and power, over the value."""
+"""Relative standard deviation of a probe's activities and power."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Reporter:
     names: tuple[str, ...]
     places: tuple[tuple[Place, ...], ...]
     nodes: tuple[tuple[str, range], ...]
-    """Node ids and the replicas that live there."""
+    """Node ids and their replicas."""
 
     @staticmethod
     def of(world: World) -> Reporter:
@@ -41,9 +41,9 @@ class Reporter:
         return Reporter(names, places, nodes)
 
     def samples(
-        self, world: World, seen: Observed, fleet: int, versions: list[int], speaks: np.ndarray
+        self, world: World, seen: Observed, fleet: int, versions: list[int], reports: np.ndarray
     ) -> list[LoadSample]:
-        """Heartbeats of a second, of the replicas that live."""
+        """Heartbeats of a second, from the replicas that report."""
         running, rows, steps, tokens = seen.running[fleet], seen.rows[fleet], seen.steps[fleet], seen.tokens[fleet]
         most = int(world.max_running[fleet, 0])
         rounds = np.maximum(1e-9, running * steps)
@@ -81,11 +81,11 @@ class Reporter:
                 policy_version=versions[place],
             )
             for place, values in enumerate(numbers)
-            if speaks[place]
+            if reports[place]
         ]
 
     def node_loads(self, seen: Observed, fleet: int, dead: np.ndarray, rng: np.random.Generator) -> list[NodeLoad]:
-        """What the probes of living nodes say."""
+        """Reports of the probes on live nodes."""
         size = len(self.names)
         noise = 1 + ACTIVITY_NOISE * rng.standard_normal((3, size))
         tensor = np.clip(seen.tensor[fleet] * noise[0], 0.0, 1.0).tolist()
@@ -136,31 +136,31 @@ def _device(number: int, index: int, busy: bool, tensor: float, dram: float, pow
 
 
 class Controlled:
-    """One fleet under the real controller: reports go in, thresholds come out a second later."""
+    """One fleet under the real controller; thresholds take effect a second after the reports."""
 
     def __init__(self, world: World, fleet: int, policy: ThresholdPolicy, seed: int) -> None:
-        # All replicas speak every second: stretched heartbeats would make the controller look cheaper.
+        # A heartbeat per replica and second: longer intervals would lower the measured CPU time.
         self.controller = LoadController(ControllerConfig(max_heartbeats_per_second=1e9), policy)
         self.seconds = 0.0
         """CPU time in the controller."""
         self.range_used = np.zeros(world.shape[1])
-        """Of every replica, as of its last answer; not a number for a policy that has no notion of it."""
+        """By replica, from its last answer; NaN for a policy without a range."""
         self._world, self._fleet = world, fleet
         self._reporter = Reporter.of(world)
         self._rng = np.random.default_rng((seed, 3))
         self._versions = [0] * world.shape[1]
         self._now = 0.0
 
-    def second(self, seen: Observed, dead: np.ndarray, speaks: np.ndarray | None = None) -> None:
-        """All reports of a second, and the answers put in force."""
-        speaks = ~dead if speaks is None else speaks & ~dead
+    def second(self, seen: Observed, dead: np.ndarray, reports: np.ndarray | None = None) -> None:
+        """Pass all reports of a second to the controller and apply its answers."""
+        reports = ~dead if reports is None else reports & ~dead
         self._now += 1.0
         nodes = self._reporter.node_loads(seen, self._fleet, dead, self._rng)
-        samples = self._reporter.samples(self._world, seen, self._fleet, self._versions, speaks)
+        samples = self._reporter.samples(self._world, seen, self._fleet, self._versions, reports)
         started = time.thread_time()
         decisions = self._decide(nodes, samples)
         self.seconds += time.thread_time() - started
-        for place, decision in zip(np.flatnonzero(speaks).tolist(), decisions):
+        for place, decision in zip(np.flatnonzero(reports).tolist(), decisions):
             self._versions[place] = decision.version
             self.range_used[place] = np.nan if decision.range_used is None else decision.range_used
             self._world.thresholds[self._fleet, place] = decision.bounds.confidence_threshold

@@ -1,4 +1,4 @@
-"""A load that stands still, a load that steps, and a cluster that is large."""
+"""Constant loads, a load that rises and falls in steps, and a large cluster."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ LOADS: tuple[tuple[str, float], ...] = (
     ("closed", 1.7),
 )
 _NO_CHANGE = FaultConfig(neighbour_share=0.0, deaths_per_day=0.0)
-"""Slow devices and shared power budgets stay: they do not move, and the budgets feed back."""
+"""Slow devices and shared power budgets stay: they are constant in time, and the budgets feed back."""
 _STEADY = TrafficConfig(low=0.5, high=0.5, burst=(1.0, 1.0))
 _SETTLE_SECONDS, _WATCHED_SECONDS = 1800, 1200
 _STEP_SECONDS = 600
 _MOVES = 1e-3
-"""A threshold that moves less in a second stands still."""
+"""Smaller changes of a threshold in a second count as none."""
 
 
 def band_of(policy: ThresholdPolicy) -> float:
-    """Within which thresholds may move at constant load: a search tries both neighbours of its base."""
+    """Range in which thresholds may move at constant load; a search tries both neighbours of its base."""
     if isinstance(policy, GoodputSearch):
         return 2 * policy.step
     assert isinstance(policy, LoadCurve)
@@ -43,7 +43,7 @@ def band_of(policy: ThresholdPolicy) -> float:
 
 
 def run_steady(kind: str, load: float, seed: int, progress: Callable[[float], None]) -> dict[str, Any]:
-    """How far and how often thresholds move when the load does not, by engine and policy."""
+    """Movement of thresholds at constant load, by engine and policy."""
     traffic = replace(_STEADY, low=load, high=load, kind=kind)
     world, controlled = _fleets(traffic, seed)
     _run(world, controlled, _SETTLE_SECONDS)
@@ -93,7 +93,7 @@ def _reversals(thresholds: np.ndarray) -> int:
 
 
 def run_step(seed: int, progress: Callable[[float], None]) -> dict[str, Any]:
-    """Seconds until thresholds stay within the dead band of where they end, after the load rises and after it falls."""
+    """Seconds until thresholds stay within the dead band around their final value, after a rise and a fall of load."""
     world, controlled = _fleets(_STEADY, seed)
     config = world.traffic.config
     seconds = {}
@@ -110,7 +110,7 @@ def run_step(seed: int, progress: Callable[[float], None]) -> dict[str, Any]:
 
 
 def _settling(thresholds: np.ndarray, band: float) -> dict[str, float]:
-    """Of one fleet [T, R]; where a threshold ends is its mean over the last minute."""
+    """For one fleet [T, R]; the final value of a threshold is its mean over the last minute."""
     away = np.abs(thresholds - thresholds[-60:].mean(0)) > band
     last = np.where(away.any(0), len(away) - np.argmax(away[::-1], axis=0), 0)
     return {"median_seconds": float(np.median(last)), "longest_seconds": float(last.max())}
@@ -122,7 +122,7 @@ def _settling(thresholds: np.ndarray, band: float) -> dict[str, float]:
 def run_scale(
     num_replicas: int, policy: str, seconds: int, seed: int, progress: Callable[[float], None]
 ) -> dict[str, Any]:
-    """CPU seconds of the controller per second, one heartbeat per replica and one report per node of eight a second."""
+    """CPU seconds of the controller per second, with one heartbeat per replica and one report per node of eight."""
     traffic = TrafficConfig(low=0.7, high=0.7, nominal_replicas=float(num_replicas))
     world = World(Costs.load(), [Fleet(policy, "full")], Traffic(traffic, FaultConfig(), num_replicas, 8, seed), seed)
     controlled = Controlled(world, 0, SHIPPED[policy](), seed)

@@ -1,6 +1,6 @@
-"""Requests over a simulated day, and what goes wrong meanwhile. All that a fleet meets and does not cause.
+"""Requests and faults over a simulated day: the inputs of all fleets.
 
-Every fleet of a world meets the same second of this, so that differences between fleets are their own.
+Every fleet of a world has the same inputs in every second, so that fleets differ by their policies alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.schedule.simulation import ACCEPTANCES
 CLASSES = tuple(ACCEPTANCES)
 """math, code, chat"""
 MEAN_TOKENS = np.array([3000.0, 2000.0, 1000.0])
-"""Of an answer, by class; lengths are geometric."""
+"""Mean tokens of an answer by class; lengths are geometric."""
 
 Phase = Literal["night", "day", "peak", "burst"]
 PHASES: tuple[Phase, ...] = ("night", "day", "peak", "burst")
@@ -23,10 +23,10 @@ PHASES: tuple[Phase, ...] = ("night", "day", "peak", "burst")
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficConfig:
-    """How many requests come. Load 1 is what `nominal_tokens_per_second` per replica could just answer."""
+    """Arrivals. Load 1 is what `nominal_tokens_per_second` per replica can just serve."""
 
     day_seconds: float = 21_600.0
-    """From one night to the next; a quarter of a real day, so that load moves four times as fast as it would."""
+    """From one night to the next; a quarter of a real day, so that load changes four times as fast."""
     low: float = 0.1
     high: float = 1.0
     """Load at night and at noon."""
@@ -36,11 +36,11 @@ class TrafficConfig:
     seconds_between_bursts: float = 1500.0
     """On average."""
     nominal_tokens_per_second: float = 24_000.0
-    """Of a replica: about what it commits with all slots of 160 in use and every draft verified, on the mean mix."""
+    """Of a replica: about its rate with all 160 slots in use and every draft verified, on the mean mix."""
     nominal_replicas: float = 24.0
-    """Load counts in replicas' worth of requests."""
+    """Load 1 is the capacity of so many replicas."""
     kind: Literal["open", "closed"] = "open"
-    """open: a Poisson stream, whatever the answers take. closed: users who think, ask, and wait for the answer."""
+    """open: a Poisson stream independent of the answers. closed: users who think, ask, and wait for the answer."""
     think_seconds: float = 10.0
     """Of a closed user, on average, between an answer and the next request."""
     users_per_replica: float = 200.0
@@ -49,18 +49,18 @@ class TrafficConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FaultConfig:
-    """What goes wrong. Each replica has one device."""
+    """Faults. Each replica has one device."""
 
     slow_share: float = 0.125
     slow_factor: float = 1.3
-    """Of the step seconds of a slow device, always."""
+    """Constant factor on the step seconds of a slow device."""
     neighbour_share: float = 0.25
-    """Devices on which somebody else works from time to time."""
+    """Share of devices that another process uses from time to time."""
     neighbour_factor: float = 1.4
     neighbour_seconds: tuple[float, float] = (180.0, 720.0)
     """With and without the neighbour, on average."""
     capped_share: float = 0.34
-    """Nodes whose devices share a power budget that is too small for all of them at full load."""
+    """Share of nodes whose devices have a common power budget that is too small for full load on all of them."""
     deaths_per_day: float = 2.0
     """Nodes that die, one at a time."""
     death_seconds: float = 600.0
@@ -72,7 +72,7 @@ NO_FAULTS = FaultConfig(slow_share=0.0, neighbour_share=0.0, capped_share=0.0, d
 
 @dataclass(frozen=True)
 class Second:
-    """What a second brings to every fleet. R replicas, K classes."""
+    """Inputs of a second for every fleet. R replicas, K classes."""
 
     load: float
     phase: Phase
@@ -83,7 +83,7 @@ class Second:
     shares: np.ndarray
     """[K] of the classes among new requests"""
     slowness: np.ndarray
-    """[R] of devices by their neighbours"""
+    """[R] factor of devices by their neighbours"""
     dead: np.ndarray
     """[R]"""
 
@@ -97,7 +97,7 @@ def shares_at(day: float) -> np.ndarray:
 
 
 class Traffic:
-    """Second after second of a day that begins at night."""
+    """The seconds of a day that begins at night."""
 
     def __init__(
         self, config: TrafficConfig, faults: FaultConfig, num_replicas: int, replicas_per_node: int, seed: int
@@ -116,7 +116,7 @@ class Traffic:
         self._death_ends, self._dead_node = -1.0, -1
 
     def second(self, now: float) -> Second:
-        """To be called once per second, in order."""
+        """Call once per second, in order."""
         config = self.config
         day = (now / config.day_seconds) % 1.0
         base = config.low + (config.high - config.low) * (0.5 - 0.5 * np.cos(2 * np.pi * day))

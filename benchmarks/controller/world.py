@@ -1,21 +1,21 @@
-"""Fleets of simulated replicas with the measured costs of DeepSeek-V4-Flash, a second at a time.
+"""Fleets of simulated replicas with DeepSeek-V4-Flash's measured costs, in steps of a second.
 
 A replica runs requests of three classes; a step costs `target(rows) + draft(requests)` seconds, times the slowness of
-its device. Requests are counted, not followed: a second's steps have the mean rows and the mean tokens of the requests
-that run in it. What is assumed:
+its device. Requests are counted, not simulated one by one: the steps of a second have the mean rows and the mean tokens
+of its running requests. Assumptions:
 
 * Confidences are those of benchmarks/schedule/simulation.py: calibrated, around the conditional acceptances of the
   DSpark paper's Figure 2, with the spread that its Figure 5 shows. The rows and tokens that a threshold leaves are
   averages over that distribution, so they are smooth in the threshold.
 * The measured curve of the target is averaged over the rows that single steps of a second have, a normal distribution
-  whose variance is the mean number of rows. Stairs that are narrower than that cannot be aimed at.
+  whose variance is the mean number of rows, so narrower steps of the curve have no effect.
 * Two kinds of engine. `fixed` verifies everything whose survival reaches the controller's threshold, and always drafts.
-  `full` chooses, from the same costs and the requests that run, what commits most tokens per second on its own replica
-  (ranking drafts by survival, so its choice is a threshold as well, or no drafts at all); the controller's threshold
-  cuts after that. It knows its own costs exactly and nothing of other replicas.
+  `full` makes the choice that commits most tokens per second on its own replica, from the same costs and its running
+  requests (a ranking of drafts by survival, so the choice is a threshold as well, or no drafts at all); the
+  controller's threshold applies after that. It knows its own costs exactly and nothing of other replicas.
 * Answers have geometric lengths, so whether a request ends does not depend on its age. Requests come and go between
   seconds: one that ends within a second commits nothing more and holds its slot until then. A request whose replica
-  dies goes on elsewhere, after the queue there. One that meets a full queue is refused.
+  dies continues on another one, at the end of the queue. A request that arrives at a full queue is refused.
 * Tokens of a second vary around their mean: requests differ in difficulty as long as they live (standard deviation of
   0.25 of the mean per request), contexts drift (2 %), and steps are measured with 3 % of noise each.
 * Tensor activity is the time that the matrix products of the rows would take at full rate over the step: 12
@@ -23,8 +23,8 @@ that run in it. What is assumed:
   remains of a busy device's time, and is high at any load. Power over its limit is 0.2 idle, and 0.35 + 0.9 tensor
   activity more while busy, at most 1.
 * Devices of a capped node share 70 % of the sum of their limits. When they would draw more, all of them slow down by
-  the square root of what is missing, which is the share of one replica's rows in the seconds of its neighbours. No
-  local scheduler sees that. Clocks say so (`sw_power_cap`), and so do measured step seconds.
+  the square root of the missing power, so one replica's rows cost its neighbours time. No local scheduler sees that;
+  the clocks (`sw_power_cap`) and the measured step seconds show it.
 
 Letters: F fleets, R replicas, K classes.
 """
@@ -44,14 +44,14 @@ EngineKind = Literal["fixed", "full"]
 
 GAMMA = schedule_simulation.GAMMA
 SECONDS_PER_ROW = 12e-6
-"""Of the matrix products of a row at full rate."""
+"""Time of the matrix products of a row at full rate."""
 IDLE_POWER, BUSY_POWER, TENSOR_POWER = 0.2, 0.35, 0.9
 POWER_BUDGET = 0.7
-"""Of a capped node, over the sum of its devices' limits."""
+"""Power budget of a capped node over the sum of its devices' limits."""
 _GRID = 200
-"""Steps of the tables over thresholds."""
+"""Intervals of the tables over thresholds."""
 _OWN_CHOICES = np.arange(0, 181, 6)
-"""Places on the grid among which a `full` engine chooses."""
+"""Grid points among which a `full` engine chooses."""
 _DIFFICULTY, _CONTEXT = 0.25, 0.02
 _DIFFICULTY_SECONDS, _CONTEXT_SECONDS = 20.0, 300.0
 _MOST_REQUESTS = schedule_simulation.MOST_REQUESTS
@@ -59,7 +59,7 @@ _MOST_REQUESTS = schedule_simulation.MOST_REQUESTS
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a step and what a threshold leaves of the drafts; the same for every replica."""
+    """Seconds of a step, and drafts by threshold; the same for every replica."""
 
     target: np.ndarray
     """Seconds by rows"""
@@ -68,7 +68,7 @@ class Costs:
     rows: np.ndarray
     """[grid, K] drafts verified per request and round at a threshold"""
     tokens: np.ndarray
-    """[grid, K] of them stand"""
+    """[grid, K] drafts accepted per request and round"""
 
     @staticmethod
     def load() -> Costs:
@@ -88,7 +88,7 @@ def _smoothed(seconds: np.ndarray, rows: int) -> float:
 
 
 def _left_by_thresholds(class_number: int) -> tuple[np.ndarray, np.ndarray]:
-    """(drafts verified, drafts that stand) per request and round, by threshold."""
+    """(drafts verified, drafts accepted) per request and round, by threshold."""
     only = tuple(float(class_number == other) for other in range(len(CLASSES)))
     confidences = schedule_simulation.traffic(only, 6000, GAMMA, 60, seed=3).confidences
     survival = np.sort(confidences.cumprod(-1).ravel())
@@ -100,17 +100,17 @@ def _left_by_thresholds(class_number: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Replicas that are routed among and compared as one."""
+    """Replicas that share a router and are compared as one."""
 
     name: str
     engine: EngineKind
     max_running: int = 160
-    """Drafts of so many requests still fit into captured graphs (1024 rows); 256 do not."""
+    """The drafts of 160 requests fit into captured graphs (1024 rows), those of 256 do not."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a second of the world looked like. [F, R] each."""
+    """Observations of a second, [F, R] each."""
 
     running: np.ndarray
     waiting: np.ndarray
@@ -121,7 +121,7 @@ class Observed:
     steps: np.ndarray
     step_seconds: np.ndarray
     slowness: np.ndarray
-    """Measured over profiled step seconds; a device that is always slow was profiled so."""
+    """Measured over profiled step seconds; a constantly slow device was profiled as slow."""
     tensor: np.ndarray
     power: np.ndarray
     """Over the limit"""
@@ -140,13 +140,13 @@ class World:
         self._full = np.array([fleet.engine == "full" for fleet in self.fleets])
         self.max_running = np.array([fleet.max_running for fleet in self.fleets])[:, None]
         self.thresholds = np.zeros(self.shape)
-        """In force; the controller of the simulation writes them."""
+        """Thresholds in force; written by `Controlled`."""
         self.accepting = np.ones(self.shape, dtype=bool)
         """Replicas that requests are sent to."""
         self.running = np.zeros((*self.shape, num_classes), dtype=np.int64)
         self.waiting = np.zeros_like(self.running)
         self.thinking = np.zeros(num_fleets, dtype=np.int64)
-        """Users of closed traffic who think"""
+        """Thinking users of closed traffic"""
         self.arrived, self.finished, self.refused = (np.zeros((num_fleets, num_classes)) for _ in range(3))
         self.per_user = np.zeros((*self.shape, num_classes))
         """[F, R, K] tokens per second of a running request, in the last second"""
@@ -154,7 +154,7 @@ class World:
         self._now = 0.0
 
     def step(self) -> tuple[Second, Observed]:
-        """A second passes."""
+        """Simulate a second."""
         second = self.traffic.second(self._now)
         self._now += 1.0
         open_to = self._open_to(second)
@@ -164,10 +164,10 @@ class World:
         self._finish()
         return second, observed
 
-    # Requests come.
+    # Arrivals.
 
     def _open_to(self, second: Second) -> np.ndarray:
-        """[F, R] replicas that requests can go to; all that accept are dead for a moment if there is no other."""
+        """[F, R] live replicas that accept requests."""
         return self.accepting & ~second.dead
 
     def _arrivals(self, second: Second) -> np.ndarray:
@@ -184,7 +184,7 @@ class World:
         return arrivals
 
     def _expelled(self, dead: np.ndarray) -> np.ndarray:
-        """[F, K] requests of replicas that died; those that ran wait again."""
+        """[F, K] requests of replicas that died; running ones wait again."""
         if not dead.any():
             return np.zeros_like(self.running[:, 0])
         gone = (self.running[:, dead] + self.waiting[:, dead]).sum(1)
@@ -193,7 +193,7 @@ class World:
         return gone
 
     def _route(self, requests: np.ndarray, open_to: np.ndarray) -> None:
-        """To the less loaded of two random live replicas, by the loads at the beginning of the second."""
+        """To the less loaded of two random live replicas, by their loads at the start of the second."""
         num_fleets, num_replicas = self.shape
         num_open = open_to.sum(1)
         self.refused[num_open == 0] += requests[num_open == 0]
@@ -223,7 +223,7 @@ class World:
         self.refused += (self.waiting - kept).sum(1)
         self.waiting = kept
 
-    # Requests are served.
+    # Service.
 
     def _serve(self, second: Second) -> Observed:
         running = self.running.sum(2)
@@ -234,8 +234,8 @@ class World:
         alone = alone * self.traffic.device_factor
         busy = running > 0
         tensor = np.where(busy, np.minimum(1.0, SECONDS_PER_ROW * rows * self.traffic.device_factor / alone), 0.0)
-        wish = np.minimum(1.0, IDLE_POWER + busy * (BUSY_POWER + TENSOR_POWER * tensor))
-        clock = self._clock(wish)
+        wanted_power = np.minimum(1.0, IDLE_POWER + busy * (BUSY_POWER + TENSOR_POWER * tensor))
+        clock = self._clock(wanted_power)
         self._drift()
         slowness = second.slowness / clock * np.exp(_CONTEXT * self._context)
         seconds = alone * slowness
@@ -244,12 +244,11 @@ class World:
         self.per_user = (1 + standing * hard[..., None]) * steps[..., None]
         tokens = (self.running * MEAN_TOKENS * self._ending()).sum(2)
         measured = 1 + 0.03 * self._rng.standard_normal(self.shape[1]) / np.sqrt(np.maximum(1.0, steps))
-        return Observed(
-            running, self.waiting.sum(2), rows, tokens, steps, seconds, slowness * measured, tensor, wish * clock, clock
-        )
+        waiting, power = self.waiting.sum(2), wanted_power * clock
+        return Observed(running, waiting, rows, tokens, steps, seconds, slowness * measured, tensor, power, clock)
 
     def _verified(self, place: np.ndarray, running: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """([F, R] drafts verified per step, [F, R, K] that stand per request and step, [F, R] whether any is made)."""
+        """([F, R] drafts verified per step, [F, R, K] accepted per request and step, [F, R] whether any are made)."""
         drafted = np.ones(self.shape, dtype=bool)
         if self._full.any():
             own, drafts_pay = self._own_choice(self.running[self._full], running[self._full])
@@ -261,7 +260,7 @@ class World:
         return drafts * drafted, standing, drafted
 
     def _own_choice(self, by_class: np.ndarray, running: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What commits most tokens per second of a replica: (place on the grid, whether drafting pays)."""
+        """The choice with most tokens per second: (grid point, whether drafting pays)."""
         rows = running[..., None] + by_class @ self.costs.rows[_OWN_CHOICES].T
         tokens = running[..., None] + by_class @ self.costs.tokens[_OWN_CHOICES].T
         seconds = self.costs.target[np.ceil(rows).astype(np.int64)] + self.costs.draft[running][..., None]
@@ -270,19 +269,19 @@ class World:
         plain = running / self.costs.target[running]
         return _OWN_CHOICES[best], np.take_along_axis(rate, best[..., None], -1)[..., 0] >= plain
 
-    def _clock(self, wish: np.ndarray) -> np.ndarray:
-        """[F, R] over the highest, where devices that share a budget want too much."""
+    def _clock(self, wanted_power: np.ndarray) -> np.ndarray:
+        """[F, R] clock over the highest, lower where devices exceed a common budget."""
         traffic = self.traffic
         if not traffic.capped_node.any():
             return np.ones(self.shape)
         sizes = np.bincount(traffic.node_of)
         starts = np.concatenate([[0], sizes.cumsum()[:-1]])
-        drawn = np.add.reduceat(wish, starts, axis=1)
+        drawn = np.add.reduceat(wanted_power, starts, axis=1)
         over = np.where(traffic.capped_node, drawn / (POWER_BUDGET * sizes), 0.0)
         return 1 / np.sqrt(np.maximum(1.0, over))[:, traffic.node_of]
 
     def _drift(self) -> None:
-        """First-order processes of unit variance, the same in every fleet."""
+        """First-order autoregressive processes of unit variance, the same in every fleet."""
         for values, seconds in ((self._difficulty, _DIFFICULTY_SECONDS), (self._context, _CONTEXT_SECONDS)):
             kept = np.exp(-1 / seconds)
             values *= kept
@@ -294,7 +293,7 @@ class World:
         self.finished += done.sum(1)
 
     def _ending(self) -> np.ndarray:
-        """[F, R, K] probability that a request ends in the second: what it commits until then, over its mean length."""
+        """[F, R, K] probability that a request ends in the second, from its rate and its mean length."""
         return -np.expm1(-self.per_user / MEAN_TOKENS)
 
 

@@ -1,1 +1,1 @@
-"""What only a GPU can tell: kernels, rounds, and the stages of `benchmarks.gpu_day`."""
+"""Measurements on a GPU: kernels, rounds, and the stages of `benchmarks.gpu_day`."""

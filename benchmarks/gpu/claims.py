@@ -1,4 +1,4 @@
-"""What the project says or assumes about GPUs, beside what a day's figures say of it."""
+"""Claims of the project about GPUs, each checked against the figures of a `gpu_day` run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STEP_UP = 1.25
 _TILE_MARGIN = 1.05
 """A chosen tile over the fastest, at most."""
 _PEER_TIMEOUT_SECONDS = 60.0
-"""GangSpec.timeout_seconds: a start that takes longer must not let ranks give one another up."""
+"""GangSpec.timeout_seconds: in a start that takes longer, ranks would count one another as dead."""
 _OVER_FLOOR, _LONG_MICROSECONDS = 1.5, 10.0
 _OVER_BASELINE = 3.0
 _BASELINE_OPS = ("mhc_read", "mhc_head", "mhc_write", "markov_sample", "accept_rejection")
@@ -57,7 +57,7 @@ class Verdict:
 
     claim: str
     holds: bool | None
-    """None where the day has no figures for it."""
+    """None where the run has no figures for it."""
     evidence: str
 
 
@@ -75,7 +75,7 @@ def _of(records: list[Record], kind: type[Kind]) -> list[Kind]:
 
 
 def _without_exception(found: list[Any], wrong: list[str], evidence: str) -> Judgement:
-    """None without figures; else whether nothing is wrong, and the first few things that are."""
+    """(verdict, evidence): None without figures, else whether `wrong` is empty, with its first entries."""
     if not found:
         return None, "no figures"
     return not wrong, "; ".join(wrong[:12]) + (f"; and {len(wrong) - 12} more" * (len(wrong) > 12)) or evidence
@@ -166,7 +166,7 @@ def _nan_is_noticed(records: list[Record]) -> Judgement:
 
 
 def _texts_agree(dtype: str, same_place: bool, kind: str) -> Callable[[list[Record]], Judgement]:
-    """Of one dtype: speculative against plain on the GPU, or plain on the GPU against plain on the CPU."""
+    """For one dtype: speculative against plain on the GPU, or plain on the GPU against plain on the CPU."""
 
     def judge(records: list[Record]) -> Judgement:
         found = [
@@ -211,7 +211,7 @@ def _nvml_is_quick(records: list[Record]) -> Judgement:
 
 
 def _scales_fit(loads: tuple[str, ...], low: float, high: float) -> Callable[[list[Record]], Judgement]:
-    """The largest signal of each of these loads is between two saturations."""
+    """Whether the largest signal under each of these loads lies between two saturations."""
 
     def judge(records: list[Record]) -> Judgement:
         signals = [one for one in _of(records, SignalReading) if one.load in loads]
@@ -280,20 +280,20 @@ CLAIMS: dict[str, Callable[[list[Record]], Judgement]] = {
     "cuBLAS gives a row the same bits at any number of rows": _library_keeps_bits,
     "mhc_read has no step up from 16 to 17 rows": _mhc_has_no_step,
     "Launchers choose the fastest of the tiles that were tried": _chosen_tiles_are_fastest,
-    "Recorded steps do not make the host wait": _steps_do_not_wait,
+    "Recorded steps do not block the host": _steps_do_not_wait,
     "Every operation of a serving step runs as a kernel": _kernels_serve,
-    "A row of NaN draws -1": _nan_is_noticed,
-    "In float32, texts with speculation are texts without": _texts_agree("float32", True, "speculative"),
-    "In bfloat16, texts with speculation are texts without": _texts_agree("bfloat16", True, "speculative"),
-    "In float32, texts on the GPU are the CPU's": _texts_agree("float32", False, "plain"),
-    "In bfloat16, texts on the GPU are the CPU's": _texts_agree("bfloat16", False, "plain"),
+    "For a row of NaN, the drawn token is -1": _nan_is_noticed,
+    "In float32, speculation changes no text": _texts_agree("float32", True, "speculative"),
+    "In bfloat16, speculation changes no text": _texts_agree("bfloat16", True, "speculative"),
+    "In float32, texts on the GPU equal those on the CPU": _texts_agree("float32", False, "plain"),
+    "In bfloat16, texts on the GPU equal those on the CPU": _texts_agree("bfloat16", False, "plain"),
     f"An engine starts from an empty Triton cache within {_PEER_TIMEOUT_SECONDS:.0f} s": _starts_in_time,
     "NVML answers every field that autoscale reads": _nvml_answers,
     f"Reading a GPU takes at most {_NVML_MILLISECONDS:.0f} ms": _nvml_is_quick,
-    "Idle, and under one stream, no signal of the GPU is above a tenth": _scales_fit(
+    "Idle and under one stream, every signal of the GPU is at most 0.1": _scales_fit(
         ("idle", "one stream", "one row"), 0.0, 0.1
     ),
-    "Under a large matrix product a signal of the GPU is above nine tenths": _scales_fit(("matrix product",), 0.9, 1.0),
+    "Under a large matrix product, a signal of the GPU is at least 0.9": _scales_fit(("matrix product",), 0.9, 1.0),
     "Benchmarked kernels equal their references": _benchmarked_kernels_are_right,
     f"Memory-bound kernels of more than {_LONG_MICROSECONDS:.0f} us take at most {_OVER_FLOOR} times their floor": (
         _kernels_are_near_floors

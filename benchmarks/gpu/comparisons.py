@@ -1,4 +1,4 @@
-"""Texts of one run against texts of another."""
+"""Compares the texts of two runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _counterparts(name: str) -> list[str]:
 
 
 def compared(run: str, texts: dict[int, list[int]], against: str, others: dict[int, list[int]]) -> TextComparison:
-    """Where each text differs from the other run's for the first time."""
+    """Index of the first different token of every text that differs."""
     places = []
     for request in sorted(texts.keys() & others.keys()):
         mine, theirs = texts[request], others[request]

@@ -1,4 +1,4 @@
-"""Where checks run: on a GPU, or in a dry run on a CPU with interpreted kernels and the smallest shapes."""
+"""The device of the checks: a GPU, or in a dry run a CPU with interpreted kernels and the smallest shapes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.gpu.floors import FLASH, TINY, Shapes
 from dspark_ray.runner.graphs import Capture, CudaCapture, Outputs, Replay
 
 _FLUSH_BYTES = 256 * 2**20
-"""Written before every timed call, so that L2 holds nothing of its inputs."""
+"""Size of a write before every timed call, which evicts the call's inputs from L2."""
 _REPEATS = 15
 
 
 class Device:
-    """A GPU, or what stands in for one."""
+    """A GPU, or its stand-in in a dry run."""
 
     def __init__(self, dry_run: bool) -> None:
         self.is_dry, self.torch = dry_run, torch.device("cpu" if dry_run else "cuda")
@@ -46,7 +46,7 @@ class Device:
 
     @contextmanager
     def refusing_waits(self) -> Iterator[None]:
-        """Within, whatever makes the host wait for the device raises RuntimeError; nothing does in a dry run."""
+        """Inside, a call that makes the host wait for the device raises RuntimeError; no call does in a dry run."""
         if self.is_dry:
             yield
             return

@@ -1,7 +1,7 @@
-"""A round that never leaves the device: draft, admit, verify, accept, commit, for greedy and coupled requests.
+"""A round that runs on the device alone: draft, admit, verify, accept, commit, for greedy and coupled requests.
 
-The serving loop looks at the tokens of every step on the host, because it streams them. This one does not, so that a
-round is as fast as its operations are, and can be one CUDA graph.
+The serving loop reads the tokens of every step on the host, because it streams them. This round does not, so that its
+time is that of its operations and it can be one CUDA graph.
 
     anchors -> draft -> admit_prefixes -> pack_rows -> target -> gumbel_argmax -> accept_coupled -> next anchors
 
@@ -27,7 +27,7 @@ from dspark_ray.runner.decode import fixed_rows
 
 @dataclass(frozen=True)
 class Requests:
-    """R requests that decode; all tensors stay where they are, and a round moves `anchors` and `starts` on."""
+    """R decoding requests; the tensors keep their addresses, and a round advances `anchors` and `starts`."""
 
     anchors: Tensor
     """[R] the last known token of each, not yet in the cache"""
@@ -45,7 +45,7 @@ class Requests:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round brought."""
+    """Results of a round."""
 
     num_accepted: Tensor
     """[R]"""

@@ -1,11 +1,11 @@
-"""What calling an operation by its name costs on a CPU: `dspark_kernels.<op>`, which looks where its tensors are, over
-`reference.<op>`.
+"""Measures the overhead of calling an operation by name on a CPU: `dspark_kernels.<op>`, which looks up the device of
+its tensors, over `reference.<op>`.
 
-    python -m benchmarks.gpu.dispatch
+    python -m benchmarks.gpu.dispatch              on one core; writes benchmarks/results/dispatch.json
 
 One engine on the tiny checkpoint decodes the same requests in short turns, with the package's operations and with the
-references bound in their place. Turns come in pairs, and a ratio is that of a pair: whatever else the machine does
-meets both. Seconds are those of the process on a processor, not those of a clock.
+references in their place. Ratios are those of pairs of turns, so that other load on the machine affects both sides.
+Seconds are CPU time of the process.
 """
 
 from __future__ import annotations
@@ -174,7 +174,11 @@ def describe(num_requests: int, figures: dict[str, Any], call_microseconds: floa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.dispatch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--pairs", type=int, default=PAIRS, help="of turns (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=RESULT)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""NVML as it answers: what `autoscale.nvml` reads of this GPU under different loads, beside the controller's scales."""
+"""Reads this GPU through `autoscale.nvml` under different loads, and compares with the controller's scales."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from benchmarks.gpu.records import NvmlReading, SignalReading
 
 IDLE = "idle"
 LOADS = ("one stream", "one row", "matrix product")
-"""The tiny checkpoint decoding one text; products of one row with weights that no cache holds, as decoding one stream
-of a large model; products of large square matrices."""
+"""The tiny checkpoint decoding one text; products of one row with weights larger than the caches, like one stream of a
+large model; products of large square matrices."""
 SETTLE_SECONDS, READ_SECONDS = 2.5, 1.5
 _READS = 3
-"""Of every load; the last one is recorded."""
+"""Reads per load; the last one is recorded."""
 _START_SECONDS = 60.0
 
 
@@ -33,7 +33,7 @@ class Reader(Protocol):
 
 
 class NoDriver:
-    """Stands in for NVML in a dry run: one GPU that answers nothing."""
+    """Stands in for NVML in a dry run: one GPU without values."""
 
     def read(self, now: float) -> tuple[DeviceLoad, ...]:
         return (DeviceLoad(kind="gpu", index=0, uuid="", name="no driver"),)
@@ -43,7 +43,7 @@ def readings(device: Device) -> Iterator[NvmlReading | SignalReading]:
     """Idle first, then under each load in turn."""
     reader = _reader(device)
     with ExitStack() as stack:
-        # All are started at once, as importing takes seconds, and wait for their turn.
+        # All processes start at once, as imports take seconds, and wait to be told to compute.
         loads = {name: stack.enter_context(_Load(name, device.is_dry)) for name in LOADS}
         for load in loads.values():
             load.wait_until_ready()
@@ -109,7 +109,7 @@ class _Load:
         self.stop()
 
     def wait_until_ready(self) -> None:
-        """Raises RuntimeError where the load cannot be made."""
+        """Raises RuntimeError where the process of the load fails."""
         assert self._process.stdout is not None
         if self._process.stdout.readline().strip() != "ready":
             raise RuntimeError(f"a load did not start: exit code {self._process.wait(_START_SECONDS)}")
@@ -128,7 +128,7 @@ class _Load:
 
 
 def _compute(name: str, device: Device) -> Iterator[None]:
-    """Ready at the first item; every further one is some work."""
+    """Yields once when ready, then once per unit of work."""
     if name == "one stream":
         from benchmarks.gpu.engines import build, held_out_requests, run
 

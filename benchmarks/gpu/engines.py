@@ -1,4 +1,4 @@
-"""Engines on the tiny checkpoint, and the requests that they are given."""
+"""Engines on the tiny checkpoint, and their requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Output:
-    """What an engine made of requests."""
+    """Results of a run."""
 
     token_ids: dict[str, list[int]]
     """By request id."""
@@ -76,7 +76,7 @@ def held_out_requests(count: int, max_tokens: int, every_kind_of_sampling: bool 
 
 @cache
 def _prompts(count: int) -> list[tuple[int, ...]]:
-    """Kinds take turns. Looking for them in the corpus takes seconds."""
+    """Kinds alternate. Searching the corpus takes seconds."""
     by_kind = held_out_token_ids(Tokenizer.from_directory(TINY), -(-count // len(KINDS)))
     return [tuple(prompt) for per_kind in zip(*by_kind.values(), strict=True) for prompt in per_kind]
 

@@ -1,7 +1,7 @@
-"""The least time that an operation can take: bytes over memory bandwidth, or operations over the rate of their unit.
+"""Floors of operations: bytes over memory bandwidth, or arithmetic over the rate of its unit, whichever is longer.
 
-Bytes are those of every input and output, once each: weights are cold in a step, and activations are counted as if
-they were. Operations are those that no way of computing it can do without; a multiply-add counts as two.
+Bytes are those of every input and output, once each: weights are cold in a step, and activations are counted as cold
+too. Arithmetic is the least that any algorithm needs; a multiply-add counts as two operations.
 
 Letters as in `dspark_kernels.reference`: R requests, G gamma, N = R (1 + G) rows, d hidden size, m streams, H heads,
 D head_dim, Dr rotary channels of it, V vocabulary, r rank of the Markov head, E experts, k of them per row, I width of

@@ -1,4 +1,4 @@
-"""What every operation is measured with: random arguments at a model's shapes."""
+"""Arguments for measuring every operation: random values at a model's shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOP_K = 50
 
 
 class Inputs:
-    """Arguments of operations, a method for each: random, but the same every time."""
+    """Arguments of operations, one method each: random with fixed seeds."""
 
     def __init__(self, shapes: Shapes, requests: int, device: torch.device) -> None:
         self.shapes, self.requests, self.device = shapes, requests, device
@@ -27,7 +27,7 @@ class Inputs:
         self._generator = torch.Generator(device).manual_seed(0)
 
     def of(self, case: Case) -> Args:
-        """What `case.op` is called with."""
+        """Arguments of `case.op`."""
         args: Args = getattr(self, case.op)(case.variant)
         return args
 

@@ -1,4 +1,4 @@
-"""One job of a day on a GPU: checks in a process of their own, which append what they find to a file.
+"""One job of a `gpu_day` run: checks in a process of their own, which append their results to a file.
 
 python -m benchmarks.gpu.job NAME... --records FILE [--dry-run]
 """
@@ -19,7 +19,7 @@ from benchmarks.gpu.stage import append
 
 
 def records_of(name: str, device: Device) -> Iterator[Record]:
-    """What the job `name` finds. Raises KeyError for an unknown job."""
+    """Results of the job `name`. Raises KeyError for an unknown job."""
     job, _, detail = name.partition(":")
     if job == "rows":
         for op in detail.split(","):
@@ -55,7 +55,9 @@ def interpret_as_a_gpu() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="+")
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true")

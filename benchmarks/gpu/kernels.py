@@ -1,19 +1,18 @@
-"""Every kernel at DeepSeek-V4-Flash shapes: its time, the least it could take, and what torch.compile makes of the
-reference.
+"""Measures every kernel at DeepSeek-V4-Flash's shapes on a GPU, beside its floor and its reference under torch.compile.
 
-    python -m benchmarks.gpu.kernels                              on a GPU: measure all that the results do not have yet
+    python -m benchmarks.gpu.kernels                              measure all that benchmarks/results/kernels.json lacks
     python -m benchmarks.gpu.kernels --ops mhc_read,moe --requests 1,32
-    python -m benchmarks.gpu.kernels --without-baseline           not the references, which take long to compile
+    python -m benchmarks.gpu.kernels --without-baseline           without the references, which take long to compile
     python -m benchmarks.gpu.kernels --readme                     fill the tables of kernels/README.md, measure nothing
-    python -m benchmarks.gpu.kernels --interpret-smoke            anywhere: that this program runs, and nothing else
+    python -m benchmarks.gpu.kernels --interpret-smoke            on a CPU: a test of this program without measurements
 
-Needs torch and triton; where this project is not installed, say PYTHONPATH=kernels before.
+Needs torch and triton; where this project is not installed, set PYTHONPATH=kernels.
 
-First every case runs in a process of its own, several at a time: the kernel is compared with its reference on the very
-inputs that are timed, and compilers fill their caches. Only what was equal is then timed, in one process, one case
-after the other. Kernel and compiled reference take turns; both are replayed as CUDA graphs, over copies of the inputs
-that L2 does not hold. Results are written after every measurement, and a second run of the same commit goes on from
-there.
+First every case runs in a process of its own, several at a time: the kernel is compared with its reference on the
+inputs that are timed later, and compilers fill their caches. Cases whose results are equal are then timed one after the
+other in one process. Kernel and compiled reference take turns; both are replayed as CUDA graphs, over more copies of
+the inputs than fit into L2. Results are written after every measurement, and a second run of the same commit continues
+from them.
 """
 
 from __future__ import annotations
@@ -47,27 +46,27 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "kernels.json"
 README = ROOT / "kernels" / "README.md"
 
-# Timing. Chosen for all cases at five numbers of requests to fit into ten minutes of a GPU.
+# Timing: all cases at five numbers of requests take ten minutes of a GPU.
 FLUSH_BYTES = 256 * 2**20
 COPIED_BYTES = 4 * 2**30
-"""Of all copies of a case's inputs, at most."""
+"""Largest total size of the copies of a case's inputs."""
 MOST_COPIES = 32
 REPLAY_SECONDS = 400e-6
-"""As long as a replay should take: what starting it costs is a percent of this."""
+"""Aim for the duration of a replay: starting one takes about a percent of this."""
 TURNS = 11
 WARM_SECONDS = 0.05
-"""Clocks are low after a pause."""
+"""Clocks are low after idle time."""
 MINUTES = 9.0
 WORKERS = 12
-"""Most of preparing is compiling, one core each."""
+"""Most of the preparation is compiling, one core per case."""
 PREPARE_SECONDS = 300
 """Of one case."""
 PREPARE_SHARE = 0.6
-"""Of all the time, at most; what was not prepared by then is left for the next run."""
+"""Largest share of the time; cases that are not prepared by then are left for the next run."""
 LATER = "no time left"
 
 SAME_INTEGERS = 0.98
-"""Share of token ids and bytes that must be the reference's: two scores may lie closer than sums are exact."""
+"""Share of token ids and bytes that must equal the reference's: scores may differ by less than rounding errors."""
 EAGER = ("moe",)
 """References that torch.compile is not asked to compile: a loop over experts, each looked up by the host."""
 WRITTEN = {"compress": (6, 7), "store_raw": (4, 5), "store_window": (5, 6)}
@@ -75,7 +74,7 @@ WRITTEN = {"compress": (6, 7), "store_raw": (4, 5), "store_window": (5, 6)}
 
 
 def copied(args: Args) -> Args:
-    """The same values in memory of their own."""
+    """A copy in separate memory."""
 
     def copy(arg: Any) -> Any:
         if isinstance(arg, tuple):
@@ -106,7 +105,7 @@ def results_of(function: Callable[..., Any], case: Case, args: Args) -> tuple[Te
 
 
 class Different(Exception):
-    """A kernel's results are not those of its reference."""
+    """The results of a kernel and its reference differ."""
 
 
 def compare(case: Case, args: Args, gpu: ModuleType) -> None:
@@ -151,11 +150,11 @@ def _chosen_by_both(actual: Tensor, expected: Tensor) -> Tensor:
     return expected.gather(1, places) == actual
 
 
-# Preparation: in processes of their own, so that a kernel that crashes takes nothing else with it.
+# Preparation, in one process per case, so that a crashing kernel affects no other case.
 
 
 def prepare(case: Case, requests: int, device: torch.device, with_baseline: bool) -> dict[str, Any]:
-    """Compare, compile, and find out how each side can be replayed."""
+    """Compare, compile, and determine how each side can be replayed."""
     from dspark_kernels import gpu
 
     args = Inputs(FLASH, requests, device).of(case)
@@ -199,7 +198,7 @@ def baseline_of(case: Case, args: Args) -> tuple[Callable[..., Any], str]:
 
 
 def _can_record(function: Callable[..., Any], args: Args) -> bool:
-    """Whether a call can be a CUDA graph: not if it asks the device something."""
+    """Whether a call can be a CUDA graph, which excludes calls that read from the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         function(*args)
@@ -225,7 +224,7 @@ def prepare_here(case: Case, requests: Sequence[int], with_baseline: bool) -> No
             try:
                 prepared = prepare(case, number, device, with_baseline)
             except torch.OutOfMemoryError:
-                # Others are at work on the same memory.
+                # Other processes use the same memory.
                 prepared = {"problem": "out of memory"}
                 torch.cuda.empty_cache()
                 time.sleep(5 + 2 * attempt)
@@ -255,7 +254,7 @@ def prepare_all(
 def _prepare_apart(
     case: Case, requests: list[int], until: float, options: Sequence[str]
 ) -> tuple[Case, list[dict[str, Any]], str]:
-    """(case, what its process said, why it said no more)"""
+    """(case, output of its process, reason of its end)"""
     seconds = min(PREPARE_SECONDS, until - time.monotonic())
     if seconds <= 0:
         return case, [], LATER
@@ -289,7 +288,7 @@ class Recorded:
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            # Kept, so that every call has results of its own to write.
+            # Kept, so that every call writes to memory of its own.
             self._results = [function(*args) for args in copies]
 
     def __call__(self) -> None:
@@ -308,14 +307,14 @@ class Launched:
 
 
 class Clock:
-    """Times work on the device, with nothing of it in L2 before."""
+    """Times work on the device with cold L2."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._flushed = torch.empty(FLUSH_BYTES // 4, device=device)
 
     def warm_up(self, work: Iterable[Callable[[], None]]) -> None:
-        """Until clocks are up."""
+        """Run until clocks are high."""
         started = time.perf_counter()
         while time.perf_counter() - started < WARM_SECONDS:
             for run in work:
@@ -334,7 +333,7 @@ class Clock:
 
 
 def num_copies(args: Args, call_seconds: float) -> int:
-    """So many that a replay is long, and all fit."""
+    """As many as make a replay long enough and fit into memory."""
     by_memory = COPIED_BYTES // max(1, num_bytes(args))
     by_time = -(-REPLAY_SECONDS // max(call_seconds, 1e-7))
     return int(max(1, min(MOST_COPIES, by_memory, by_time)))
@@ -393,7 +392,7 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 class Results:
-    """A file of measurements of one commit on one machine; those of another are not continued."""
+    """A file of measurements of one commit on one machine; a file of another commit or machine is started anew."""
 
     def __init__(self, path: Path, commit: str | None) -> None:
         origin = report.provenance(ROOT, " ".join(["python -m benchmarks.gpu.kernels", *sys.argv[1:]]))
@@ -407,7 +406,7 @@ class Results:
         return "kernel_us" in self.cases.get(case.name, {}).get(str(requests), {})
 
     def add(self, case: Case, requests: int, figures: dict[str, Any]) -> None:
-        """Write it, too; an interruption leaves the old file or the new one."""
+        """Also write the file; an interruption leaves the old one or the new one."""
         self.cases.setdefault(case.name, {})[str(requests)] = figures
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".part")
@@ -464,7 +463,7 @@ def _cell(figures: dict[str, Any] | None) -> str:
         return ""
     if "problem" in figures:
         return "failed"
-    # What moves next to nothing takes as long as a launch.
+    # Operations that move very little take as long as a launch.
     over_floor = f"{figures['over_floor']:.1f}" if figures["floor_us"] >= 1 else "-"
     time_taken = kernel_floors.microseconds(1e-6 * figures["kernel_us"]["median"])
     over_kernel = f"{figures['baseline_over_kernel']:.1f}" if "baseline_over_kernel" in figures else "-"
@@ -484,7 +483,7 @@ def tables(path: Path) -> dict[str, str]:
 
 
 def smoke(cases: Sequence[Case], results: Results | None) -> int:
-    """Every case once, interpreted, at tiny sizes; how many failed. `results` hears what became of each."""
+    """Run every case once, interpreted, at tiny sizes; returns the number of failures. `results` gets each outcome."""
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     import pytest
     from triton.runtime.interpreter import InterpretedFunction
@@ -519,7 +518,7 @@ def smoke(cases: Sequence[Case], results: Results | None) -> int:
 
 
 def measure_all(arguments: argparse.Namespace) -> int:
-    """What is missing, until time is up; 1 if something could not be measured."""
+    """Measure missing cases until time is up; returns 1 if a case could not be measured."""
     started, seconds = time.monotonic(), 60 * arguments.minutes
     results = Results(arguments.json or RESULT, arguments.commit)
     gpu_name = results.origin["machine"]["gpu"]
@@ -555,7 +554,11 @@ def _in_order(requests: Sequence[int], missing: dict[Case, list[int]]) -> Iterat
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--ops", help="comma-separated operations (default: all)")
     parser.add_argument(
         "--requests",
@@ -574,7 +577,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="to stop after (default: %(default)s)")
     parser.add_argument("--without-baseline", action="store_true", help="compile and time no references")
     parser.add_argument("--workers", type=int, default=WORKERS, help="cases that are prepared at a time")
-    parser.add_argument("--commit", help="what this is a copy of, on a machine that has no repository")
+    parser.add_argument("--commit", help="commit of this copy, on a machine without the repository")
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     wanted = arguments.ops.split(",") if arguments.ops else list(OPERATIONS)

@@ -1,4 +1,4 @@
-"""A pytest plugin that writes every test's outcome as it becomes known, also where xdist runs the tests.
+"""A pytest plugin that writes the outcome of every test when it ends, also under xdist.
 
 python -m pytest -p benchmarks.gpu.pytest_records --records FILE ...
 """
@@ -16,7 +16,7 @@ _MESSAGE_CHARACTERS = 1500
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--records", type=Path, required=True, help="file that outcomes are appended to")
+    parser.addoption("--records", type=Path, required=True, help="file to append outcomes to")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,6 +1,6 @@
-"""What a day on a GPU records: one dataclass per kind of figure, so that a dry run writes the same keys.
+"""Records of a `gpu_day` run: one dataclass per kind of figure, so that a dry run writes the same keys.
 
-Times are seconds unless a name says otherwise. None stands for what could not be measured, on a CPU for example.
+Times are seconds unless a name says otherwise. None stands for values that could not be measured, on a CPU for example.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ class TestOutcome:
 
 @dataclass(frozen=True)
 class RowBits:
-    """Whether a row's result depends on how many rows are computed with it."""
+    """Whether a row's result depends on the number of rows computed with it."""
 
     op: str
     rows: list[int]
     """Numbers of rows, ascending; the first is 1."""
     same_as_alone: list[bool]
-    """By number of rows: whether row 0 has the bits that it has alone."""
+    """By number of rows: whether row 0 has the same bits as alone."""
     changed: list[int]
-    """By number of rows: how many of the rows computed before, with fewer, have other bits now."""
+    """By number of rows: how many rows have other bits than with the previous, smaller number."""
     problem: str
     """Empty where the operation ran."""
 
 
 @dataclass(frozen=True)
 class TileTime:
-    """How long an operation takes, with the tile that its launcher chooses or with another one."""
+    """Time of an operation with the tile that its launcher chooses, or with another one."""
 
     op: str
     rows: int
@@ -56,7 +56,7 @@ class RecordedStep:
     size: int
     """Rows of the target's step, requests of the drafter's."""
     waits: str
-    """What made the host wait; empty where nothing did."""
+    """The call that made the host wait; empty where none did."""
     replay_is_finite: bool
 
 
@@ -72,7 +72,7 @@ class ServedBy:
 
 @dataclass(frozen=True)
 class NanDraw:
-    """What an operation returns for a row of NaN beside a good row."""
+    """Results of an operation for a row of NaN beside a good row."""
 
     op: str
     body: str
@@ -110,9 +110,9 @@ class TextComparison:
     against: str
     texts: int
     parted: int
-    """Texts that differ."""
+    """Number of texts that differ."""
     places: list[int]
-    """Of the first token that differs, of each text that does."""
+    """Index of the first different token, for every text that differs."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class NvmlReading:
 
 @dataclass(frozen=True)
 class SignalReading:
-    """A raw signal beside the scale that the controller has for it."""
+    """A raw signal with the controller's scale for it."""
 
     load: str
     signal: str
@@ -147,7 +147,7 @@ class SignalReading:
     high: float | None
     """Raw values that count as 0 and as 1; None where the signal is switched off."""
     saturation: float
-    """0 also where nothing could be read."""
+    """0 for unreadable signals too."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
-"""One whole round of a DeepSeek-V4-Flash-shaped model: draft, plan, verify, accept, with graphs on and off.
+"""Measures a whole round of a DeepSeek-V4-Flash-shaped model on a GPU: draft, plan, verify, accept.
 
-    python -m benchmarks.gpu.round                                    on a GPU: as many layers as fit
+    python -m benchmarks.gpu.round                                    as many layers as fit
     python -m benchmarks.gpu.round --requests 1,32 --layers 8
-    python -m benchmarks.gpu.round --shape tiny                       anywhere: that the program runs, and nothing else
+    python -m benchmarks.gpu.round --shape tiny                       on a CPU: a test of this program
 
 Weights are random, in the precision of a release: FP8 linears, FP4 experts, bfloat16 elsewhere. For every number of
-requests three numbers stand side by side, measured in one run, taking turns: milliseconds of a round launched kernel by
-kernel, of the same round as one CUDA graph, and of its kernels alone. The rest is time outside kernels. Results are
-written after every number of requests, and a second run of the same commit goes on from there. `--picture` draws what
-was written, on any machine.
+requests, three times are measured in turns: milliseconds of a round launched kernel by kernel, of the same round as one
+CUDA graph, and of its kernels alone; the rest is time outside kernels. Results go to benchmarks/results/round.json
+after every number of requests, and a second run of the same commit continues from them. `--picture` draws them, on any
+machine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ RESULT = ROOT / "benchmarks" / "results" / "round.json"
 PAGE_SIZE = 128
 ROUNDS_PER_TURN, TURNS = 4, 12
 MEMORY_MARGIN = 6 * 2**30
-"""Left free for activations, graphs and the libraries."""
+"""Memory that stays free for activations, graphs and libraries."""
 
 FLASH: dict[str, Any] = {
     "model_type": "deepseek_v4",
@@ -196,7 +196,7 @@ class Bench:
         )
 
     def at_context(self, device_round: DeviceRound) -> Callable[[], tuple[Tensor, ...]]:
-        """The round, always at the same place of the text."""
+        """The round, always at the same position of the text."""
 
         def run() -> tuple[Tensor, ...]:
             device_round.requests.starts.fill_(self.context)
@@ -236,7 +236,7 @@ def kernel_milliseconds(run: Callable[[], object]) -> dict[str, float]:
 
 
 def kernel_name(name: str) -> str:
-    """Ours keep their names; libraries' are cut to what they are about."""
+    """Names of this project's kernels stay; those of libraries are shortened."""
     if name.startswith("_") and name.endswith("_kernel"):
         return name.strip("_").removesuffix("_kernel")
     if re.search(r"gemm|cutlass|cublas|nvjet", name):
@@ -287,7 +287,7 @@ def describe(figures: dict[str, Any]) -> str:
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
-    """What a replayed round consists of, by number of requests."""
+    """The parts of a replayed round, by number of requests."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -333,14 +333,16 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.round", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", default="1,8,32,128,256", help="numbers of requests (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="target layers (default: as many as fit)")
     parser.add_argument("--context", type=int, default=8192, help="tokens before the round (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--shape", choices=("flash", "tiny"), default="flash")
     parser.add_argument("--json", type=Path, help="results (default: benchmarks/results/round.json, on a GPU alone)")
-    parser.add_argument("--commit", help="what this is a copy of, on a machine that has no repository")
+    parser.add_argument("--commit", help="commit of this copy, on a machine without the repository")
     parser.add_argument(
         "--compile", action="store_true", help="run every round once, for Triton's cache, and measure nothing"
     )

@@ -1,4 +1,4 @@
-"""Whether an operation gives a row the same bits whatever the number of rows."""
+"""Checks whether the bits of a row depend on the number of rows that an operation computes."""
 
 from __future__ import annotations
 

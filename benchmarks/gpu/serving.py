@@ -1,4 +1,4 @@
-"""What serving runs: recorded steps that must not wait for the device, bodies of operations, and rows of NaN."""
+"""Checks of a serving engine: waits in recorded steps, bodies of operations, and rows of NaN."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def served_by(device: Device) -> Iterator[ServedBy]:
 
 @contextmanager
 def _counted(kernel_calls: Counter[str], reference_calls: Counter[str]) -> Iterator[None]:
-    """Every operation of dspark_kernels is made anew from bodies that count their calls."""
+    """Rebuild every operation of dspark_kernels from bodies that count their calls."""
     from dspark_kernels import gpu
 
     def counting(function: Callable[..., Any], calls: Counter[str]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Running the jobs of a stage: each in a process of its own, within a time limit, whatever becomes of the others."""
+"""Runs the jobs of a stage, each in a process of its own with a time limit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Stage:
 
 @dataclass
 class JobResult:
-    """What became of one job."""
+    """Outcome of one job."""
 
     name: str
     status: Status = "not run"
@@ -57,7 +57,7 @@ class JobResult:
 
 @dataclass
 class StageResult:
-    """What became of a stage so far."""
+    """State of a stage."""
 
     name: str
     limit_seconds: float
@@ -77,7 +77,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """All whole lines; a process that was killed can leave the start of one."""
+    """All complete lines; a killed process can leave an incomplete one."""
     if not path.exists():
         return
     for line in path.read_text().split("\n"):
@@ -92,7 +92,7 @@ class StageRun:
     """One stage while it runs."""
 
     def __init__(self, stage: Stage, log: Path, folder: Path, on_change: Callable[[StageResult], None]) -> None:
-        """Jobs run in `folder` and write to `log`; `on_change` hears of every start and end, and once a second."""
+        """Jobs run in `folder` and write to `log`; `on_change` is called at every start and end, and once a second."""
         self._stage, self._log, self._folder, self._on_change = stage, log, folder, on_change
         self._started = time.monotonic()
         self.result = StageResult(
@@ -102,7 +102,7 @@ class StageRun:
         self._running: dict[str, _Running] = {}
 
     def run(self) -> StageResult:
-        """Until all jobs have ended or the time is over; ends what it started, also when it is interrupted."""
+        """Run until all jobs have ended or the time is over; ends its processes, also when interrupted."""
         self.result.status = "running"
         try:
             for batch in self._stage.batches:
@@ -147,7 +147,7 @@ class StageRun:
         self._tell()
 
     def _end(self, running: _Running, status: Status) -> None:
-        # Children of a job that has ended by itself may still be there.
+        # Children of an ended job may still run.
         with suppress(ProcessLookupError):
             os.killpg(running.process.pid, signal.SIGKILL)
         running.process.wait()

@@ -1,4 +1,4 @@
-"""A day's figures as tables in Markdown."""
+"""The figures of a `gpu_day` run as tables in Markdown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _origin(day: Figures) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     machine = origin["machine"]
     cores = f"{machine['cores']} cores ({machine['processor']})"
-    dry = "A dry run: its figures mean nothing. " if day["dry_run"] else ""
+    dry = "A dry run: its figures have no meaning. " if day["dry_run"] else ""
     return (
         f"{dry}{machine['gpu'] or 'No GPU'}, driver {origin['driver']}, {cores},"
         f" {origin['date'][:10]}, commit {origin['commit'][:10]}, {versions}."
@@ -46,7 +46,7 @@ def _jobs(day: Figures) -> str:
         rows.append(
             (name, stage["status"], f"{stage['seconds']:.0f} of {stage['limit_seconds']:.0f}", ", ".join(wrong))
         )
-    return _section("Stages", ("stage", "", "seconds", "jobs that did not end well"), rows)
+    return _section("Stages", ("stage", "status", "seconds", "failed jobs"), rows)
 
 
 def _tests(records: list[Figures]) -> str:
@@ -64,7 +64,7 @@ def _tests(records: list[Figures]) -> str:
 
 
 def _row_bits(records: list[Figures]) -> str:
-    """The number of rows that have other bits than with fewer rows; a dot where none has."""
+    """Numbers of rows whose bits differ from those with fewer rows; a dot for none."""
     counts = max((one["rows"] for one in records), key=len)
     rows = [
         (one["op"], *(str(changed) if changed else "." for changed in one["changed"]), one["problem"])
@@ -116,7 +116,7 @@ def _runs(records: list[Figures]) -> str:
 
 def _comparisons(records: list[Figures]) -> str:
     rows = [(one["run"], one["against"], f"{one['parted']} of {one['texts']}", one["places"]) for one in records]
-    return _section("Texts that part", ("run", "against", "texts", "at token"), rows)
+    return _section("Texts that differ", ("run", "against", "texts", "at token"), rows)
 
 
 def _nvml(records: list[Figures]) -> str:
@@ -132,7 +132,7 @@ def _signals(records: list[Figures]) -> str:
         (one["load"], one["signal"], _number(one["raw"]), f"{one['low']} to {one['high']}", _number(one["saturation"]))
         for one in records
     ]
-    return _section("Signals beside their scales", ("load", "signal", "raw", "scale", "saturation"), rows)
+    return _section("Signals and their scales", ("load", "signal", "raw", "scale", "saturation"), rows)
 
 
 def _kernels(records: list[Figures]) -> str:
@@ -148,7 +148,7 @@ def _kernels(records: list[Figures]) -> str:
         )
         for one in records
     ]
-    columns = ("operation", "requests", "us", "floor", "over it", "reference over it", "")
+    columns = ("operation", "requests", "us", "floor us", "over floor", "compiled reference over kernel", "check")
     return _section("Kernels at V4-Flash's shapes", columns, rows)
 
 
@@ -184,7 +184,7 @@ _TABLES = {
     "KernelTime": _kernels,
     "RoundTime": _rounds,
 }
-"""By kind of figure; the texts themselves have no table."""
+"""By kind of figure; generated texts have no table."""
 
 
 def _section(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Texts on a GPU against texts on a CPU, and how long an engine takes from nothing to its first token."""
+"""Texts on a GPU and on a CPU, and the time from the start of a process to the engine's first token."""
 
 from __future__ import annotations
 

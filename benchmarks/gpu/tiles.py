@@ -1,4 +1,4 @@
-"""What the tiles that launchers choose cost, against others: mhc_read by rows, and the experts of one rank of eight."""
+"""Times of the tiles that launchers choose and of others: mhc_read by rows, and the experts of one rank of eight."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def times(device: Device, op: str) -> Iterator[TileTime]:
 
 
 def run_once(device: Device, op: str) -> None:
-    """So that Triton's cache has all kernels that `times` needs."""
+    """Fill Triton's cache with the kernels that `times` needs."""
     with torch.inference_mode():
         for _, _, call in _calls(device, op):
             call()

@@ -1,4 +1,4 @@
-"""Figures of benchmarks.gpu.kernels and benchmarks.gpu.round, read from the files that they write."""
+"""Reads the figures of benchmarks.gpu.kernels and benchmarks.gpu.round from their files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LARGEST = 12
 
 
 def kernel_times(path: Path) -> Iterator[KernelTime]:
-    """What is in the file so far; nothing where there is none."""
+    """Figures in the file so far; none where there is no file."""
     for op, by_requests in _content(path).get("results", {}).items():
         for requests, figures in by_requests.items():
             yield KernelTime(

@@ -1,1 +1,1 @@
-"""Shared by benchmarks: gangs, applications, saved results, provenance."""
+"""Shared by the benchmarks: gangs, applications, finished parts, provenance."""

@@ -32,7 +32,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What rank 0 measured."""
+    """Measurements of rank 0."""
 
     num_tokens: int
     seconds: float
@@ -75,7 +75,7 @@ class Gang:
 
     def _answer(self, seconds: float) -> Any:
         if not self._connection.poll(seconds):
-            raise RuntimeError(f"rank 0 said nothing for {seconds:.0f} s")
+            raise RuntimeError(f"no message from rank 0 for {seconds:.0f} s")
         try:
             return self._connection.recv()
         except EOFError:
@@ -83,7 +83,7 @@ class Gang:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

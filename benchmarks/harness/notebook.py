@@ -1,4 +1,4 @@
-"""Finished repeats of a measurement, kept so that an interrupted run goes on where it stopped."""
+"""Finished parts of a measurement, kept so that an interrupted run continues from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Notebook:
-    """Finished repeats, one JSON line each; lines of another fingerprint do not count."""
+    """Finished parts, one JSON line each; lines with another fingerprint are ignored."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self._path, self._fingerprint = path, fingerprint

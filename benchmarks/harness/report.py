@@ -1,4 +1,4 @@
-"""Numbers with their spread, as JSON, as a table and as a picture."""
+"""Figures with their spread as JSON, table and picture, and the origin of a measurement."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
 
 
 def provenance(root: Path, command: str) -> dict[str, Any]:
-    """What a number needs beside it: command, commit, date, machine, versions."""
+    """Origin of a measurement: command, commit, date, machine, versions."""
     packages = ("torch", "triton", "ray", "transformers", "numpy", "fastapi", "pyzmq")
     installed = {distribution.name.lower() for distribution in metadata.distributions()}
     return {
@@ -81,7 +81,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def origin(results: dict[str, Any], repeats: int) -> str:
-    """Where numbers come from, in a sentence."""
+    """The origin of a measurement in a sentence."""
     machine, versions = results["machine"], results["versions"]
     return (
         f"{repeats} repeats on {machine['cores']} cores ({machine['processor']}), {results['date'][:10]}, "

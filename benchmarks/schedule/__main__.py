@@ -1,13 +1,14 @@
-"""Never slower: the scheduled engine against no speculation and against every fixed length, under load.
+"""Measures the scheduled engine against no speculation and every fixed draft length, under load, with the tiny model.
 
-    python -m benchmarks.schedule [--readme]
+    python -m benchmarks.schedule              writes benchmarks/results/schedule*.json and schedule*.png
+    python -m benchmarks.schedule --readme     also fills the table in docs/performance.md
 
-One process holds an engine per arm. They take turns every few steps on the same requests, so that whatever else the
-machine does meets all of them, and each runs until it has committed the same number of tokens. Coupled verification
-makes the texts of all arms the same, so only time tells them apart. Every finished repeat is kept in .build/, and an
-interrupted run goes on where it stopped.
+Runs on two cores of a CPU. One process holds an engine per arm. The arms take turns every few steps on the same
+requests, so that other load on the machine affects all of them, and each runs until it has committed the same number of
+tokens. With coupled verification the texts of all arms are equal, so that only times differ. Finished repeats are kept
+in .build/, and an interrupted run continues from them.
 
-A fixed length k is an engine with gamma k: its drafter stops after k positions, as one would configure it.
+The arm of fixed length k is an engine with gamma k, whose drafter stops after k positions.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ CHECKPOINT = ROOT / "deployments" / "tiny"
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CROWD = 256
-"""Requests at which the share of scheduling in a step is measured."""
+"""Number of requests for measuring the share of scheduling in a step."""
 _PROMPT_TOKENS = 32
-"""Of the end of a held-out prompt: prompt rows cost every arm the same and only dilute the comparison."""
+"""Tokens from the end of a held-out prompt: prompt rows cost every arm the same and dilute the comparison."""
 _ANSWER_TOKENS = (48, 112)
-"""Shortest and longest; requests that begin together then do not end together."""
+"""Shortest and longest answer, so that requests that begin together do not end together."""
 _WARM_TOKENS = 24
-"""Per request, before a point counts: the first steps of a size are slow, and planners have to meet the traffic."""
+"""Tokens per request before a measurement: the first steps of a size are slow, and planners adapt to the traffic."""
 _TURN_SECONDS = 0.25
 _FEWEST_REQUESTS = 4
-"""A point commits tokens for at least so many requests."""
+"""Smallest number of requests of which a measurement commits tokens."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ TRAFFIC = {
     "middle": (Traffic("code", 0.0),),
     "hard": (Traffic("prose", 1.3),),
 }
-"""What a request may be, each as often as the other."""
+"""Kinds of requests, equally frequent."""
 
 
 def build_arms(config: EngineConfig) -> dict[str, Engine]:
-    """Everything that is compared, by name."""
+    """The arms by name."""
     fixed = replace(config, schedule="fixed")
     engines = {"off": build_engine(CHECKPOINT, replace(config, speculation=False))}
     gamma = build_engine(CHECKPOINT, fixed).gamma
@@ -84,13 +85,13 @@ def build_arms(config: EngineConfig) -> dict[str, Engine]:
 
 @dataclass
 class Run:
-    """One arm on its way through a point: a closed loop that keeps `concurrency` requests in the engine."""
+    """One arm during a measurement: a closed loop that keeps `concurrency` requests in the engine."""
 
     engine: Engine
     requests: Iterator[Request]
     concurrency: int
     num_tokens: int
-    """To commit before the run ends."""
+    """Tokens to commit before the run ends."""
     committed: int = 0
     seconds: float = 0.0
     rounds: int = 0
@@ -105,7 +106,7 @@ class Run:
         return self.committed >= self.num_tokens
 
     def start_counting(self, num_tokens: int) -> None:
-        """What was until now was only to get going; the run ends after `num_tokens` more."""
+        """End the warm-up; the run ends after `num_tokens` more tokens."""
         self.num_tokens, self.reasons = num_tokens, {}
         self.committed = self.rounds = self.budget = self.accepted = self.drafted = 0
         self.seconds = self.schedule_seconds = 0.0
@@ -134,7 +135,7 @@ class Run:
             self.reasons[record.bypass] = self.reasons.get(record.bypass, 0) + 1
 
     def finish(self) -> dict[str, Any]:
-        """Leave the engine empty; the figures of the run."""
+        """Empty the engine and return the figures of the run."""
         for sequence in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
             self.engine.abort(sequence.request.request_id)
         while self.engine.has_unfinished():
@@ -152,7 +153,7 @@ class Run:
 
 
 class Requests:
-    """An endless supply for every point and repeat, the same for every arm."""
+    """Unlimited requests for every measurement and repeat, the same for every arm."""
 
     def __init__(self, count: int = 128) -> None:
         tokenizer = Tokenizer.from_directory(CHECKPOINT)
@@ -201,7 +202,7 @@ def measure_point(
 
 
 def _take_turns(runs: list[Run], generator: random.Random) -> None:
-    """Until all are over; the order is another one every time."""
+    """Run all arms to their end, in turns whose order changes."""
     while any(not run.is_over for run in runs):
         generator.shuffle(runs)
         for run in runs:
@@ -213,7 +214,7 @@ def _take_turns(runs: list[Run], generator: random.Random) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured; a change of anything but the repeats starts the measurement again."""
+    """Settings of the measurement; a change of anything but the repeats starts it again."""
 
     repeats: int
     tokens_per_request: int
@@ -254,7 +255,7 @@ def _measure_points(
 
 
 def threshold_sweep(settings: Settings, requests: Requests) -> Iterator[dict[str, Any]]:
-    """What a static threshold alone offers and accepts, per request and round, the target's own token included."""
+    """Tokens that a static threshold alone offers and accepts, per request and round, with the target's own token."""
     for threshold in THRESHOLDS:
         config = replace(settings.config, schedule="fixed", confidence_threshold=threshold, calibrate_online=False)
         engine = build_engine(CHECKPOINT, config)
@@ -274,7 +275,7 @@ def threshold_sweep(settings: Settings, requests: Requests) -> Iterator[dict[str
 
 
 def share_in_a_crowd(requests: Requests) -> dict[str, float]:
-    """Seconds that deciding takes in a step of many requests, and the whole step."""
+    """Seconds of scheduling in a step of many requests, and of the whole step."""
     config = EngineConfig(
         max_num_seqs=CROWD, max_num_batched_tokens=6 * CROWD, max_model_len=512, cost_directory=str(SCRATCH / "costs")
     )
@@ -335,7 +336,7 @@ def _grouped(entries: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
 
 
 def _point(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """One point: tokens over seconds of all repeats together, by arm, and what the scheduled one makes of it."""
+    """Figures of one measurement: tokens over seconds of all repeats, by arm, and the scheduled arm's ratios."""
     concurrency = entries[0]["concurrency"]
     arms = {arm: _arm([entry["arms"][arm] for entry in entries], concurrency) for arm in entries[0]["arms"]}
     point = {"traffic": entries[0]["traffic"], "concurrency": concurrency, "arms": arms}
@@ -372,7 +373,7 @@ def _rate(point: dict[str, Any], arm: str) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Tokens per second of all arms in Markdown, the best static one in bold."""
+    """Tokens per second of all arms in Markdown, with the best static arm in bold."""
     arms = list(results["points"][0]["arms"])
     heads = [arm.replace("fixed_", "always ") for arm in arms]
     lines = ["| traffic | requests | " + " | ".join(heads) + " | over the best | verified + anchor |"]
@@ -387,7 +388,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def readme_text(results: dict[str, Any]) -> str:
-    """The table, what it comes to, and the pictures."""
+    """The table, its summary, and the pictures."""
     names = ("worst_ratio", "median_ratio", "best_ratio", "worst_over_off")
     worst, middle, best, off = (results[name] for name in names)
     share, error = 100 * results["scheduler_share_at_256"], 100 * results["ece_after"]
@@ -440,7 +441,9 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.schedule", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="committed per request of the concurrency")

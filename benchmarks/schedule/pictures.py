@@ -1,4 +1,4 @@
-"""Pictures of what the prefix schedule does, after the figures of the DSpark paper they are to be compared with."""
+"""Pictures of the prefix schedule, in the form of the DSpark paper's figures for comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OFFERED_COLOUR, ACCEPTED_COLOUR = "#bfdbfe", "#1d4ed8"
 PANEL_WIDTH = 3.8
 """Inches"""
 NUM_GPUS = 4
-"""Of the simulated machine; the paper counts per GPU."""
+"""GPUs of the simulated machine; the paper's figures are per GPU."""
 
 
 # The simulation.
@@ -60,7 +60,7 @@ def _draw_simulated_throughput(axes: Any, points: list[dict[str, Any]]) -> None:
     for arm, style in arms.items():
         rates = [point["arms"][arm]["tokens_per_second"] / NUM_GPUS for point in points]
         axes.plot(_concurrencies(points), rates, **style, label=labels.get(arm, arm))
-    # The paper does not name its machine: shapes can be compared, heights cannot.
+    # The paper does not name its machine: the curves' shapes can be compared, their heights cannot.
     _draw_paper(axes, "dspark", "paper, DSpark, another machine")
     _draw_paper(axes, "mtp_1", "paper, MTP-1, another machine", filled=False)
     axes.set_ylim(0, 1.55 * max(PAPER_FIGURE_8["dspark"]))
@@ -142,7 +142,7 @@ def _draw_measured_gain(axes: Any, points: list[dict[str, Any]]) -> None:
 
 
 def _repeated_gains(point: dict[str, Any], arm: str) -> list[float]:
-    """Over none drafted in the same repeat: a machine that is slower for a while is so for both."""
+    """Over no speculation in the same repeat, so that slow phases of the machine affect both sides."""
     mine, plain = (point["arms"][each]["repeats"] for each in (arm, "off"))
     return [rate / other for rate, other in zip(mine, plain)]
 
@@ -181,7 +181,7 @@ def figure_5(sweep: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-# What they share.
+# Shared by all pictures.
 
 
 def _panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:

@@ -1,12 +1,12 @@
-"""What the prefix schedules would bring to DeepSeek-V4-Flash on four B300, simulated with its measured costs.
+"""Simulates the gain of the prefix schedules for DeepSeek-V4-Flash on four B300, with its measured costs.
 
-    python -m benchmarks.schedule.simulation [--output FILE]
+    python -m benchmarks.schedule.simulation [--output FILE]      on one core of a CPU
 
-Given are the seconds of target and draft (vLLM's measurement, beside the golden numbers of the schedulers) and the
-conditional acceptances by position of the DSpark paper's Figure 2, whose drafter is that of Qwen3-4B. The schedules,
-the draft gate and everything that learns are the engine's own. What is assumed:
+Inputs are the seconds of target and draft (vLLM's measurement, beside the golden numbers of the schedulers) and the
+conditional acceptances by position of the DSpark paper's Figure 2, whose drafter is that of Qwen3-4B. Schedules, the
+decision to draft and calibration are the engine's own. Assumptions:
 
-* Confidences are calibrated: a draft stands with the probability that its confidence says.
+* Confidences are calibrated: a draft is accepted with the probability that its confidence states.
 * A round has one difficulty, the same for all of its positions: logits of confidences are normal around a centre of
   the position with a standard deviation of 1.5. That is the round number at which a threshold on confidences offers
   and accepts what the paper's Figure 5 shows, which was the only figure looked at (the table prints the distance).
@@ -52,7 +52,7 @@ ACCEPTANCES = {
     "code": (0.886, 0.872, 0.860, 0.861, 0.858, 0.859, 0.851),
     "chat": (0.735, 0.738, 0.740, 0.744, 0.758, 0.766, 0.761),
 }
-"""P(a draft stands, given that all before it do) by position, from the paper's Figure 2 (DSpark)."""
+"""P(a draft is accepted, given that all before it are) by position, from the paper's Figure 2 (DSpark)."""
 
 THRESHOLD_SWEEP = {
     "math": ((0.5, 7.82, 0.789), (0.7, 7.03, 0.821), (0.9, 4.96, 0.925)),
@@ -72,7 +72,7 @@ PAPER_FIGURE_8: dict[str, tuple[Any, ...]] = {
 fitted curves of the paper's Figure 8, which names neither the hardware nor the traffic."""
 
 MAIN_MIX = "equal"
-"""Chosen before any was run."""
+"""Chosen before the first run."""
 MIXES = {
     MAIN_MIX: (1 / 3, 1 / 3, 1 / 3),
     "mostly_chat": (0.2, 0.2, 0.6),
@@ -94,9 +94,9 @@ SPREAD, REQUEST_SHARE = 1.5, 0.5
 MEAN_LIFE = 150
 """Rounds"""
 NUM_WARM, MIN_ROUNDS, MIN_REQUEST_ROUNDS = 150, 300, 30_000
-"""Rounds in which the engine still learns what it serves, which do not count, and at least so many that do."""
+"""Rounds of warm-up, in which the engine adapts to its traffic, and the least number of counted rounds."""
 NOISE = 0.03
-"""Standard deviation of what the engine measures, over what a step takes."""
+"""Relative standard deviation of measured step times."""
 CONTEXT = 8192.0
 """Tokens; the context that was profiled."""
 
@@ -138,7 +138,7 @@ class Traffic:
     confidences: np.ndarray
     """[T, R, G]"""
     accepted: np.ndarray
-    """[T, R] drafts that stand if all are verified"""
+    """[T, R] drafts that are accepted if all are verified"""
     arrives: np.ndarray
     """[T, R] whether a new request has its first round"""
 
@@ -167,7 +167,7 @@ def traffic(mix: tuple[float, ...], num_requests: int, gamma: int, num_rounds: i
 
 
 def _centres(acceptances: tuple[float, ...]) -> np.ndarray:
-    """Logits [G] around which confidences lie, so that drafts stand as often as `acceptances` say, on average.
+    """Centres [G] of the logits of confidences for which mean acceptances are `acceptances`.
 
     A draft is judged where all before it stood, that is mostly in easy rounds.
     """
@@ -193,7 +193,7 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Run:
-    """What an arm did in every counted round."""
+    """Figures of an arm in every counted round."""
 
     tokens: np.ndarray
     rows: np.ndarray
@@ -211,7 +211,7 @@ class Run:
 
 
 def fixed(machine: Machine, seen: Traffic, length: int) -> Run:
-    """The same length for everybody; with 0 nothing is drafted."""
+    """The same draft length for all requests; with 0 nothing is drafted."""
     num_rounds, num_requests, _ = seen.shape
     rows = np.full(num_rounds, num_requests * (1 + length))
     tokens = num_requests + np.minimum(seen.accepted, length).sum(-1)
@@ -220,7 +220,7 @@ def fixed(machine: Machine, seen: Traffic, length: int) -> Run:
 
 
 def clairvoyant(machine: Machine, seen: Traffic) -> Run:
-    """Drafts for everybody or nobody, and knows which drafts will stand: the best rate of any number of them."""
+    """An upper bound: drafts for all requests or none, with knowledge of which drafts will be accepted."""
     _, num_requests, gamma = seen.shape
     most = num_requests * gamma
     verified = np.arange(most + 1)
@@ -266,7 +266,7 @@ class Engine:
         self._batch = Batch(num_requests, 0, num_requests, CONTEXT)
         self._noise = np.random.default_rng(7)
         self.schedule_seconds: list[float] = []
-        """What deciding, planning and learning took, by round; measured, not simulated."""
+        """Measured seconds of scheduling, planning and adapting, by round."""
 
     def run(self, seen: Traffic) -> Run:
         """Serve all rounds."""
@@ -320,7 +320,7 @@ class Engine:
 
 
 def simulate() -> dict[str, Any]:
-    """Plain numbers: per gamma and mix the arms at every concurrency, and what follows from them."""
+    """Results as JSON values: per gamma and mix, the arms at every concurrency and the ratios between them."""
     runs = {f"gamma_{GAMMA}": {mix: curve(mix, GAMMA) for mix in MIXES}}
     runs[f"gamma_{LONGER_GAMMA}"] = {MAIN_MIX: curve(MAIN_MIX, LONGER_GAMMA)}
     main = runs[f"gamma_{GAMMA}"][MAIN_MIX]
@@ -397,7 +397,7 @@ def _arm(run: Run) -> dict[str, float]:
 
 
 def threshold_sweep() -> list[dict[str, Any]]:
-    """What a threshold on the confidences of this traffic offers and accepts, beside the paper's Figure 5."""
+    """Tokens that a threshold on the confidences of this traffic offers and accepts, beside the paper's Figure 5."""
     sweep = []
     for number, (domain, expected) in enumerate(THRESHOLD_SWEEP.items()):
         only = tuple(float(number == other) for other in range(len(ACCEPTANCES)))
@@ -482,7 +482,9 @@ def _threshold_lines(sweep: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.schedule.simulation", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "schedule_simulation.json")
     arguments = parser.parse_args()
     results = report.provenance(ROOT, "python -m benchmarks.schedule.simulation") | simulate()

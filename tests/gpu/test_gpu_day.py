@@ -268,13 +268,13 @@ def test_without_figures_no_claim_is_judged() -> None:
             RowBits("torch.bmm wo_a", [1], [True], [0], "CUDA error"),
         ),
         (
-            "A row of NaN",
+            "For a row of NaN",
             NanDraw("gumbel_argmax", "kernel", [-1], [3], ""),
             NanDraw("gumbel_argmax", "kernel", [0], [3], ""),
         ),
         ("An engine starts", StartUp("cold", 5.0, 40.0, 41.0, 90), StartUp("cold", 5.0, 80.0, 81.0, 90)),
         (
-            "In float32, texts with speculation",
+            "In float32, speculation changes no text",
             TextComparison("gpu float32 replayed speculative", "gpu float32 replayed plain", 16, 0, []),
             TextComparison("gpu float32 replayed speculative", "gpu float32 replayed plain", 16, 1, [7]),
         ),
@@ -302,7 +302,7 @@ def test_a_slower_chosen_tile_is_found() -> None:
     assert holds(*times, TileTime("moe", 24, "many", 20.0, ""))[name] is False
 
 
-def test_texts_are_compared_where_they_part_first() -> None:
+def test_the_first_different_token_is_found() -> None:
     texts = [
         Text("cpu float32 launched plain", 0, [1, 2, 3]),
         Text("cpu float32 launched plain", 1, [4, 5, 6]),

@@ -1,4 +1,4 @@
-"""The simulated world of benchmarks/controller/__main__.py keeps its books, on worlds small enough to see through."""
+"""The simulation of benchmarks/controller on worlds that are small enough to check by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autoscale.thresholds import FixedThreshold, LoadCurve
 from benchmarks.controller import __main__ as controller_main
 from benchmarks.controller import replicas as controller_replicas
 from benchmarks.controller import steady as controller_steady
-from benchmarks.controller.book import Book
+from benchmarks.controller.figures import FleetFigures
 from benchmarks.controller.replicas import Delay, ServeDefault, SpeculationAware
 from benchmarks.controller.signals import Controlled, Reporter
 from benchmarks.controller.traffic import (
@@ -261,17 +261,17 @@ def test_thresholds_of_the_load_curve_stand_still_at_constant_load(costs: Costs)
 # Figures
 
 
-def test_a_book_counts_tokens_and_users(costs: Costs) -> None:
+def test_figures_count_tokens_and_users(costs: Costs) -> None:
     small = world(costs)
-    book, seen = Book(small), []
+    fleet_figures, seen = FleetFigures(small), []
     for _ in range(120):
         second, observed = small.step()
-        book.add(second, observed)
+        fleet_figures.add(second, observed)
         seen.append(observed)
-    figures = book.figures()
+    figures = fleet_figures.figures()
     assert [each["tokens_per_second"] for each in figures] == pytest.approx(tokens(seen) / 120)
     assert all(0 < each["slowest_percent"] < each["median_user"] for each in figures)
-    assert len(book.trace) == 2
+    assert len(fleet_figures.trace) == 2
 
 
 def test_movement_and_settling_are_measured_against_the_band() -> None:
@@ -292,7 +292,7 @@ def test_serves_default_asks_for_ongoing_requests_over_the_target() -> None:
     assert SpeculationAware(ReplicaRule())(loads, 3) > 3
 
 
-def test_a_wish_counts_once_it_has_lasted() -> None:
+def test_a_change_takes_effect_after_its_delay() -> None:
     delay = Delay()
     up = [delay.target(6, 4, now) for now in range(controller_replicas.UPSCALE_DELAY + 1)]
     assert up == [4] * controller_replicas.UPSCALE_DELAY + [6]
@@ -301,7 +301,7 @@ def test_a_wish_counts_once_it_has_lasted() -> None:
     assert down[-1] == 4
 
 
-def test_a_wish_that_changes_its_mind_starts_again() -> None:
+def test_a_change_of_direction_starts_the_delay_again() -> None:
     delay = Delay()
     for now in range(20):
         delay.target(6, 4, now)

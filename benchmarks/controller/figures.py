@@ -1,4 +1,4 @@
-"""What fleets did: tokens, speeds of users, waits and refusals, by phase of the day and over time."""
+"""Figures of fleets: tokens, speeds of users, waits and refusals, by phase of the day and over time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from benchmarks.controller.traffic import PHASES, Second
 from benchmarks.controller.world import Observed, World
 
 _SPEEDS = np.geomspace(1.0, 2000.0, 1501)
-"""Edges between which tokens per second of a user are counted: half a percent apart."""
+"""Edges of the bins for tokens per second of a user, half a percent apart."""
 
 
-class Book:
+class FleetFigures:
     """Figures of every fleet of a world; letters as there, and P phases."""
 
     def __init__(self, world: World, trace_seconds: int = 60) -> None:
@@ -25,10 +25,10 @@ class Book:
         self._waiting = np.zeros(num_fleets)
         self._recent: list[tuple[float, np.ndarray, np.ndarray]] = []
         self.trace: list[tuple[float, np.ndarray, np.ndarray]] = []
-        """(load, tokens per second [F], thresholds [F, R]), averages of so many seconds"""
+        """(load, tokens per second [F], thresholds [F, R]), averages over `trace_seconds`"""
 
     def add(self, second: Second, seen: Observed) -> None:
-        """A second that has passed."""
+        """Count a simulated second."""
         phase = PHASES.index(second.phase)
         tokens = seen.tokens.sum(1)
         self._seconds[phase] += 1
@@ -42,7 +42,7 @@ class Book:
             self._recent = []
 
     def _count_speeds(self, phase: int) -> None:
-        """A request counts once for every second at whose end it runs."""
+        """A request counts once per second at whose end it runs."""
         world = self._world
         num_fleets = len(world.fleets)
         bins = np.searchsorted(_SPEEDS, world.per_user) + np.arange(num_fleets)[:, None, None] * (len(_SPEEDS) + 1)
@@ -50,7 +50,7 @@ class Book:
         self._speeds[phase] += counts.reshape(num_fleets, -1)
 
     def figures(self) -> list[dict[str, Any]]:
-        """Of every fleet, by name of the figure; speeds are tokens per second."""
+        """Figures by name, one mapping per fleet; speeds are tokens per second."""
         return [self._figures_of(fleet) for fleet in range(len(self._world.fleets))]
 
     def _figures_of(self, fleet: int) -> dict[str, Any]:
