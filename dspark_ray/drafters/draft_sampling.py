@@ -1,4 +1,4 @@
-"""How drafted tokens are chosen: with the target's noise (coupled) or from recorded distributions (rejection).
+"""Sampling of drafted tokens: with the target's noise (coupled) or from recorded distributions (rejection).
 
 Letters: R requests, G gamma, K kept draft tokens, V vocabulary.
 """

@@ -1,1 +1,1 @@
-"""How logits become tokens."""
+"""From logits to tokens: edits, temperature, filters, noise."""

@@ -536,7 +536,7 @@ def markov_sample(
 
 
 def admit_prefixes(confidences: Tensor, limits: Tensor, thresholds: Tensor, budget: Tensor) -> Tensor:
-    """How many drafts of each request to verify: lengths [R] int64.
+    """Number of drafts to verify per request: lengths [R] int64.
 
     survival = running product of confidences [R, G] in float64. The best `budget` (int64, no dimensions) of the
     survivals at positions below limits [R] are admitted; of equal ones the earlier request, then the earlier position,

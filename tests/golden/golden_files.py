@@ -26,7 +26,7 @@ def case_files(pattern: str) -> list[Path]:
 
 
 def case_name(path: Path) -> str:
-    """What a test id calls the case."""
+    """The name of the case in test ids."""
     return path.parent.name if path.stem == "golden" else path.stem
 
 

@@ -17,11 +17,11 @@ class Model:
     name: str
     hidden: int
     heads: int
-    """Of this rank."""
+    """Number on this rank."""
     q_lora: int
     index_topk: int
     experts: int
-    """Of all ranks."""
+    """Number on all ranks."""
     local_experts: int
     expert_width: int
     markov_rank: int

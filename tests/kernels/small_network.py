@@ -36,7 +36,7 @@ GAMMA = 3
 NUM_SEQUENCES = 2
 PAGE_SIZE = 16
 NUM_PAGES = 4
-"""Of one sequence."""
+"""Pages of one sequence."""
 MAX_ROWS = 24
 ALL_KINDS = (0, 4, 8)
 """Compression ratios of a sliding, a CSA and an HCA layer."""

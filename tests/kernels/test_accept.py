@@ -19,7 +19,7 @@ SCORE_MARGIN = 1e-5
 
 
 def first_rows_of(lengths: Sequence[int]) -> Tensor:
-    """Where requests of so many rows begin, and where the last one ends."""
+    """First rows of requests with so many rows each, and the end of the last one."""
     return torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
 
 

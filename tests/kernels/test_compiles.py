@@ -60,7 +60,7 @@ class Report:
 
 
 def sample(calls: list[str]) -> list[str]:
-    """Those that the tests compile of names that are the same but for the `[N=rows]` at their end."""
+    """The names that tests compile, of names that differ in their final `[N=rows]` only."""
     by_variant: dict[str, dict[int, str]] = {}
     for call in calls:
         variant, _, rows = call.partition(" [")

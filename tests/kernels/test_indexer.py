@@ -18,7 +18,7 @@ from dspark_kernels.gpu import indexer
 NAN = float("nan")
 
 ROUNDING = 1e-5
-"""Of the sum over heads of |weight * product|: sums are in float32."""
+"""Relative to the sum over heads of |weight * product|, because sums are in float32."""
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ class Network:
     usual: float
     """... and of four rows in five."""
     ratios: tuple[int, ...] = (4, 8)
-    """Of the target's layers."""
+    """Compression ratios of the target's layers."""
 
     @property
     def modules(self) -> tuple[DeepSeekV4, DSparkModule]:

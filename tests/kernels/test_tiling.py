@@ -1,4 +1,4 @@
-"""How launchers cut their work by number of rows: tables for an H200 (132 processors) and DeepSeek-V4-Flash."""
+"""Tilings of launchers by number of rows: tables for an H200 (132 processors) and DeepSeek-V4-Flash."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def whole() -> DeepSeekV4:
 
 @pytest.fixture(scope="module")
 def folder(whole: DeepSeekV4, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where every rank of every size has left its outputs."""
+    """Folder with the outputs of every rank of every group size."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(whole.config, folder / "config.pt")
     torch.save(whole.state_dict(), folder / "weights.pt")

@@ -11,7 +11,7 @@ from torch import Tensor
 _INTERPRETED_PROCESSORS = 3
 """Assumed in the interpreter, where programs run one after another: enough that work is split."""
 _COMPILED_FOR = 132
-"""Of an H200, the target of compilation without a GPU."""
+"""An H200's number, for compilation without a GPU."""
 
 
 @cache

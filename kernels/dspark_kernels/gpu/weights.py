@@ -100,7 +100,7 @@ def load_rows(
     BLOCK: tl.constexpr,
     SLICES: tl.constexpr,
 ):
-    """What `multiply_add` multiplies BLOCK columns of a weight with, from i_column on: two tiles of rows at p_rows.
+    """Operands of `multiply_add` for BLOCK columns of a weight, from i_column on: two tiles of rows at p_rows.
 
     They are [., BLOCK], one for low and one for high nibbles, where there are SLICES of FP4 weights. Otherwise both are
     the same tile, which for FP4 has columns for low nibbles first, [., 2 * BLOCK].
