@@ -1,7 +1,9 @@
-"""What a YAML file may say under `args`: one model per block, unknown keys refused.
+"""The keys under `args` in a YAML file, one model per section; unknown keys are refused.
 
-Serve's own settings (num_replicas, autoscaling_config, ray_actor_options of the Ingress) belong under
-`deployments` in the same file.
+Serve's own settings (num_replicas, autoscaling_config, ray_actor_options of the Ingress) belong under `deployments` in
+the same file. The string below a field is its description in docs/configuration.md. Fields of the engine take theirs,
+and their defaults, from dspark_ray.config.EngineConfig.
+
 No `from __future__ import annotations` here: with it Serve would not validate the builder's arguments.
 """
 
@@ -14,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from autoscale.controller import ControllerConfig
 from autoscale.presets import controller_config
+from deployments.descriptions import field_descriptions
 from deployments.http.keys import KeySource, read_keys
 from deployments.user_cache import cache_directory
 from dspark_ray.config import (
@@ -28,21 +31,20 @@ from dspark_ray.config import (
 )
 from dspark_ray.types import MAX_DRAFT_TOKENS
 
-_ENGINE = EngineConfig()
-_LONGEST_SECONDS = 7 * 86400.0
-"""Whatever waits longer is no timeout, and clocks of torch.distributed overflow."""
+_MAX_SECONDS = 7 * 86400.0
+"""Longer timeouts would overflow the clocks of torch.distributed."""
 
 
-def _in_seconds(lowest_words: str, is_low_enough: Callable[[float], bool]) -> AfterValidator:
+def _in_seconds(expected: str, is_long_enough: Callable[[float], bool]) -> AfterValidator:
     def check(value: float) -> float:
-        if is_low_enough(value) and value <= _LONGEST_SECONDS:
+        if is_long_enough(value) and value <= _MAX_SECONDS:
             return value
-        raise ValueError(f"expected {lowest_words} and at most {_LONGEST_SECONDS:.0f} seconds")
+        raise ValueError(f"expected {expected} and at most {_MAX_SECONDS:.0f} seconds")
 
     return AfterValidator(check)
 
 
-# Infinity and NaN are let through to the check, which knows the range.
+# Infinity and NaN are let through to the check, whose message names the range.
 Seconds = Annotated[float, Field(allow_inf_nan=True), _in_seconds("more than 0", lambda value: value > 0)]
 SecondsOrZero = Annotated[float, Field(allow_inf_nan=True), _in_seconds("0 or more", lambda value: value >= 0)]
 Count = Annotated[int, Field(gt=0, le=2**20)]
@@ -50,187 +52,207 @@ Length = Annotated[int, Field(gt=0, le=2**31 - 1)]
 """In tokens, pages or bytes."""
 NumDrafts = Annotated[int, Field(gt=0, le=MAX_DRAFT_TOKENS)]
 Resources = dict[str, Annotated[float, Field(gt=0, le=1e9)]]
+"""Amounts by the name of a Ray resource, such as CPU or GPU."""
+
+_ENGINE_DEFAULTS = EngineConfig()
+_ENGINE_DESCRIPTIONS = field_descriptions(EngineConfig)
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+def _of_engine(name: str, **constraints: Any) -> Any:
+    """A field with the default and the description of EngineConfig's field `name`."""
+    default = getattr(_ENGINE_DEFAULTS, name)
+    return Field(default=default, description=_ENGINE_DESCRIPTIONS[name], **constraints)
 
 
-class EngineArgs(_Block):
-    """One engine's sizes; see dspark_ray.config.EngineConfig."""
-
-    max_num_seqs: Count = _ENGINE.max_num_seqs
-    max_num_batched_tokens: Count = _ENGINE.max_num_batched_tokens
-    max_model_len: Length = _ENGINE.max_model_len
-    num_pages: Length | None = _ENGINE.num_pages
-    page_size: Count = _ENGINE.page_size
-    max_waiting: Count = _ENGINE.max_waiting
-    dtype: DType = _ENGINE.dtype
-    keep_quantised: bool | None = _ENGINE.keep_quantised
-    kv_cache_dtype: CacheDType = _ENGINE.kv_cache_dtype
-    enforce_eager: bool = _ENGINE.enforce_eager
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class SpeculativeArgs(_Block):
-    """vLLM's block of the same name. The draft module ships inside the target's checkpoint."""
+class EngineArgs(_Section):
+    """The sizes and number formats of one engine."""
+
+    max_num_seqs: Count = _of_engine("max_num_seqs")
+    max_num_batched_tokens: Count = _of_engine("max_num_batched_tokens")
+    max_model_len: Length = _of_engine("max_model_len")
+    num_pages: Length | None = _of_engine("num_pages")
+    page_size: Count = _of_engine("page_size")
+    max_waiting: Count = _of_engine("max_waiting")
+    dtype: DType = _of_engine("dtype")
+    keep_quantised: bool | None = _of_engine("keep_quantised")
+    kv_cache_dtype: CacheDType = _of_engine("kv_cache_dtype")
+    enforce_eager: bool = _of_engine("enforce_eager")
+
+
+class SpeculativeArgs(_Section):
+    """vLLM's section of the same name. The draft module is a part of the target's checkpoint."""
 
     method: Literal["dspark"] = "dspark"
+    """The only method."""
     num_speculative_tokens: NumDrafts | None = None
-    """None takes the checkpoint's dspark_block_size."""
+    """Drafted tokens per request and round; null takes the checkpoint's dspark_block_size."""
     enable_adaptive_verification: bool | None = None
-    """false verifies every draft whole, as dspark.schedule.kind `fixed` does; true and None leave it to `schedule`."""
+    """vLLM's name for `dspark.schedule`: false verifies every draft to its end, as `kind: fixed` does; true and null
+    leave the choice to `dspark.schedule`."""
 
 
-class DrafterArgs(_Block):
+class DrafterArgs(_Section):
+    """Where the draft module runs."""
+
     placement: Literal["inline", "actor"] = "actor"
-    """Inside verifier rank 0, or in an actor of its own."""
+    """`inline` runs it inside verifier rank 0, `actor` in an actor of its own."""
 
 
-class ScheduleArgs(_Block):
-    """How much of each draft is verified, decided anew every step."""
+class ScheduleArgs(_Section):
+    """How many drafted tokens of each request are verified, decided at every step."""
 
-    kind: ScheduleKind | None = _ENGINE.schedule
-    """None takes `full` with coupled and `lagged` with rejection verification."""
-    lag: NumDrafts = _ENGINE.schedule_lag
-    """Rounds by which the confidences that set the budget of `lagged` are old."""
-    bypass: bool = _ENGINE.bypass
-    """Draft for no request while drafting costs more than it brings."""
+    kind: ScheduleKind | None = _of_engine("schedule")
+    lag: NumDrafts = _of_engine("schedule_lag")
+    bypass: bool = _of_engine("bypass")
 
 
-class ConfidenceArgs(_Block):
-    """How far the drafter's own confidences are trusted."""
+class ConfidenceArgs(_Section):
+    """How the drafter's confidences are used and calibrated."""
 
-    threshold: float = Field(default=_ENGINE.confidence_threshold, ge=0, le=1)
-    """Drafted positions whose survival is below this are not verified, whatever the schedule says."""
+    threshold: float = _of_engine("confidence_threshold", ge=0, le=1)
     sts_path: str | None = None
-    """Temperatures in SGLang's STS JSON; a relative path starts where `model` does. None takes the checkpoint's
-    sts.json, if it is there."""
-    calibrate_online: bool = _ENGINE.calibrate_online
-    """Refit the temperatures from what drafts come to."""
+    """A file with temperatures of the confidences in SGLang's STS format; a relative path starts at the `deployments`
+    package. null takes the checkpoint's sts.json, if there is one."""
+    calibrate_online: bool = _of_engine("calibrate_online")
 
 
-class CostTableArgs(_Block):
-    """What a step costs, which schedules weigh against what it brings."""
+class CostTableArgs(_Section):
+    """The table of what steps cost in seconds, which schedules weigh against the tokens that drafts are expected to
+    save."""
 
     path: str | None = None
-    """A table to use instead of profiling, ours or SGLang's; a relative path starts where `model` does."""
+    """A table of this project or of SGLang to use instead of profiling; a relative path starts at the `deployments`
+    package."""
     directory: str | None = "default"
-    """Where profiled tables are kept for the next start, on rank 0's node; `default` is $XDG_CACHE_HOME/dspark-ray or
-    ~/.cache/dspark-ray. None profiles at every start, which takes seconds to minutes."""
+    """The folder on rank 0's node where profiled tables are kept for the next start; `default` is
+    $XDG_CACHE_HOME/dspark-ray or ~/.cache/dspark-ray. null profiles at every start, which takes seconds to minutes."""
 
-    def in_use(self) -> str | None:
-        """The folder on the node that this is called on."""
+    def resolved_directory(self) -> str | None:
+        """The folder on the node where this is called."""
         return cache_directory() if self.directory == "default" else _path_or_none(self.directory)
 
 
-class DSparkArgs(_Block):
-    """What no other engine has a name for."""
+class DSparkArgs(_Section):
+    """Settings of speculation that other engines do not have."""
 
     drafter: DrafterArgs = DrafterArgs()
-    verification: VerificationMode = _ENGINE.verification
-    """`coupled` keeps the text; `rejection` keeps its distribution and accepts more drafts."""
-    rejection_top_k: Count = _ENGINE.rejection_top_k
+    """Where the draft module runs."""
+    verification: VerificationMode = _of_engine("verification")
+    rejection_top_k: Count = _of_engine("rejection_top_k")
     schedule: ScheduleArgs = ScheduleArgs()
+    """How many drafted tokens are verified."""
     confidence: ConfidenceArgs = ConfidenceArgs()
+    """Use and calibration of the drafter's confidences."""
     cost_table: CostTableArgs = CostTableArgs()
+    """What steps cost."""
 
 
-class WorkerPlacement(_Block):
-    """What one actor of the gang takes from the cluster, and the labels its node must carry."""
+class WorkerPlacement(_Section):
+    """Resources of one actor of the gang, and labels that its node must carry."""
 
     resources: Resources | None = None
-    """None takes one CPU, and one GPU where the device is cuda."""
+    """null reserves one CPU, and one GPU where the device is cuda."""
     labels: dict[str, str] = {}
-    """Labels of Ray nodes, by key."""
+    """Ray's node labels."""
 
 
 class DrafterPlacement(WorkerPlacement):
+    """As for a verifier rank."""
+
     beside_rank_0: bool = False
-    """In rank 0's bundle: with fractions of one GPU the two then share a device."""
+    """Whether the drafter is placed in rank 0's bundle: with fractions of one GPU the two share a device."""
 
 
-class PlacementArgs(_Block):
-    """Where the gang of one replica goes: a bundle per verifier rank, and one for the drafter."""
+class PlacementArgs(_Section):
+    """Where one replica's gang runs: a placement group with one bundle per verifier rank and one for the drafter."""
 
     device: Literal["cpu", "cuda"] = "cpu"
-    """Of verifiers and drafter."""
+    """Of every actor of the gang."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Ray's placement strategy of the bundles; ranks need a fast interconnect."""
+    """Ray's strategy for the placement group; ranks need a fast interconnect."""
     replica: Resources = {"CPU": 0.1}
-    """The Engine replica itself, always in rank 0's bundle."""
+    """Resources of the Engine replica itself, which is always in rank 0's bundle."""
     verifier: WorkerPlacement | list[WorkerPlacement] = WorkerPlacement()
-    """One for all ranks, or a list of one per rank."""
+    """For all ranks, or a list with an entry per rank."""
     drafter: DrafterPlacement = DrafterPlacement()
+    """For the drafter where it is an actor."""
     num_threads: Count | None = None
-    """torch's threads per actor; None is 1 on a CPU and torch's default elsewhere."""
+    """torch's threads per actor; null is 1 on a CPU and torch's default elsewhere."""
     environment: dict[str, str] = {}
-    """Variables of every actor of the gang, e.g. NCCL_SOCKET_IFNAME."""
+    """Environment variables of every actor of the gang, such as NCCL_SOCKET_IFNAME."""
 
 
-class LimitArgs(_Block):
-    """Admission limits, and the answer when they are exceeded."""
+class LimitArgs(_Section):
+    """Limits of admission, and how requests beyond them are answered."""
 
     max_ongoing_requests: Count | None = None
-    """Per Engine replica; None lets in what the engine can run and queue."""
+    """Per Engine replica; null is engine.max_num_seqs + engine.max_waiting."""
     max_queued_requests: Count | None = None
-    """Per Ingress replica, waiting for an Engine replica to have room. None is max_ongoing_requests: all requests that
-    one Engine replica admits pass through this queue when they arrive at once."""
+    """Requests per Ingress replica that wait until an Engine replica has room. null is max_ongoing_requests: all
+    requests that one Engine replica admits pass through this queue when they arrive at once."""
     max_ingress_requests: Count = 4096
     """Connections per Ingress replica."""
     max_body_bytes: Length = 16 * 2**20
-    """Of one HTTP request."""
+    """Of one HTTP request; larger ones get a 413."""
     max_waiting_prompts: Count = 64
-    """Requests per Ingress replica that wait for a thread of the tokenizer."""
+    """Requests per Ingress replica that wait for a thread of the tokenizer; one more gets a 503."""
     retry_after_s: Count = 1
-    """Said with 429 and 503."""
+    """The header Retry-After of a 429 or 503."""
     max_resubmissions: int = Field(default=3, ge=0, le=1000)
-    """How often a request moves on when the gang that serves it dies. One that was in flight runs alone among such
-    requests at first, and is given up when that gang dies too."""
+    """How many engines may die while they serve a request before it is given up with a 503. A request that was in
+    flight when an engine died runs at first with no other such request beside it, and is given up with a 500 when that
+    engine dies too."""
     resubmission_deadline_s: Seconds = 30.0
-    """How long a request tries to reach an engine that takes it over; longer than the loss of a node goes unnoticed.
-    Where all have died it waits for a new one, as long as that takes to load."""
+    """How long a request looks for an engine after the loss of its own; longer than it takes to notice the loss of a
+    node. It waits for a new replica as long as that takes to load where no other is left."""
 
 
-class HttpArgs(_Block):
+class HttpArgs(_Section):
     """The HTTP application of every Ingress replica."""
 
     cors_origins: list[str] = []
     """Origins of web pages that may call from a browser, such as https://example.org, or "*" for all of them."""
     keep_alive_s: SecondsOrZero = 15.0
-    """A stream that is silent for so long carries a comment, so that proxies keep it open; 0 sends none."""
+    """Seconds without an event after which a stream sends a comment, so that proxies keep it open; 0 sends none."""
     tokenizer_threads: Count = 2
-    """Threads that tokenise prompts, per Ingress replica."""
+    """Threads per Ingress replica that encode prompts."""
 
 
-class HealthArgs(_Block):
+class HealthArgs(_Section):
+    """Timeouts after which a process counts as hung or dead."""
+
     check_period_s: Seconds = 2.0
-    """Between Serve's health checks of a replica."""
+    """Serve's health_check_period_s of every deployment but the Ingress."""
     check_timeout_s: Seconds = 10.0
-    """Longest answer to one."""
+    """Serve's health_check_timeout_s of every deployment but the Ingress."""
     step_timeout_s: Seconds = 120.0
-    """Rank 0 counts as hung when it is silent for so long, and so does the replica. Longer than any step."""
+    """Silence after which rank 0, or the replica's event loop, counts as hung; longer than any step."""
     peer_timeout_s: Seconds = 60.0
-    """A member of the gang that is silent for so long counts as dead to the others."""
+    """Silence after which a member of the gang counts as dead to the others."""
     startup_timeout_s: Seconds = 1800.0
-    """From the start of the actors to weights loaded."""
+    """From the start of the actors until weights are loaded."""
     graceful_shutdown_timeout_s: SecondsOrZero = 600.0
-    """At least the longest answer: a redeploy waits so long for streams to end. Replicas that cannot go on end
-    themselves and do not wait."""
+    """How long a redeploy waits for streams to end; at least as long as the longest answer. Replicas that have failed
+    end themselves and do not wait."""
 
 
 class LoadControllerArgs(BaseModel):
-    """Thresholds per replica from the cluster's load. Without a policy it watches and bounds nothing.
+    """Confidence thresholds per replica from the cluster's load. Without a policy it observes and limits nothing.
 
     Besides `preset`, every field of autoscale.controller.ControllerConfig is a key here; it replaces the preset's.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     preset: str | None = None
     """latency, throughput or cost: a file in autoscale/presets."""
 
     def config(self, own_threshold: float, path: str = "load_controller") -> ControllerConfig:
-        """`own_threshold` is the engine's: no threshold is below it. `path` is what errors call this block.
+        """`own_threshold`, the engine's, is the lowest threshold. `path` names this section in errors.
 
         Raises ValueError.
         """
@@ -238,27 +260,33 @@ class LoadControllerArgs(BaseModel):
         return replace(config, lowest_threshold=max(config.lowest_threshold, own_threshold))
 
 
-class AppArgs(_Block):
+class AppArgs(_Section):
     """The application: one model, served by any number of gangs."""
 
     model: str = Field(min_length=1)
     """A checkpoint folder; a relative path starts at the `deployments` package, so `tiny` is the packaged one."""
     served_model_name: str | None = None
-    """The name clients use; None is the last part of `model`."""
+    """The name clients use; null is the last part of `model`."""
     tensor_parallel_size: Count = 1
-    """Verifier ranks per Engine replica; a divisor of the model's o_groups and number of attention heads."""
+    """Verifier ranks per Engine replica; a divisor of the model's o_groups and of its number of attention heads."""
     engine: EngineArgs = EngineArgs()
+    """Sizes and number formats."""
     speculative_config: SpeculativeArgs | None = SpeculativeArgs()
     """null serves without speculation."""
     dspark: DSparkArgs = DSparkArgs()
+    """Verification, schedule, confidences and costs."""
     placement: PlacementArgs = PlacementArgs()
+    """Devices, resources and nodes."""
     limits: LimitArgs = LimitArgs()
+    """Admission."""
     http: HttpArgs = HttpArgs()
+    """Browsers, keep-alive comments and tokenizer threads."""
     api_key: KeySource = None
     """Keys of clients: one, a list, {file: PATH} or {env: NAME}. null serves every client that reaches the port."""
     admin_api_key: KeySource = None
-    """Keys of the /admin routes. null serves them to processes of the same machine alone."""
+    """Keys of the /admin routes. null serves these routes to processes of the same machine only."""
     health: HealthArgs = HealthArgs()
+    """Timeouts of health checks, steps and peers."""
     load_controller: LoadControllerArgs | None = LoadControllerArgs()
     """null serves without a load controller."""
 
@@ -277,7 +305,7 @@ class AppArgs(_Block):
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint folder; that it exists is checked where it is read."""
+        """The checkpoint folder; whether it exists is checked when it is read."""
         return _from_package(self.model)
 
     @property
@@ -285,7 +313,7 @@ class AppArgs(_Block):
         return self.served_model_name or Path(self.model).name
 
     def api_keys(self) -> list[str]:
-        """Call it where HTTP is served: files and variables are that process's. Raises ConfigError."""
+        """Call it in the process that serves HTTP, whose files and environment are read. Raises ConfigError."""
         return read_keys("api_key", self.api_key, _from_package)
 
     def admin_api_keys(self) -> list[str]:
@@ -309,7 +337,7 @@ class AppArgs(_Block):
         return self.placement.num_threads or (1 if self.placement.device == "cpu" else None)
 
     def engine_config(self) -> EngineConfig:
-        """Call it on the node that the engine is for: its cache folder is that node's. Raises ConfigError."""
+        """Call it on the engine's node, whose cache folder is meant. Raises ConfigError."""
         speculative, dspark = self.speculative_config, self.dspark
         schedule, confidence, cost_table = dspark.schedule, dspark.confidence, dspark.cost_table
         return EngineConfig(
@@ -326,7 +354,7 @@ class AppArgs(_Block):
             sts_path=_path_or_none(confidence.sts_path),
             calibrate_online=confidence.calibrate_online,
             cost_table=_path_or_none(cost_table.path),
-            cost_directory=cost_table.in_use(),
+            cost_directory=cost_table.resolved_directory(),
         )
 
     def controller_config(self) -> ControllerConfig | None:
@@ -336,11 +364,11 @@ class AppArgs(_Block):
 
     @property
     def _verifies_all(self) -> bool:
-        """Whether adaptive verification was switched off by vLLM's name for it."""
+        """Whether vLLM's switch turns adaptive verification off."""
         return self.speculative_config is not None and self.speculative_config.enable_adaptive_verification is False
 
     def _check_adaptive_verification(self) -> None:
-        """Raises ValueError where vLLM's switch and our schedule say different things."""
+        """Raises ValueError where vLLM's switch contradicts `dspark.schedule.kind`."""
         adaptive = self.speculative_config and self.speculative_config.enable_adaptive_verification
         kind = self.dspark.schedule.kind
         if adaptive is None or kind is None or adaptive == (kind != "fixed"):
@@ -353,7 +381,7 @@ class AppArgs(_Block):
         )
 
     def resolve(self) -> tuple[ModelConfig, ResolvedConfig]:
-        """Check the checkpoint's config against this. Raises ConfigError."""
+        """The checkpoint's configuration, and the engine's for it. Raises ConfigError."""
         model = ModelConfig.from_file(self.checkpoint)
         if self.speculative_config is not None and model.dspark is None:
             raise ConfigError(
@@ -362,7 +390,7 @@ class AppArgs(_Block):
         return model, self.engine_config().for_model(model)
 
     def worker_resources(self) -> list[Resources]:
-        """Of every verifier rank, then of the drafter where it is an actor."""
+        """Resources of every verifier rank, then of the drafter where it is an actor."""
         return [worker.resources or self._default_resources() for worker in self._workers()]
 
     def bundle_of_worker(self) -> list[int]:

@@ -9,13 +9,9 @@ A key's sentence is the string below it in its class.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import inspect
-import itertools
-import re
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,37 +32,15 @@ from autoscale.saturation import SignalScale  # noqa: E402
 from autoscale.thresholds import FixedThreshold, LoadCurve  # noqa: E402
 from benchmarks.harness.report import filled  # noqa: E402
 from deployments import args  # noqa: E402
+from deployments.descriptions import field_descriptions  # noqa: E402
 from deployments.http.chat_requests import ChatRequest, Message  # noqa: E402
 from deployments.http.fields import Schema  # noqa: E402
 from deployments.http.requests import CompletionRequest, GenerationRequest, Speculative, StreamOptions  # noqa: E402
-from dspark_ray.config import EngineConfig  # noqa: E402
 from dspark_ray.types import SamplingParams, VerificationLimits  # noqa: E402
 
 Line = tuple[str, ...]
 _LARGE = 2**20
 """Bounds from here on keep programs safe and tell a reader nothing."""
-
-
-# Sentences.
-
-
-def sentences(cls: type) -> dict[str, str]:
-    """The strings below the fields of a class and of the classes it inherits from, by field."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if base.__module__.startswith(("builtins", "pydantic", "typing")):
-            continue
-        try:
-            source = inspect.getsource(base)
-        except OSError:  # a class that was made by a call
-            continue
-        body = ast.parse(textwrap.dedent(source)).body[0].body  # type: ignore[attr-defined]
-        for field, below in itertools.pairwise(body):
-            is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-                text = " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
-                found[field.target.id] = re.sub(r"\bNone\b", "null", text)
-    return found
 
 
 # Types and defaults.
@@ -140,26 +114,26 @@ def yaml_blocks() -> Iterator[str]:
 
 
 def _blocks(model: type[BaseModel], path: str) -> Iterator[str]:
-    texts, schema = sentences(model), model.model_json_schema()
-    if model in (args.EngineArgs, args.DSparkArgs):
-        texts = sentences(EngineConfig) | texts
+    schema = model.model_json_schema()
     lines: list[Line] = []
     inner: list[tuple[str, type[BaseModel]]] = []
     for name, field in model.model_fields.items():
         block = _block_of(field.annotation)
         if block is not None:
             inner.append((name, block))
-            text = texts.get(name, "")
             link = f"[below](#{path.replace('.', '')}{name})"
-            lines.append((f"`{name}`", "block", "", f"{text} {link}".strip()))
+            lines.append((f"`{name}`", "keys", "", f"{_described(field)} {link}".strip()))
             continue
-        text = field.description or texts.get(name, "")
-        lines.append((f"`{name}`", kind(schema["properties"][name]), _default(field), text))
+        lines.append((f"`{name}`", kind(schema["properties"][name]), _default(field), _described(field)))
     about = inspect.cleandoc(model.__doc__).split("\n\n")[0] if "__doc__" in vars(model) and model.__doc__ else ""
     heads = ("key", "value", "default", "")
     yield "\n\n".join(filter(None, (f"### {path}", " ".join(about.split()), table(heads, lines))))
     for name, block in inner:
         yield from _blocks(block, f"{path}.{name}")
+
+
+def _described(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split())
 
 
 def _default(field: FieldInfo) -> str:
@@ -196,7 +170,7 @@ def controller_blocks() -> Iterator[str]:
 
 
 def _dataclass_table(cls: type) -> str:
-    texts = sentences(cls)
+    texts = field_descriptions(cls)
     lines = []
     for field in dataclasses.fields(cls):
         if field.name == "kind":
@@ -218,10 +192,10 @@ def _dataclass_table(cls: type) -> str:
 
 def field_table(model: type[BaseModel], without: Iterable[str] = ()) -> str:
     """The fields of a request that mean something."""
-    texts = sentences(SamplingParams) | sentences(VerificationLimits) | sentences(model)
+    texts = field_descriptions(SamplingParams) | field_descriptions(VerificationLimits) | field_descriptions(model)
     schema = model.model_json_schema()
     lines = [
-        (f"`{name}`", kind(_without_null(schema["properties"][name])), field.description or texts.get(name, ""))
+        (f"`{name}`", kind(_without_null(schema["properties"][name])), _described(field) or texts.get(name, ""))
         for name, field in model.model_fields.items()
         if name not in without
     ]

@@ -348,6 +348,8 @@ class EngineConfig:
     gamma: int | None = None
     """Drafted tokens verified per request and round; None takes the checkpoint's block size. 0 without speculation."""
     verification: VerificationMode = "coupled"
+    """`coupled` keeps a draft where it is the token that the target draws, so that drafts do not change the text;
+    `rejection` keeps it with probability min(1, p/q), so that drafts do not change the distribution of texts."""
     speculation: bool = True
     dtype: DType = "float32"
     """Of activations, caches and weights that are not kept quantised."""

@@ -1,4 +1,4 @@
-"""API keys as a YAML file gives them: themselves, in a file, or in an environment variable."""
+"""API keys in a YAML file: the keys themselves, a file, or an environment variable."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ _VALID_KEY = re.compile(r"[!-~]+")
 
 
 class KeyFile(BaseModel):
-    """A file with one key per line; empty lines and lines that begin with # are left out."""
+    """A file with one key per line; empty lines and lines that begin with # are ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     file: str
-    """A relative path starts where `model` does."""
+    """Its path; a relative one starts at the `deployments` package."""
 
 
 class KeyVariable(BaseModel):
     """An environment variable of the Ingress replicas, with keys separated by commas or white space."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     env: str
+    """Its name."""
 
 
 GivenKeys = SecretStr | list[SecretStr] | KeyFile | KeyVariable
@@ -36,14 +37,17 @@ KeySource = GivenKeys | None
 
 
 def read_keys(name: str, source: KeySource, resolve: Callable[[str], Path]) -> list[str]:
-    """The keys of the setting `name`, none for None. Raises ConfigError where a source holds no key or a bad one."""
+    """The keys of the setting `name`; an empty list for None.
+
+    Raises ConfigError for a source without a key, and for a key that is not printable ASCII without spaces.
+    """
     if source is None:
         return []
     keys = _keys(name, source, resolve)
     if not keys:
         raise ConfigError(f"{name}: expected at least one key, found none")
     if not all(map(_VALID_KEY.fullmatch, keys)):
-        raise ConfigError(f"{name}: expected keys of printable ASCII characters without spaces, found another one")
+        raise ConfigError(f"{name}: expected keys of printable ASCII characters without spaces")
     return keys
 
 

@@ -1,4 +1,4 @@
-"""Keys and values that a YAML file may have, and the errors for others."""
+"""The keys of a YAML file, and the errors for those that are wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import yaml
@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 import deployments
 from autoscale.presets import load_preset
 from autoscale.thresholds import FixedThreshold
-from deployments.args import AppArgs, LoadControllerArgs
+from deployments.args import AppArgs, EngineArgs, LoadControllerArgs
+from deployments.descriptions import field_descriptions
 from deployments.replica.gang import actor_options, bundle_order
 from dspark_ray.config import EngineConfig
 
@@ -294,3 +295,24 @@ def test_the_queue_of_an_ingress_holds_all_that_an_engine_admits():
     sizes = args(engine={"max_num_seqs": 16, "max_waiting": 500})
     assert (sizes.max_ongoing_requests, sizes.max_queued_requests) == (516, 516)
     assert args(limits={"max_queued_requests": 3}).max_queued_requests == 3
+
+
+def properties(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, described in schema.get("properties", {}).items():
+        yield f"{path}.{name}", described
+
+
+def test_every_key_has_a_description():
+    schema = AppArgs.model_json_schema()
+    found = [*properties(schema, "args")]
+    for name, definition in schema["$defs"].items():
+        found.extend(properties(definition, name))
+    assert len(found) > 60
+    assert [path for path, described in found if not described.get("description")] == []
+
+
+def test_keys_of_the_engine_have_the_defaults_and_descriptions_of_its_configuration():
+    texts, default = field_descriptions(EngineConfig), EngineConfig()
+    for name, field in EngineArgs.model_fields.items():
+        assert field.default == getattr(default, name)
+        assert field.description == texts[name]
