@@ -33,7 +33,7 @@ from autoscale.thresholds import FixedThreshold, LoadCurve  # noqa: E402
 from benchmarks.harness.report import filled  # noqa: E402
 from deployments import args  # noqa: E402
 from deployments.descriptions import field_descriptions  # noqa: E402
-from deployments.http.chat_requests import ChatRequest, Message  # noqa: E402
+from deployments.http.chat_requests import ChatMessage, ChatRequest  # noqa: E402
 from deployments.http.fields import Schema  # noqa: E402
 from deployments.http.requests import CompletionRequest, GenerationRequest, Speculative, StreamOptions  # noqa: E402
 from dspark_ray.types import SamplingParams, VerificationLimits  # noqa: E402
@@ -93,7 +93,7 @@ _OBJECTS = {
     "WorkerPlacement": "`{resources: …, labels: …}`",
     "KeyFile": "`{file: PATH}`",
     "KeyVariable": "`{env: NAME}`",
-    "Message": "message",
+    "ChatMessage": "message",
     "TextPart": "text part",
     "ToolCall": "tool call",
 }
@@ -213,9 +213,9 @@ def request_fields() -> str:
     parts = ["### Both endpoints", field_table(GenerationRequest)]
     parts += ["### /v1/completions only", field_table(CompletionRequest, common)]
     parts += ["### /v1/chat/completions only", field_table(ChatRequest, common)]
-    parts += ["### A message", field_table(Message)]
+    parts += ["### A message", field_table(ChatMessage)]
     parts += ["### stream_options", field_table(StreamOptions), "### speculative", field_table(Speculative)]
-    parts += ["### Accepted and ignored", _ignored(ChatRequest), "In a message: " + _ignored(Message)]
+    parts += ["### Accepted and ignored", _ignored(ChatRequest), "In a message: " + _ignored(ChatMessage)]
     parts += ["### Refused", "Only these values pass, because they ask for nothing:", _refused(ChatRequest)]
     return "\n\n".join(parts)
 

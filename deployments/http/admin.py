@@ -1,4 +1,4 @@
-"""Routes for operators: what engines decided, what the load controller sees, and what replicas may verify.
+"""Routes for operators: steps of engines, load of nodes and replicas, and limits of verification.
 
 No `from __future__ import annotations` in modules with FastAPI: it reads annotations.
 """
@@ -12,17 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from autoscale.controller import Bounds
 from deployments.http.answers import StepsAnswer
-from deployments.http.auth import BEARER
 from deployments.http.errors import ApiError, as_api_errors, documented, invalid, request_id_of
 from deployments.http.fields import Finite, LimitsSchema, Seed
-from deployments.http.generation import EngineClient
-from deployments.http.service import ControllerClient, Service
+from deployments.http.interfaces import ControllerClient, EngineClient
+from deployments.http.middleware import BEARER
+from deployments.http.service import Service
 from deployments.replica.messages import MAX_STEPS
 from dspark_ray.engine.records import to_json
 from dspark_ray.types import MAX_POLICY_SECONDS, VerificationPolicy
 
 _REPLICA = "^[!-~]{1,256}$"
-"""Of the ids that Serve gives; they are logged."""
+"""The form of Serve's replica ids. Ids are logged, so others are refused."""
 
 
 class StepsQuery(BaseModel):
@@ -34,10 +34,10 @@ class StepsQuery(BaseModel):
 
 
 class PolicyRequest(LimitsSchema):
-    """The fields of a VerificationPolicy; absent ones bound nothing."""
+    """The fields of a VerificationPolicy; absent ones limit nothing."""
 
     replica: Annotated[str, Field(pattern=_REPLICA)] | None = None
-    """None for all of them; only a load controller can reach a particular one."""
+    """All replicas where absent; a single one needs a load controller."""
     bypass: bool | None = None
     version: Seed | None = None
     valid_seconds: Annotated[Finite, Field(gt=0, le=MAX_POLICY_SECONDS)] | None = None
@@ -48,12 +48,12 @@ class PolicyRequest(LimitsSchema):
 
 
 class ReplicaQuery(BaseModel):
-    """Which Engine replica is meant."""
+    """The Engine replica that a request is about."""
 
     model_config = ConfigDict(extra="forbid")
 
     replica: Annotated[str, Field(pattern=_REPLICA)] | None = None
-    """None for all of them."""
+    """All replicas where absent."""
 
 
 def admin_routes(service: Service) -> APIRouter:
@@ -68,25 +68,25 @@ def admin_routes(service: Service) -> APIRouter:
     def errors(request: HttpRequest) -> Any:
         return as_api_errors(request_id_of(request.scope), service.retry_after_s)
 
-    @router.get("/steps", summary="What one engine decided in its latest steps")
+    @router.get("/steps", summary="The latest steps of one engine")
     async def steps(query: Annotated[StepsQuery, Query()], request: HttpRequest) -> StepsAnswer:
         with errors(request):
             log = await client.steps(query.last)
         return StepsAnswer(replica=log.replica, steps=[to_json(record) for record in log.records])
 
-    @router.get("/load", summary="What the load controller knows of nodes and replicas")
+    @router.get("/load", summary="The load of nodes and replicas")
     async def load(request: HttpRequest) -> dict[str, Any]:
         with errors(request):
             return await _required(controller).view()
 
-    @router.post("/policy", responses=documented(413), summary="Bound what engines verify")
+    @router.post("/policy", responses=documented(413), summary="Limit what engines verify")
     async def set_policy(body: PolicyRequest, request: HttpRequest) -> dict[str, Any]:
         with errors(request):
             if controller is None:
                 return await _set_for_one(client, body)
             return await _set_for_all(controller, body)
 
-    @router.delete("/policy", summary="End the bounds that were set by hand")
+    @router.delete("/policy", summary="End limits that were set with POST")
     async def end_policy(query: Annotated[ReplicaQuery, Query()], request: HttpRequest) -> dict[str, Any]:
         with errors(request):
             await _required(controller).end_override(query.replica)
@@ -102,7 +102,7 @@ def _required(controller: ControllerClient | None) -> ControllerClient:
 
 
 async def _set_for_one(client: EngineClient, body: PolicyRequest) -> dict[str, Any]:
-    """At once, and at the replica that Serve chooses."""
+    """Takes effect at once, on the replica that Serve chooses."""
     if body.replica is not None:
         raise invalid("replica", f"replica={body.replica!r:.200}: without a load controller Serve chooses the replica")
     policy = body.policy()
@@ -110,7 +110,7 @@ async def _set_for_one(client: EngineClient, body: PolicyRequest) -> dict[str, A
 
 
 async def _set_for_all(controller: ControllerClient, body: PolicyRequest) -> dict[str, Any]:
-    """With each replica's next heartbeat."""
+    """Takes effect with each replica's next heartbeat."""
     if body.version is not None:
         raise invalid("version", f"version={body.version}: the load controller numbers its policies itself")
     policy = body.policy()

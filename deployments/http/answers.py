@@ -1,4 +1,4 @@
-"""What answers look like: OpenAI's schema with vLLM's and our fields."""
+"""Bodies of answers: OpenAI's schema with fields of vLLM's and of this project."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Usage(BaseModel):
 
 
 class SpeculationMetrics(BaseModel):
-    """vLLM's field names; admitted is ours: drafted tokens that the target saw."""
+    """vLLM's field names, and num_admitted_draft_tokens: drafted tokens that the target verified."""
 
     mean_acceptance_length: float
     draft_acceptance_rate: float
@@ -53,7 +53,7 @@ class SpeculationMetrics(BaseModel):
 
 
 def join_stats(parts: Sequence[SpeculationStats]) -> SpeculationStats | None:
-    """The sum over choices; None where no choice has any."""
+    """The sum over choices; None without statistics."""
     if not parts:
         return None
     width = max(len(part.accepted_histogram) for part in parts)
@@ -68,10 +68,10 @@ def join_stats(parts: Sequence[SpeculationStats]) -> SpeculationStats | None:
 
 
 class Metrics(BaseModel):
-    """Ours, in every answer and in the last chunk of every stream."""
+    """In every answer and in the last chunk of every stream."""
 
     seed: int
-    """Of the first choice; choice i of a prompt has seed + i. The same request with it gives the same text."""
+    """Of the first choice; choice i of a prompt has seed + i. Sent with the same request, it gives the same text."""
     speculative_decoding: SpeculationMetrics | None
 
 
@@ -95,7 +95,7 @@ class CompletionLogprobs(BaseModel):
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
-    """Where each token's first character stands in the text of its choice."""
+    """The offset of each token's first character in the text of its choice."""
 
 
 class AssistantMessage(BaseModel):
@@ -110,7 +110,7 @@ class Delta(BaseModel):
 
 
 class Choice(BaseModel):
-    """Of either endpoint, whole or in a chunk. Unset fields are left out."""
+    """Fields of a choice that both endpoints share, in answers and chunks. Unset fields are not sent."""
 
     index: int
     finish_reason: FinishReason | None
@@ -137,7 +137,7 @@ class CompletionChoice(Choice):
     """vLLM's, with return_token_ids."""
 
 
-class _Answer(BaseModel):
+class _Generation(BaseModel):
     id: str
     created: int
     model: str
@@ -145,19 +145,19 @@ class _Answer(BaseModel):
     metrics: Metrics | None = None
 
 
-class ChatCompletion(_Answer):
+class ChatCompletion(_Generation):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     prompt_token_ids: list[int] = []
 
 
-class ChatChunk(_Answer):
+class ChatChunk(_Generation):
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
     prompt_token_ids: list[int] = []
 
 
-class Completion(_Answer):
+class Completion(_Generation):
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
 

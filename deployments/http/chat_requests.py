@@ -1,4 +1,4 @@
-"""What a chat request and its messages may say."""
+"""Fields of chat requests and their messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TextPart(Schema):
 
 
 def _text_part(value: Any) -> Any:
-    """Say of another kind of part what is wrong with it."""
+    """Raises PydanticCustomError for a part that is not text, with a message that names its type."""
     kind = value.get("type") if isinstance(value, Mapping) else None
     if isinstance(kind, str) and kind != "text":
         raise PydanticCustomError("unsupported_part", f"a part of type {kind!r:.50}: this model reads text only")
@@ -66,7 +66,7 @@ def _having(properties: dict[str, Any]) -> dict[str, Any]:
     return {"properties": properties, "required": list(properties)}
 
 
-class Message(Schema):
+class ChatMessage(Schema):
     """One message; `dspark_ray.text.messages.deepseek_v4` checks what each role needs of it."""
 
     _IGNORED = frozenset(
@@ -78,7 +78,7 @@ class Message(Schema):
     content: Content | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
-    """Another name of reasoning_content."""
+    """Another name for reasoning_content."""
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     tool_call_id: Text | None = None
 
@@ -93,35 +93,35 @@ class Message(Schema):
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """For `dspark_ray.text.messages.deepseek_v4`. OpenAI's `developer` is what older models call `system`."""
+        """As dspark_ray.text.messages.deepseek_v4 takes it. OpenAI's role `developer` becomes `system`."""
         message = self.model_dump(exclude_none=True)
         return message | {"role": "system"} if self.role == "developer" else message
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 Effort = Literal["none", "low"]
 
 
 class ChatTemplateArgs(Schema):
-    """vLLM's `chat_template_kwargs`, those that DeepSeek-V4's encoder knows."""
+    """The part of vLLM's `chat_template_kwargs` that DeepSeek-V4's encoder knows."""
 
     thinking: bool | None = None
     enable_thinking: bool | None = None
-    """Another name of thinking."""
+    """Another name for thinking."""
     reasoning_effort: Effort | None = None
-    """As the request's field, which counts where both are given."""
+    """As the request's field of the same name, which takes precedence."""
 
 
 class Conversation(Schema):
-    """Messages, and what the prompt is to end with."""
+    """Messages, and how their prompt ends."""
 
     messages: Messages | None = None
     add_generation_prompt: bool | None = None
-    """Whether an assistant turn is opened; null does so, except with continue_final_message."""
+    """Whether the prompt opens an assistant turn; by default it does, except with continue_final_message."""
     continue_final_message: bool = False
-    """Whether the last message, the assistant's, is left open for the model to go on with."""
+    """Whether the last message, which must be the assistant's, is left open for the model to continue."""
 
     @model_validator(mode="after")
     def _ends_in_one_way(self) -> Self:
@@ -157,7 +157,7 @@ class ChatRequest(GenerationRequest, Conversation):
 
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_MAX_TOKENS), INTEGRAL] | None = None
-    """OpenAI's newer name of max_tokens; it counts where both are given."""
+    """OpenAI's newer name for max_tokens; it takes precedence."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), INTEGRAL] | None = None
     reasoning_effort: Effort | None = None

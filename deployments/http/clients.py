@@ -1,4 +1,4 @@
-"""The Engine and the load controller over Serve, as the routes see them."""
+"""The interfaces of the routes over Serve: the Engine and the load controller as deployment handles."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from autoscale.controller import Bounds
-from deployments.http.generation import EngineBusy, EngineFailed, EngineLost
-from deployments.replica.messages import EngineEvent, StepLog
+from deployments.http.interfaces import EngineBusy, EngineFailed
+from deployments.replica.messages import EngineEvent, EngineLost, StepLog
 from dspark_ray.types import Request, VerificationPolicy
 
 _CONTROLLER_SECONDS = 5.0
-"""A load controller that is being restarted is not waited for longer."""
+"""Timeout for an answer of the load controller, which may be restarting."""
 
 
 class HandleClient:
@@ -32,7 +32,7 @@ class HandleClient:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle, self._stream_handle = handle, handle.options(stream=True)
-        # Serve's controller is asked without a timeout, so it gets a thread that nothing else waits for.
+        # Calls to Serve's controller have no timeout, so they get a thread on which nothing else waits.
         self._status_thread = ThreadPoolExecutor(1, thread_name_prefix="serve-status")
 
     async def generate(
@@ -44,7 +44,7 @@ class HandleClient:
                 async for output in stream:  # type: ignore[union-attr]
                     yield output
         finally:
-            # Cancelling reaches the generator in the replica, which then aborts the sequence.
+            # Cancelling closes the generator in the replica, which then aborts the sequence.
             stream.cancel()
 
     async def is_healthy(self) -> bool:
@@ -89,7 +89,7 @@ class HandleController:
 
 @contextmanager
 def _translating() -> Iterator[None]:
-    """Map Ray's exceptions to those of an EngineClient."""
+    """Map Ray's exceptions to those that an EngineClient raises."""
     try:
         yield
     except (RayError, RayServeException) as error:
@@ -97,7 +97,7 @@ def _translating() -> Iterator[None]:
 
 
 def _translated(error: Exception) -> Exception:
-    """A dead process is a lost engine; an exception of living code is a failure of its own."""
+    """EngineLost for a process that died, EngineFailed for code that raised."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, EngineLost):
         return EngineLost(cause.reason, cause.in_flight, cause.on_trial)

@@ -19,30 +19,31 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 from starlette.types import Scope
 
-from deployments.http.generation import EngineBusy, EngineFailed, EngineLost, RequestRefused
+from deployments.http.interfaces import EngineBusy, EngineFailed, RequestRefused
+from deployments.replica.messages import EngineLost
 from dspark_ray.types import RequestError
 
 logger = logging.getLogger("ray.serve")
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
-_MOST_SHOWN = 100
-"""Characters of a wrong value that a message repeats."""
+_MAX_SHOWN = 100
+"""Characters of a wrong value that an error message quotes."""
 _TEXT_FIELDS = ("prompt", "messages", "content", "text", "arguments", "reasoning", "reasoning_content", "api_key")
-"""Fields whose values are never repeated: error messages end up in logs."""
+"""Fields whose values are never quoted, as error messages end up in logs."""
 
 
 class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None
-    """The field that is wrong."""
+    """The wrong field."""
     code: str | None
     request_id: str
-    """The server's log has more under this id."""
+    """The server's log has the details under this id."""
 
 
 class ErrorAnswer(BaseModel):
-    """Every answer that is not 2xx."""
+    """The body of every answer that is not 2xx."""
 
     error: ErrorDetail
 
@@ -75,7 +76,7 @@ class ApiError(HTTPException):
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
-    """400: the field `param` can never be served as it is."""
+    """400: the value of the field `param` is not valid."""
     return ApiError(400, message, param=param, code=code)
 
 
@@ -86,13 +87,13 @@ def overloaded(status: int, message: str, retry_after: int) -> ApiError:
 
 
 def internal_error(request_id: str) -> ApiError:
-    """500. What went wrong is in the log alone: exceptions quote paths, addresses and prompts."""
+    """500. The cause is only in the log, as exceptions quote paths, addresses and prompts."""
     message = f"internal error (request id {request_id})"
     return ApiError(500, message, kind="internal_server_error", code="internal_error")
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that may answer with these errors besides those that every route may."""
+    """The `responses` of a route that may answer with these errors besides 401."""
     always = () if 401 in statuses else (401,)
     return {status: {"model": ErrorAnswer, "description": _DESCRIPTIONS[status]} for status in (*always, *statuses)}
 
@@ -104,7 +105,7 @@ _DESCRIPTIONS = {
     404: "There is no such model or replica.",
     413: "The body is larger than the server accepts.",
     429: "The queue is full; `Retry-After` has the seconds until the next try.",
-    500: "Internal error; the server's log has the rest under the request id.",
+    500: "Internal error; the server's log has the details under the request id.",
     503: "No engine can take the request now; `Retry-After` has the seconds until the next try.",
 }
 
@@ -115,7 +116,7 @@ def request_id_of(scope: Scope) -> str:
 
 
 def path_of(scope: Scope) -> str:
-    """As routes see it: behind the application's prefix."""
+    """The path after the application's prefix, as routes see it."""
     root, path = scope.get("root_path", ""), str(scope["path"])
     return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
 
@@ -135,7 +136,7 @@ def as_api_errors(request_id: str, retry_after_s: int) -> Iterator[None]:
         raise invalid(error.refusal.param, error.refusal.message) from None
     except EngineBusy as error:
         logger.warning("request %s: no engine could take it: %s", request_id, error)
-        raise overloaded(503, "all engines have as many requests as they may", retry_after_s) from error
+        raise overloaded(503, "no engine has room for another request", retry_after_s) from error
     except EngineLost as error:
         logger.error("request %s was given up: %s", request_id, error)
         raise overloaded(503, "the engine was lost and no other took over", retry_after_s) from error
@@ -145,7 +146,7 @@ def as_api_errors(request_id: str, retry_after_s: int) -> Iterator[None]:
 
 
 def add_error_handlers(http: FastAPI, routes: Sequence[BaseRoute]) -> None:
-    """`routes` are all of the application's, for the methods that a path has."""
+    """`routes` are all routes of the application; the header Allow is made from them."""
 
     @http.exception_handler(ApiError)
     async def answer_api_error(request: HttpRequest, error: ApiError) -> Response:
@@ -167,7 +168,7 @@ def add_error_handlers(http: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
 
 def _methods(routes: Sequence[BaseRoute], request: HttpRequest) -> str:
-    """Of all routes with this path; Starlette names those of the first."""
+    """Methods of all routes with this path; Starlette lists those of the first route only."""
     path = path_of(request.scope)
     here = [route for route in routes if isinstance(route, APIRoute) and route.path_regex.match(path)]
     return ", ".join(sorted({method for route in here for method in route.methods or ()}))
@@ -191,7 +192,7 @@ def _first_problem(error: RequestValidationError) -> ApiError:
 
 
 def _shown(param: str, value: Any) -> str:
-    """A wrong value, where it is short and no text of the user's."""
+    """`=value` for a short value that is not the user's text, else nothing."""
     if not isinstance(value, str | int | float | bool | None):
         return ""
     last = param.rpartition(".")[2].partition("[")[0]
@@ -199,13 +200,14 @@ def _shown(param: str, value: Any) -> str:
         return ""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"=<an integer of {value.bit_length()} bits>"
-    return f"={value!r:.{_MOST_SHOWN}}"
+    return f"={value!r:.{_MAX_SHOWN}}"
 
 
 def _param(location: Sequence[Any], body: Any) -> str:
-    """messages[0].content from pydantic's location, whose first part is the body and some of whose parts name types.
+    """A path such as messages[0].content from pydantic's location.
 
-    Locations in the query are (query, name). Keys of logit_bias are values and no fields.
+    A location starts with "body" and also has names of types, which are left out; one in the query is (query, name).
+    Keys of logit_bias are not shown.
     """
     if location[0] != "body":
         return str(location[1])
@@ -221,5 +223,5 @@ def _param(location: Sequence[Any], body: Any) -> str:
 
 
 def _writable(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which no answer can."""
+    """Without lone surrogates, which JSON can spell but no answer can encode."""
     return text.encode(errors="replace").decode()

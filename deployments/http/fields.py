@@ -1,4 +1,4 @@
-"""Types of request fields, and what happens to fields that this server does not implement."""
+"""Types of request fields, and the treatment of fields that this server does not implement."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _WHOLE = re.compile(r"-?[0-9]{1,20}", re.ASCII)
 _DECIMAL = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?", re.ASCII)
 
 MAX_FIELDS = 100
-"""Fields of one object: each unknown one would become an error of its own."""
+"""Per object, as each unknown field would become an error of its own."""
 
 
 def _integral(value: Any) -> Any:
-    """Some clients write 16.0 or "16" where 16 is meant."""
+    """Some clients write 16.0 or "16" for 16."""
     if isinstance(value, str) and _WHOLE.fullmatch(value):
         return int(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _decimal(value: Any) -> Any:
-    """Some clients write "0.5" where 0.5 is meant."""
+    """Some clients write "0.5" for 0.5."""
     return float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else value
 
 
@@ -47,7 +47,7 @@ def _integral_items(values: Any) -> Any:
 
 
 def _encodable(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which no text encoding can."""
+    """Raises ValueError for lone surrogates, which JSON can spell but no encoding can represent."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -55,12 +55,12 @@ def _encodable(text: str) -> str:
     return text
 
 
-# Bounds stand before these in `Annotated`, or the JSON schema would not have them.
+# In `Annotated`, bounds come before these, or the JSON schema would lack them.
 ENCODABLE = AfterValidator(_encodable)
 INTEGRAL = BeforeValidator(_integral)
 DECIMAL = BeforeValidator(_decimal)
 INTEGRAL_ITEMS = BeforeValidator(_integral_items)
-"""For lists of integers: a function call per list where all are well, and not per item."""
+"""For lists of integers: calls a function per list, and per item only where some items are floats."""
 
 Text = Annotated[str, ENCODABLE]
 Seed = Annotated[int, Field(ge=MIN_INT64, le=MAX_INT64), INTEGRAL]
@@ -72,15 +72,15 @@ DraftTokens = Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS), INTEGRAL]
 
 @cache
 def note_ignored(kind: str) -> None:
-    """One line in the log per kind: these come with every request."""
+    """Log once per kind, as clients send the same fields with every request."""
     logger.info("requests have %s, which is accepted and changes nothing", kind)
 
 
 class Schema(BaseModel):
-    """An object of a request. Null means absent, as in OpenAI's API; an unknown field is refused.
+    """An object of a request. Null means absent, as in OpenAI's API; unknown fields are refused.
 
-    `_IGNORED` fields cannot change the text. `_ONLY` fields would change the answer in ways that are not implemented:
-    only the values that ask for nothing pass.
+    `_IGNORED` fields cannot change the text and are accepted. `_ONLY` fields would change the answer in ways that are
+    not implemented; only the listed values, which ask for nothing, are accepted.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=lambda schema, cls: cls._describe(schema))
@@ -91,7 +91,7 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out(cls, data: Any) -> Any:
-        """Raises RequestError naming the first field that asks for something that is not implemented."""
+        """Remove ignored fields. Raises RequestError for a field that asks for something that is not implemented."""
         if not isinstance(data, Mapping):
             return data
         if len(data) > MAX_FIELDS:
@@ -106,7 +106,7 @@ class Schema(BaseModel):
 
     @classmethod
     def _describe(cls, schema: dict[str, Any]) -> None:
-        """Add the fields that are left out to the JSON schema."""
+        """Add the ignored and the restricted fields to the JSON schema."""
         properties = schema.setdefault("properties", {})
         for name in sorted(cls._IGNORED):
             properties[name] = {"description": "Accepted; changes nothing."}

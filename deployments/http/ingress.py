@@ -14,13 +14,13 @@ from deployments.http.service import Service
 from dspark_ray.text.tokenizer import Tokenizer
 
 _HAS_HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
-"""Ray's switch. HAProxy does not say for whom it connects."""
+"""Ray's switch for HAProxy, which does not pass on the address of the client."""
 
 
 @serve.deployment(name="Ingress")
 @serve.ingress()
 class Ingress:
-    """Serves HTTP for one model; holds no state that a request needs to outlive it."""
+    """Serves HTTP for one model. It keeps no state, so that it can be replaced at any time."""
 
     def __init__(self, args: AppArgs, engine: DeploymentHandle, controller: DeploymentHandle | None) -> None:
         model_config, engine_config = args.resolve()

@@ -1,4 +1,4 @@
-"""From a body to requests of the engine."""
+"""Turns the body of an HTTP request into requests of the engine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dspark_ray.types import MAX_CHOICES, Request, SamplingParams
 
 @dataclass(frozen=True)
 class Job:
-    """One HTTP request, ready to run: a Request per choice."""
+    """One HTTP request, ready to run, with an engine Request per choice."""
 
     request_id: str
-    """Of the HTTP request; it begins the id of every Request, so that the engine's log has it."""
+    """Of the HTTP request; the id of every engine Request begins with it, so that the engine's log shows it."""
     body: GenerationRequest
     requests: list[Request]
     seed: int
@@ -29,7 +29,7 @@ class Job:
     writer: AnswerWriter
 
     def text(self, service: Service, request: Request) -> TextStream:
-        """An empty text of one choice."""
+        """A new TextStream for one choice."""
         return TextStream(
             service.tokenizer,
             request.sampling.stop,
@@ -62,14 +62,14 @@ async def completion_job(service: Service, body: CompletionRequest, request_id: 
 
 
 def check_model(service: Service, name: str | None) -> None:
-    """404 for another model; None takes the one that is served."""
+    """Raises ApiError (404) for a model that is not served; None stands for the one that is."""
     if name is not None and name != service.model_name:
         message = f"model={name!r:.200}: this server serves {service.model_name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
 async def conversation_ids(service: Service, conversation: Conversation) -> list[int]:
-    """Token ids of the prompt of a conversation, in which what messages say is text."""
+    """Token ids of a conversation's prompt; control markers in messages are encoded as text."""
     parts = render_parts(conversation.message_dicts(), **conversation.chat_options())
     return await service.pool.encode_parts(parts, "messages")
 
@@ -77,7 +77,7 @@ async def conversation_ids(service: Service, conversation: Conversation) -> list
 async def prompts_ids(
     service: Service, prompts: Sequence[str] | Sequence[list[int]], adds_bos: bool
 ) -> Sequence[list[int]]:
-    """Token ids of raw prompts; token ids are taken as they are."""
+    """Token ids of raw prompts; prompts of token ids are returned unchanged."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if not texts:
         return prompts  # type: ignore[return-value]
@@ -86,7 +86,7 @@ async def prompts_ids(
 
 
 def _with_bos(service: Service, token_ids: list[int]) -> list[int]:
-    """Text begins a document: with the begin-of-sequence token, where it does not have one already."""
+    """With the begin-of-sequence token in front, unless it is there already."""
     begins = token_ids[:1] == [service.bos_token_id]
     return token_ids if begins else [service.bos_token_id, *token_ids]
 
@@ -99,7 +99,7 @@ def _job(
     writer: AnswerWriter,
     default_tokens: int | None,
 ) -> Job:
-    """`default_tokens` is the length of an answer that asks for none; None takes what the model has room for."""
+    """`default_tokens` is max_tokens where the body has none; None stands for all the room that the model has."""
     requests: list[Request] = []
     seed = body.seed
     for prompt in prompts:

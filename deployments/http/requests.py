@@ -1,4 +1,4 @@
-"""What a request may say: OpenAI's fields, vLLM's and ours."""
+"""Fields of generation requests: OpenAI's, vLLM's, and this project's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from dspark_ray.types import (
 )
 
 MAX_PROMPT_TOKENS = 2**20
-"""Of a prompt of token ids; the model's length ends it earlier."""
+"""Of a prompt of token ids; max_model_len is usually lower."""
 
 _IGNORED = frozenset(
     {
@@ -112,7 +112,7 @@ class StreamOptions(Schema):
 
 
 class Speculative(LimitsSchema):
-    """Per-request options of speculation. They change the speed, and in coupled verification never the text."""
+    """Speculation of one request. It changes the speed, and in coupled verification never the text."""
 
     enabled: bool | None = None
 
@@ -132,10 +132,10 @@ class GenerationRequest(Schema):
     _ONLY = _ONLY
 
     model: Text | None = None
-    """None takes the one model that is served."""
+    """The served model where absent."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
     seed: Seed | None = None
-    """Choice i of a prompt takes seed + i. Without one the answer tells the seed that was drawn, in `metrics.seed`."""
+    """Choice i of a prompt uses seed + i. Where absent, a seed is drawn; `metrics.seed` of the answer has it."""
     stop: (
         Annotated[
             Annotated[StopString, Tag("string")]
@@ -174,7 +174,7 @@ class GenerationRequest(Schema):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool = False
-    # Ours.
+    # This project's.
     speculative: Speculative | None = None
 
     _PLAIN: ClassVar[set[str]] = {
@@ -202,7 +202,7 @@ class GenerationRequest(Schema):
 
     @property
     def length_field(self) -> str:
-        """The field that named the longest answer."""
+        """The name of the field that limits the answer's length, for errors."""
         return "max_tokens"
 
     @property
@@ -210,11 +210,11 @@ class GenerationRequest(Schema):
         raise NotImplementedError
 
     def num_logprobs(self) -> int | None:
-        """Alternatives per token, None for no logprobs at all. Raises RequestError."""
+        """Alternatives per token; None for no logprobs. Raises RequestError."""
         raise NotImplementedError
 
     def asked_tokens(self) -> int | None:
-        """The longest answer that was asked for."""
+        """The requested maximum length of the answer."""
         return self.max_tokens
 
     def stop_strings(self) -> list[str]:
@@ -223,7 +223,7 @@ class GenerationRequest(Schema):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     def sampling(self, max_tokens: int) -> SamplingParams:
-        """With a random seed where the request names none. Raises RequestError."""
+        """With a random seed where the request has none. Raises RequestError."""
         if self.stream_options is not None and not self.stream:
             note_ignored("stream_options without stream=true")
         fields = self.model_dump(include=self._PLAIN, exclude_none=True)
@@ -244,7 +244,7 @@ class GenerationRequest(Schema):
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """The seed of one of n choices: the next numbers, wrapped to 64 bits."""
+    """seed + choice, wrapped to 64 bits."""
     return (seed + choice + 2**63) % 2**64 - 2**63
 
 
@@ -275,10 +275,10 @@ class CompletionRequest(GenerationRequest):
             custom_error_message="expected text, a list of texts, a list of token ids, or a list of such lists",
         ),
     ]
-    """Markers in it count: it is the model's raw input."""
+    """The model's raw input: control markers in it become control tokens."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), INTEGRAL] | None = None
     add_special_tokens: bool = True
-    """Whether text begins with the model's begin-of-sequence token, where it does not already."""
+    """Whether to put the model's begin-of-sequence token before a text, unless it is there already."""
 
     def prompts(self) -> list[str] | list[list[int]]:
         if isinstance(self.prompt, str):

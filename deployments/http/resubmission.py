@@ -1,4 +1,4 @@
-"""A request's events from one engine after another, where engines die."""
+"""Continues a request on another engine when its engine dies."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Protocol
 
+from deployments.http.interfaces import EngineBusy, EngineClient, EngineFailed, RequestRefused
 from deployments.replica.messages import TRIAL_TOKENS, Accepted, EngineEvent, EngineLost, Refusal
 from dspark_ray.types import Request, SequenceOutput
 
@@ -20,53 +20,24 @@ _FIRST_DELAY_SECONDS = 0.1
 _LONGEST_DELAY_SECONDS = 2.0
 
 
-class EngineBusy(Exception):
-    """Every engine has as many requests as it may."""
-
-
-class EngineFailed(Exception):
-    """The request was given up; another engine would do the same."""
-
-    def __init__(self, reason: str, request_id: str | None = None) -> None:
-        """`reason` is for the log alone; a client may know the id."""
-        super().__init__(reason)
-        self.request_id = request_id
-
-
-class RequestRefused(Exception):
-    """The engine did not accept the request."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
-
-
 @dataclass(frozen=True, kw_only=True)
 class ResubmissionPolicy:
-    """When a request goes on at another engine, and when it is given up."""
+    """When a request continues on another engine, and when it is given up."""
 
     max_losses: int = 3
-    """Engines that may die while they serve a request."""
+    """Engines that may die while they serve one request."""
     deadline_seconds: float = 30.0
-    """How long engines that cannot be reached are tried; longer than it takes to notice the loss of a node."""
-
-
-class Generates(Protocol):
-    """The part of an EngineClient that a request needs."""
-
-    def generate(
-        self, request: Request, on_trial: bool = False, avoid: str | None = None
-    ) -> AsyncGenerator[EngineEvent]: ...
+    """How long a request looks for an engine that it can reach; longer than it takes to notice the loss of a node."""
 
 
 async def events_of(
-    client: Generates, request: Request, policy: ResubmissionPolicy, clock: Callable[[], float] = time.monotonic
+    client: EngineClient, request: Request, policy: ResubmissionPolicy, clock: Callable[[], float] = time.monotonic
 ) -> AsyncGenerator[Accepted | SequenceOutput]:
-    """Accepted, at least once, and outputs until one has a finish_reason, whichever engines they are from.
+    """Yields Accepted, once per engine, and outputs until one has a finish_reason.
 
-    A request that was in flight when an engine died is a suspect. The next engine runs it while no other suspect is in
-    it; when that engine dies as well before the suspect has TRIAL_TOKENS more tokens, the request is given up.
-    Raises RequestRefused, EngineBusy, EngineFailed, and EngineLost when no engine could be reached in time.
+    A request that was in flight when an engine died is a suspect: it may be why. The next engine runs it while no other
+    suspect is in that engine. If that engine dies too before the suspect has TRIAL_TOKENS more tokens, the request is
+    given up. Raises RequestRefused, EngineBusy, EngineFailed, and EngineLost when no engine could be reached in time.
     """
     progress = _Progress(request, policy, clock)
     while True:
@@ -100,19 +71,19 @@ class _Progress:
         self._num_delays = 0
         self._is_suspect = False
         self._is_running = False
-        """Whether the engine of this attempt has begun."""
+        """Whether the engine of this attempt has accepted the request."""
         self._was_accepted = False
-        """By any engine: from then on the request is not refused for want of room."""
+        """Whether any engine has accepted the request; from then on it waits for room instead of being refused."""
         self._replica: str | None = None
-        """The replica of this attempt, once it has accepted the request."""
+        """The replica that accepted the request last."""
         self._avoid: str | None = None
         self._num_before = 0
-        """Tokens produced before this attempt."""
+        """Tokens generated before this attempt."""
         self._deadline: float | None = None
 
     def next_attempt(self) -> tuple[Request, bool, str | None]:
         """The arguments of EngineClient.generate."""
-        # Each attempt has its own id: an engine may still know the one before.
+        # Each attempt has an id of its own, as an engine may still have the previous attempt.
         request_id = f"{self._request.request_id}.{self._num_attempts}"
         self._num_attempts += 1
         self._num_before = len(self._produced)
@@ -131,12 +102,13 @@ class _Progress:
             self._is_suspect = False
 
     def on_loss(self, error: EngineLost) -> None:
-        """Returns when the request is to be tried again. Raises EngineFailed for one that is to blame, else `error`."""
+        """Record a loss. Raises EngineFailed for a suspect whose second engine died, and `error` where the request may
+        not be tried again."""
         request_id = self._request.request_id
         if error.in_flight or self._is_running:
             self._num_losses += 1
             logger.warning("request %s lost its engine (loss %d): %s", request_id, self._num_losses, error)
-            # Tokens that end a trial in the engine may still be under way to here: what the engine says comes first.
+            # What the engine reports takes precedence: tokens that ended the trial may not have arrived here.
             if self._is_suspect and error.on_trial is not False:
                 raise EngineFailed("two engines died while they ran this request", request_id) from error
             self._is_suspect = True
@@ -144,14 +116,14 @@ class _Progress:
                 raise error
         now = self._clock()
         self._avoid = self._replica or self._avoid
-        # An engine that could say this had the request, perhaps waiting for its trial: the search begins anew.
+        # An engine that reports on the trial had the request, possibly waiting: the search starts again.
         if self._deadline is None or error.on_trial is not None:
             self._deadline = now + self._policy.deadline_seconds
         if now >= self._deadline:
             raise error
 
     def must_wait(self, error: EngineBusy | RequestRefused) -> bool:
-        """Whether a request that was accepted before has to wait for room, as it would in the engine's own queue."""
+        """Whether the request, having been accepted before, waits for room, as it would in the engine's own queue."""
         is_full = isinstance(error, EngineBusy) or error.refusal.reason == "queue_full"
         return is_full and self._was_accepted
 

@@ -1,4 +1,4 @@
-"""The routes for users, and the application that has them all.
+"""The routes for users, and the FastAPI application with all routes.
 
 No `from __future__ import annotations` in modules with FastAPI: it reads annotations.
 """
@@ -12,22 +12,22 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
 from deployments.http.admin import admin_routes
-from deployments.http.answering import answer
 from deployments.http.answers import ChatCompletion, Completion, Health, ModelCard, ModelList, Tokens, Version
-from deployments.http.auth import BEARER, KeyGuard
 from deployments.http.chat_requests import ChatRequest, TokenizeRequest
 from deployments.http.errors import add_error_handlers, documented, request_id_of
 from deployments.http.jobs import chat_job, check_model, completion_job, conversation_ids, prompts_ids
-from deployments.http.middleware import BodyLimit, RequestIds
-from deployments.http.openapi import describe
+from deployments.http.middleware import BEARER, BodyLimit, KeyGuard, RequestIds
 from deployments.http.requests import CompletionRequest
 from deployments.http.service import Service
+from deployments.http.sse import respond
+
+_VALIDATION_SCHEMAS = ("HTTPValidationError", "ValidationError")
 
 
 def build_http(service: Service) -> FastAPI:
-    """The application that every replica of the Ingress runs."""
+    """The application that every Ingress replica runs."""
     http = FastAPI(title="dspark-ray", version=version("dspark-ray"))
-    # The last one added is the first to see a request.
+    # The middleware that is added last sees a request first.
     http.add_middleware(BodyLimit, limit=service.max_body_bytes)
     http.add_middleware(
         KeyGuard,
@@ -48,7 +48,7 @@ def build_http(service: Service) -> FastAPI:
     for router in routers:
         http.include_router(router)
     add_error_handlers(http, [route for router in routers for route in router.routes])
-    describe(http)
+    _document_errors(http)
     return http
 
 
@@ -100,7 +100,7 @@ def _generation_routes(service: Service) -> APIRouter:
         responses=documented(429) | _generated(ChatCompletion),
     )
     async def chat_completions(body: ChatRequest, request: HttpRequest) -> Response:
-        return await answer(service, await chat_job(service, body, request_id_of(request.scope)))
+        return await respond(service, await chat_job(service, body, request_id_of(request.scope)))
 
     @router.post(
         "/v1/completions",
@@ -109,7 +109,7 @@ def _generation_routes(service: Service) -> APIRouter:
         responses=documented(429) | _generated(Completion),
     )
     async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
-        return await answer(service, await completion_job(service, body, request_id_of(request.scope)))
+        return await respond(service, await completion_job(service, body, request_id_of(request.scope)))
 
     @router.post("/tokenize", tags=["models"], summary="Count and show the tokens of a prompt")
     async def tokenize(body: TokenizeRequest) -> Tokens:
@@ -124,7 +124,7 @@ def _generation_routes(service: Service) -> APIRouter:
 
 
 def _generated(model: type) -> dict[int | str, dict[str, Any]]:
-    """The answer whole, or as server-sent events with `stream`."""
+    """The response of a generation route: JSON, or server-sent events with `stream`."""
     event = {
         "type": "object",
         "properties": {"data": {"type": "string", "description": "A chunk or an error in JSON; at last [DONE]."}},
@@ -132,3 +132,24 @@ def _generated(model: type) -> dict[int | str, dict[str, Any]]:
     }
     events = {"itemSchema": event}
     return {200: {"model": model, "content": {"text/event-stream": events}, "description": "The generated text."}}
+
+
+def _document_errors(http: FastAPI) -> None:
+    """Remove the 422 that FastAPI documents for wrong fields: this application answers 400 in OpenAI's schema."""
+    generated = http.openapi
+
+    def openapi() -> dict[str, Any]:
+        if http.openapi_schema is None:
+            http.openapi_schema = _without_422(generated())
+        return http.openapi_schema
+
+    http.openapi = openapi  # type: ignore[method-assign]
+
+
+def _without_422(schema: dict[str, Any]) -> dict[str, Any]:
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in _VALIDATION_SCHEMAS:
+        schema["components"]["schemas"].pop(name, None)
+    return schema

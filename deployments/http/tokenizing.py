@@ -1,4 +1,4 @@
-"""Tokenising beside the event loop: threads of its own, a bounded queue, and no work on hopeless texts."""
+"""Tokenises prompts in threads beside the event loop, with a bounded queue and a check of the length before."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ T = TypeVar("T")
 
 
 class TokenizerPool:
-    """Encodes prompts. Raises ApiError: 400 for texts that cannot fit, 503 where too many wait already."""
+    """Encodes prompts. Raises ApiError: 400 for texts that are too long, 503 where too many prompts wait."""
 
     def __init__(
         self, tokenizer: Tokenizer, max_tokens: int, *, num_threads: int, max_waiting: int, retry_after_s: int
     ) -> None:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
-        self._most, self._retry_after_s = num_threads + max_waiting, retry_after_s
+        self._max_jobs, self._retry_after_s = num_threads + max_waiting, retry_after_s
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
         self._num_jobs = 0
-        # Both take seconds for a large vocabulary, which no request should wait for.
+        # Both take seconds for a large vocabulary the first time, and no request should wait for that.
         self._longest_token = tokenizer.longest_token
         tokenizer.encode_parts([PromptPart("")])
 
     async def encode(self, texts: Sequence[str], param: str) -> list[list[int]]:
-        """Token ids of texts in which markers count."""
+        """Token ids of raw texts, in which control markers become control tokens."""
         for text in texts:
             self._check_length(len(text), param)
         return await self._run(lambda: self._tokenizer.encode_batch(texts))
@@ -40,7 +40,7 @@ class TokenizerPool:
         return await self._run(lambda: self._tokenizer.encode_parts(parts))
 
     def _check_length(self, num_characters: int, param: str) -> None:
-        """Refuse what is too long however well it is tokenised."""
+        """Refuse a text that has too many tokens even if each were as long as the longest token."""
         if self._longest_token is None:
             return
         fewest = -(-num_characters // self._longest_token)
@@ -49,12 +49,12 @@ class TokenizerPool:
             raise too_long(param, found, self._max_tokens)
 
     async def _run(self, work: Callable[[], T]) -> T:
-        if self._num_jobs >= self._most:
-            message = f"{self._num_jobs} prompts wait to be tokenised: expected at most {self._most}"
+        if self._num_jobs >= self._max_jobs:
+            message = f"{self._num_jobs} prompts wait to be tokenised: expected at most {self._max_jobs}"
             raise overloaded(503, message, self._retry_after_s)
         self._num_jobs += 1
         done = self._threads.submit(work)
-        # Counted until the work ends: a client that leaves does not free its thread.
+        # Counted until the work ends: a client that disconnects does not free the thread.
         loop = asyncio.get_running_loop()
         done.add_done_callback(lambda _: loop.call_soon_threadsafe(self._finish))
         return await asyncio.wrap_future(done)
@@ -64,7 +64,7 @@ class TokenizerPool:
 
 
 def too_long(param: str, found: str, max_model_len: int) -> ApiError:
-    """400: with `found` tokens nothing can be generated."""
-    # The first sentence is OpenAI's: clients recognise it.
+    """400 for a prompt that leaves no room for generated tokens; `found` states its length."""
+    # The first sentence is OpenAI's, which clients recognise.
     limit = f"This model's maximum context length is {max_model_len} tokens"
     return invalid(param, f"{limit}: {found}, expected at most {max_model_len - 1}", CONTEXT_LENGTH_EXCEEDED)

@@ -1,4 +1,4 @@
-"""From pieces of text to answers: the two endpoints differ in their schema alone."""
+"""Writes generated text as answers in the schemas of the two endpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from deployments.http.answers import (
     ShownToken,
     TokenChance,
 )
-from deployments.http.generation import Piece
+from deployments.http.generation import TextChunk
 from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.types import TokenLogprobs
 
@@ -33,7 +33,7 @@ _LOWEST_LOGPROB = -9999.0
 
 
 class AnswerWriter:
-    """Writes one HTTP request's answer."""
+    """Writes the answer to one HTTP request."""
 
     prefix: ClassVar[str]
 
@@ -45,26 +45,26 @@ class AnswerWriter:
         """Token ids of the prompt of each choice, for return_token_ids."""
         self._opened: set[int] = set()
 
-    def chunk(self, index: int, piece: Piece) -> BaseModel:
-        """One piece of choice `index` in a stream."""
+    def write_chunk(self, index: int, chunk: TextChunk) -> BaseModel:
+        """The chunk of a stream that adds to choice `index`."""
         raise NotImplementedError
 
-    def last_chunk(self) -> BaseModel:
+    def write_last_chunk(self) -> BaseModel:
         """The chunk without choices that carries the usage."""
         raise NotImplementedError
 
-    def whole(self, choices: Sequence[Piece]) -> BaseModel:
-        """The answer that is not streamed; each choice is one joined piece."""
+    def write_whole(self, choices: Sequence[TextChunk]) -> BaseModel:
+        """The answer without `stream`, from one joined chunk per choice."""
         raise NotImplementedError
 
-    def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
+    def _choice(self, index: int, chunk: TextChunk) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "index": index,
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
+            "finish_reason": chunk.finish_reason,
+            "stop_reason": chunk.stop_reason,
         }
         if self._returns_token_ids:
-            fields["token_ids"] = list(piece.token_ids)
+            fields["token_ids"] = list(chunk.token_ids)
         return fields
 
     def _is_first(self, index: int) -> bool:
@@ -80,39 +80,39 @@ class AnswerWriter:
 class ChatWriter(AnswerWriter):
     prefix = "chatcmpl"
 
-    def chunk(self, index: int, piece: Piece) -> BaseModel:
+    def write_chunk(self, index: int, chunk: TextChunk) -> BaseModel:
         is_first = self._is_first(index)
-        delta = Delta(role="assistant", content=piece.text) if is_first else Delta(content=piece.text)
-        choice = ChunkChoice(**self._choice(index, piece), delta=delta, logprobs=self._logprobs(piece))
+        delta = Delta(role="assistant", content=chunk.text) if is_first else Delta(content=chunk.text)
+        choice = ChunkChoice(**self._choice(index, chunk), delta=delta, logprobs=self._logprobs(chunk))
         return ChatChunk(
             **self._head, object="chat.completion.chunk", choices=[choice], **self._prompt_ids(index, is_first)
         )
 
-    def last_chunk(self) -> BaseModel:
+    def write_last_chunk(self) -> BaseModel:
         return ChatChunk(**self._head, object="chat.completion.chunk", choices=[])
 
-    def whole(self, choices: Sequence[Piece]) -> BaseModel:
+    def write_whole(self, choices: Sequence[TextChunk]) -> BaseModel:
         written = [
             ChatChoice(
-                **self._choice(index, piece),
-                message=AssistantMessage(role="assistant", content=piece.text, refusal=None),
-                logprobs=self._logprobs(piece),
+                **self._choice(index, chunk),
+                message=AssistantMessage(role="assistant", content=chunk.text, refusal=None),
+                logprobs=self._logprobs(chunk),
             )
-            for index, piece in enumerate(choices)
+            for index, chunk in enumerate(choices)
         ]
         return ChatCompletion(
             **self._head, object="chat.completion", choices=written, **self._prompt_ids(0, is_first=True)
         )
 
-    def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
-        if piece.logprobs is None:
+    def _logprobs(self, chunk: TextChunk) -> ChatLogprobs | None:
+        if chunk.logprobs is None:
             return None
         content = [
             ShownToken(
                 **self._chance(entry.token_id, entry.logprob),
                 top_logprobs=[TokenChance(**self._chance(*likely)) for likely in entry.top],
             )
-            for entry in piece.logprobs
+            for entry in chunk.logprobs
         ]
         return ChatLogprobs(content=content, refusal=None)
 
@@ -127,51 +127,51 @@ class CompletionWriter(AnswerWriter):
     def __init__(
         self, model: str, tokenizer: Tokenizer, returns_token_ids: bool = False, special: bool = False
     ) -> None:
-        """`special` tells whether special tokens are a part of the text."""
+        """`special` tells whether the text contains special tokens."""
         super().__init__(model, tokenizer, returns_token_ids)
         self._special = special
         self._offsets: dict[int, _Offset] = {}
 
-    def chunk(self, index: int, piece: Piece) -> BaseModel:
-        return self._completion([self._completion_choice(index, piece, self._is_first(index))])
+    def write_chunk(self, index: int, chunk: TextChunk) -> BaseModel:
+        return self._completion([self._completion_choice(index, chunk, self._is_first(index))])
 
-    def last_chunk(self) -> BaseModel:
+    def write_last_chunk(self) -> BaseModel:
         return self._completion([])
 
-    def whole(self, choices: Sequence[Piece]) -> BaseModel:
-        return self._completion([self._completion_choice(index, piece, True) for index, piece in enumerate(choices)])
+    def write_whole(self, choices: Sequence[TextChunk]) -> BaseModel:
+        return self._completion([self._completion_choice(index, chunk, True) for index, chunk in enumerate(choices)])
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(**self._head, object="text_completion", choices=choices)
 
-    def _completion_choice(self, index: int, piece: Piece, is_first: bool) -> CompletionChoice:
+    def _completion_choice(self, index: int, chunk: TextChunk, is_first: bool) -> CompletionChoice:
         return CompletionChoice(
-            **self._choice(index, piece),
-            text=piece.text,
-            logprobs=self._logprobs(index, piece),
+            **self._choice(index, chunk),
+            text=chunk.text,
+            logprobs=self._logprobs(index, chunk),
             **self._prompt_ids(index, is_first),
         )
 
-    def _logprobs(self, index: int, piece: Piece) -> CompletionLogprobs | None:
-        if piece.logprobs is None:
+    def _logprobs(self, index: int, chunk: TextChunk) -> CompletionLogprobs | None:
+        if chunk.logprobs is None:
             return None
         offset = self._offsets.setdefault(index, _Offset())
         return CompletionLogprobs(
-            tokens=[self._name(entry.token_id) for entry in piece.logprobs],
-            token_logprobs=[_finite(entry.logprob) for entry in piece.logprobs],
-            top_logprobs=[self._top(entry) for entry in piece.logprobs],
+            tokens=[self._name(entry.token_id) for entry in chunk.logprobs],
+            token_logprobs=[_finite(entry.logprob) for entry in chunk.logprobs],
+            top_logprobs=[self._top(entry) for entry in chunk.logprobs],
             text_offset=[
-                offset.before(self._tokenizer.token_bytes(entry.token_id, self._special)) for entry in piece.logprobs
+                offset.before(self._tokenizer.token_bytes(entry.token_id, self._special)) for entry in chunk.logprobs
             ],
         )
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
-        """The likeliest tokens, and the one that was drawn."""
+        """The most likely tokens, and the one that was drawn."""
         chances = {self._name(token_id): _finite(logprob) for token_id, logprob in entry.top}
         return chances | {self._name(entry.token_id): _finite(entry.logprob)}
 
     def _name(self, token_id: int) -> str:
-        """A token's text, or as OpenAI spells a part of a character: bytes:\\xe2\\x80."""
+        """A token's text, or bytes:\\xe2\\x80 for a part of a character, as OpenAI spells it."""
         content = self._tokenizer.token_bytes(token_id, special=True)
         try:
             return content.decode()
@@ -181,7 +181,7 @@ class CompletionWriter(AnswerWriter):
 
 @dataclass
 class _Offset:
-    """Counts the characters of one text, a token at a time."""
+    """Counts the characters of a text, token by token."""
 
     num_characters: int = 0
     _decoder: codecs.IncrementalDecoder = field(
@@ -189,12 +189,12 @@ class _Offset:
     )
 
     def before(self, content: bytes) -> int:
-        """Where the character stands that this token begins or goes on with."""
+        """The offset of the character to which the token's first byte belongs."""
         begin = self.num_characters
         self.num_characters += len(self._decoder.decode(content))
         return begin
 
 
 def _finite(logprob: float) -> float:
-    """JSON knows no infinity."""
+    """JSON has no infinity."""
     return max(logprob, _LOWEST_LOGPROB)

@@ -16,12 +16,12 @@ import zmq
 from byte_tokenizer import BOS
 from echo_engine import EchoEngine
 
-from deployments.http.generation import EngineBusy, EngineLost
+from deployments.http.interfaces import ControllerClient, EngineBusy
 from deployments.http.resubmission import ResubmissionPolicy
 from deployments.http.routes import build_http
-from deployments.http.service import ControllerClient, Service
+from deployments.http.service import Service
 from deployments.replica.channel import MAX_FRAMES, EngineChannel
-from deployments.replica.messages import EngineEvent, Ready, StepLog, encode
+from deployments.replica.messages import EngineEvent, EngineLost, Ready, StepLog, encode
 from deployments.replica.workers import StepLoop
 from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.types import Request, SequenceOutput, VerificationPolicy

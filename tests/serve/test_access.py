@@ -17,8 +17,9 @@ from pydantic import ValidationError
 
 from deployments.args import AppArgs
 from deployments.console.cli import main
-from deployments.http.auth import KeyGuard
-from deployments.http.generation import EngineBusy, EngineFailed, EngineLost
+from deployments.http.interfaces import EngineBusy, EngineFailed
+from deployments.http.middleware import KeyGuard
+from deployments.replica.messages import EngineLost
 from dspark_ray.config import ConfigError
 from dspark_ray.text.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from http_server import HTTP, Server, running_server
 from autoscale.controller import Bounds, ControllerConfig, LoadController
 from autoscale.signals import DeviceLoad, NodeLoad
 from autoscale.thresholds import FixedThreshold
-from deployments.http.generation import EngineBusy
+from deployments.http.interfaces import EngineBusy
 from deployments.replica.heartbeat import LoadWindow
 from dspark_ray.text.tokenizer import Tokenizer
 

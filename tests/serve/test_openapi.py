@@ -106,7 +106,7 @@ def test_answers_have_the_schema_that_is_documented(server, schema, method, path
 )
 def test_the_schema_of_a_message_agrees_with_the_server(server, schema, body, is_valid):
     validator = jsonschema.Draft202012Validator(
-        {"$ref": "#/components/schemas/Message", "components": schema["components"]}
+        {"$ref": "#/components/schemas/ChatMessage", "components": schema["components"]}
     )
     assert validator.is_valid(body) == is_valid
     messages = [{"role": "user", "content": "hi"}, body]

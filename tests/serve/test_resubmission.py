@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from deployments.http import resubmission
-from deployments.http.resubmission import EngineBusy, EngineFailed, RequestRefused, ResubmissionPolicy, events_of
+from deployments.http.interfaces import EngineBusy, EngineFailed, RequestRefused
+from deployments.http.resubmission import ResubmissionPolicy, events_of
 from deployments.replica import routing
 from deployments.replica.messages import TRIAL_TOKENS, Accepted, EngineEvent, EngineLost, Refusal
 from deployments.replica.routing import AvoidingRouter

@@ -17,7 +17,7 @@ from openai.types.chat import completion_create_params as chat_params
 from openai.types.chat.chat_completion_assistant_message_param import ChatCompletionAssistantMessageParam
 from openai.types.chat.chat_completion_content_part_text_param import ChatCompletionContentPartTextParam
 
-from deployments.http.chat_requests import ChatRequest, Message, TextPart
+from deployments.http.chat_requests import ChatMessage, ChatRequest, TextPart
 from deployments.http.fields import Schema, note_ignored
 from deployments.http.requests import CompletionRequest, StreamOptions
 from dspark_ray.text.messages.deepseek_v4 import SPECIAL
@@ -297,7 +297,7 @@ def test_what_is_ignored_is_logged_once(server, caplog):
         (ChatRequest, chat_params.CompletionCreateParamsBase),
         (CompletionRequest, completion_params.CompletionCreateParamsBase),
         (StreamOptions, chat_completion_stream_options_param.ChatCompletionStreamOptionsParam),
-        (Message, ChatCompletionAssistantMessageParam),
+        (ChatMessage, ChatCompletionAssistantMessageParam),
         (TextPart, ChatCompletionContentPartTextParam),
     ],
 )
@@ -307,7 +307,7 @@ def test_every_field_of_the_client_library_is_known(schema: type[Schema], params
 
 
 def test_every_field_of_an_answer_can_be_sent_back() -> None:
-    known = Message.model_fields.keys() | Message._IGNORED | Message._ONLY.keys()
+    known = ChatMessage.model_fields.keys() | ChatMessage._IGNORED | ChatMessage._ONLY.keys()
     assert ChatCompletionMessage.model_fields.keys() - known == set()
 
 

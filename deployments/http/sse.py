@@ -1,4 +1,4 @@
-"""From a job to an HTTP answer: whole, or as server-sent events.
+"""Runs a job and writes its HTTP response: JSON, or server-sent events.
 
 No `from __future__ import annotations` in modules with FastAPI: it reads annotations.
 """
@@ -16,20 +16,20 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.http.answers import Metrics, SpeculationMetrics, Usage, join_stats
 from deployments.http.errors import ApiError, as_api_errors
-from deployments.http.generation import Piece, generate_text, merge
+from deployments.http.generation import TextChunk, generate_text, merge
 from deployments.http.jobs import Job
 from deployments.http.service import Service
 from dspark_ray.types import SpeculationStats
 
-Pieces = AsyncGenerator[tuple[int, Piece]]
+Chunks = AsyncGenerator[tuple[int, TextChunk]]
 
-# A stop of the server lets streams end, as Serve does, instead of cutting them.
+# When the server stops, streams may end first, as Serve allows, instead of being cut.
 AppStatus.disable_automatic_graceful_drain()
 
 
-async def answer(service: Service, job: Job) -> Response:
-    """Run a job. Raises ApiError for what fails before the answer has begun."""
-    pieces = merge(
+async def respond(service: Service, job: Job) -> Response:
+    """Run a job. Raises ApiError for failures before the response has begun."""
+    chunks = merge(
         [
             generate_text(service.client, job.text(service, request), request, service.resubmission)
             for request in job.requests
@@ -37,24 +37,24 @@ async def answer(service: Service, job: Job) -> Response:
     )
     tally = _Tally(job, service.gamma)
     if job.body.stream:
-        return await _stream(service, job, tally, pieces)
-    return await _collect(service, job, tally, pieces)
+        return await _stream(service, job, tally, chunks)
+    return await _collect(service, job, tally, chunks)
 
 
 class _Tally:
-    """Counts what passes, for usage and statistics."""
+    """Adds up tokens and speculation statistics over all choices."""
 
     def __init__(self, job: Job, gamma: int) -> None:
         self._job, self._gamma = job, gamma
         self._num_open, self._num_tokens = len(job.requests), 0
         self._stats: list[SpeculationStats] = []
 
-    def add(self, piece: Piece) -> None:
-        self._num_tokens += piece.num_tokens
-        if piece.finish_reason is not None:
+    def add(self, chunk: TextChunk) -> None:
+        self._num_tokens += chunk.num_tokens
+        if chunk.finish_reason is not None:
             self._num_open -= 1
-        if piece.stats is not None:
-            self._stats.append(piece.stats)
+        if chunk.stats is not None:
+            self._stats.append(chunk.stats)
 
     @property
     def is_complete(self) -> bool:
@@ -69,60 +69,60 @@ class _Tally:
         return Metrics(seed=self._job.seed, speculative_decoding=speculation)
 
 
-async def _collect(service: Service, job: Job, tally: _Tally, pieces: Pieces) -> Response:
-    choices: list[list[Piece]] = [[] for _ in job.requests]
+async def _collect(service: Service, job: Job, tally: _Tally, chunks: Chunks) -> Response:
+    choices: list[list[TextChunk]] = [[] for _ in job.requests]
     with as_api_errors(job.request_id, service.retry_after_s):
-        async with aclosing(pieces):
-            async for index, piece in pieces:
-                tally.add(piece)
-                choices[index].append(piece)
-    whole = job.writer.whole([Piece.join(choice) for choice in choices])
+        async with aclosing(chunks):
+            async for index, chunk in chunks:
+                tally.add(chunk)
+                choices[index].append(chunk)
+    whole = job.writer.write_whole([TextChunk.join(choice) for choice in choices])
     return Response(_to_json(whole, usage=tally.usage(), metrics=tally.metrics()), media_type="application/json")
 
 
-async def _stream(service: Service, job: Job, tally: _Tally, pieces: Pieces) -> Response:
-    """Waits until the engine has accepted every choice, so that a refusal still gets a status of its own."""
-    early: list[tuple[int, Piece]] = []
+async def _stream(service: Service, job: Job, tally: _Tally, chunks: Chunks) -> Response:
+    """Wait until the engine has accepted every choice, so that a refusal still gets its own HTTP status."""
+    early: list[tuple[int, TextChunk]] = []
     try:
         with as_api_errors(job.request_id, service.retry_after_s):
             while len({index for index, _ in early}) < len(job.requests):
-                early.append(await anext(pieces))
+                early.append(await anext(chunks))
     except BaseException:
-        await pieces.aclose()
+        await chunks.aclose()
         raise
-    return EventStream(_events(service, job, tally, early, pieces), pieces, service.keep_alive_s)
+    return EventStream(_events(service, job, tally, early, chunks), chunks, service.keep_alive_s)
 
 
 async def _events(
-    service: Service, job: Job, tally: _Tally, early: list[tuple[int, Piece]], rest: Pieces
+    service: Service, job: Job, tally: _Tally, early: list[tuple[int, TextChunk]], rest: Chunks
 ) -> AsyncGenerator[ServerSentEvent]:
-    """Server-sent events; a failure in the middle becomes an event with an error."""
+    """Server-sent events; a failure after the first of them becomes an event with an error."""
     try:
         with as_api_errors(job.request_id, service.retry_after_s):
-            for index, piece in early:
-                for event in _piece_events(job, tally, index, piece):
+            for index, chunk in early:
+                for event in _chunk_events(job, tally, index, chunk):
                     yield event
-            async for index, piece in rest:
-                for event in _piece_events(job, tally, index, piece):
+            async for index, chunk in rest:
+                for event in _chunk_events(job, tally, index, chunk):
                     yield event
     except ApiError as error:
         yield _event(json.dumps(error.body(job.request_id)))
         return
     if job.body.usage_at_end:
-        yield _event(_to_json(job.writer.last_chunk(), usage=tally.usage(), metrics=tally.metrics()))
+        yield _event(_to_json(job.writer.write_last_chunk(), usage=tally.usage(), metrics=tally.metrics()))
     yield _event("[DONE]")
 
 
-def _piece_events(job: Job, tally: _Tally, index: int, piece: Piece) -> Iterator[ServerSentEvent]:
-    tally.add(piece)
-    if piece.is_silent and not (job.body.return_token_ids and piece.token_ids):
+def _chunk_events(job: Job, tally: _Tally, index: int, chunk: TextChunk) -> Iterator[ServerSentEvent]:
+    tally.add(chunk)
+    if chunk.is_empty and not (job.body.return_token_ids and chunk.token_ids):
         return
     extra: dict[str, Any] = {}
     if job.body.usage_in_chunks:
         extra["usage"] = tally.usage()
     if tally.is_complete and not job.body.usage_at_end:
         extra["metrics"] = tally.metrics()
-    yield _event(_to_json(job.writer.chunk(index, piece), **extra))
+    yield _event(_to_json(job.writer.write_chunk(index, chunk), **extra))
 
 
 def _event(data: str) -> ServerSentEvent:
@@ -140,13 +140,13 @@ def _to_json(written: BaseModel, **extra: Any) -> str:
 
 
 class EventStream(EventSourceResponse):
-    """Ends its source with itself: when the client leaves, the sequences are freed at once."""
+    """Closes its source when it ends, so that sequences are freed as soon as the client disconnects."""
 
     def __init__(self, events: AsyncGenerator[Any], source: AsyncGenerator[Any], keep_alive_s: float) -> None:
         super().__init__(events, ping=keep_alive_s, ping_message_factory=_ping, sep="\n")
         self._events, self._source = events, source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A generator that was never started does not run its own clean-up.
+        # A generator that was never started does not run its own `finally`.
         async with aclosing(self._source), aclosing(self._events):
             await super().__call__(scope, receive, send)
