@@ -1,4 +1,4 @@
-"""The replica's end of the channel to rank 0: one stream in, one stream per request out."""
+"""The replica's end of the channel to rank 0, which sorts its outputs by request."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from deployments.replica.messages import (
     MAX_STEPS,
     Abort,
     Accepted,
-    Close,
+    ChannelMessage,
     EngineEvent,
     EngineLost,
     Failed,
-    Message,
     Outputs,
     Ping,
     Ready,
     Refusal,
     SetPolicy,
+    Shutdown,
     Submit,
     decode,
     encode,
@@ -39,8 +39,8 @@ from dspark_ray.types import Request, SequenceOutput, StepOutput, StepRecord, Ve
 logger = logging.getLogger("ray.serve")
 
 MAX_FRAMES = 1000
-"""In the queue of each direction. Rank 0 takes all that has arrived once per step; where the replica falls this many
-steps behind, rank 0 waits for it."""
+"""Capacity of the queue in each direction. Rank 0 reads all frames that have arrived once per step. It waits for a
+replica that is this many steps behind."""
 PING_SECONDS = 1.0
 _MAX_UNREAD = 16
 _FLUSH_MILLISECONDS = 1000
@@ -53,17 +53,17 @@ class Observer:
         """A request was submitted."""
 
     def on_first_token(self, seconds: float) -> None:
-        """A request has its first token, so long after it was submitted."""
+        """A request has its first token, `seconds` after it was submitted."""
 
     def on_step(self, step: StepOutput) -> None:
-        """The engine made a step."""
+        """The engine has finished a step."""
 
 
 class EngineChannel:
-    """Demultiplexes rank 0's outputs to the requests that wait for them.
+    """Sends requests to rank 0 and hands its outputs to the generators that wait for them.
 
-    The replica and rank 0 share a node (bundle 0) and a user: they meet at a Unix socket in a folder that only this
-    user may enter, and the folder is removed once rank 0 has connected. A PAIR socket has one peer and no second.
+    The replica and rank 0 run on the same node (bundle 0) as the same user. They connect over a Unix socket in a folder
+    that only this user may enter; the folder is removed once rank 0 has connected. A PAIR socket has a single peer.
     Nothing here blocks the event loop: a frame that cannot be queued at once is not sent.
     """
 
@@ -71,7 +71,7 @@ class EngineChannel:
         self._observers = observers
         self._directory = tempfile.mkdtemp(prefix="dspark-")  # mode 0700
         self.address = f"ipc://{Path(self._directory, 'rank0')}"
-        """Where rank 0 connects a PAIR socket."""
+        """The address to which rank 0 connects a PAIR socket."""
         self._context = zmq.asyncio.Context()
         self._rank_0 = self._context.socket(zmq.PAIR)
         self._rank_0.set_hwm(max_frames)
@@ -80,44 +80,47 @@ class EngineChannel:
         self._trials = TrialQueue(self._submit)
         self._unsent_aborts: deque[Abort] = deque()
         self._records: deque[StepRecord] = deque(maxlen=MAX_STEPS)
-        self._heard_at = self._beat_at = time.monotonic()
+        self._heard_at = self._pinged_at = time.monotonic()
         self._closed = False
         self.ready = asyncio.Event()
         self.failure: str | None = None
-        """What the step loop raised, once it has."""
+        """The message of the exception that the step loop raised; None while it has not."""
         self.lost: str | None = None
-        """Why nothing more can come from rank 0, once that is so."""
+        """Why rank 0 is lost; None while it is not."""
         self.num_observer_errors = 0
 
     @property
     def seconds_of_silence(self) -> float:
-        """Since rank 0 was last heard; it sends a frame at least once per step and once a second when idle."""
+        """Since the last frame of rank 0, which sends one per step, and one per second while idle."""
         return time.monotonic() - self._heard_at
 
     @property
-    def seconds_without_beat(self) -> float:
-        """Since `beat` last ran; more than a few mean that the event loop stands still."""
-        return time.monotonic() - self._beat_at
+    def seconds_without_ping(self) -> float:
+        """Since `ping` last ran; more than a few mean that the event loop is blocked."""
+        return time.monotonic() - self._pinged_at
 
     async def listen(self) -> None:
-        """Hand out what arrives, until cancelled. Raises pydantic.ValidationError for a frame that is no message:
-        tokens may have been in it, so no text can go on behind it."""
+        """Hand out frames as they arrive, until cancelled.
+
+        Raises pydantic.ValidationError for a frame that is not a message: tokens may have been lost with it.
+        """
         while True:
             frame = await self._rank_0.recv()
             self._heard_at = time.monotonic()
             self._hand_out(decode(frame))
 
-    async def beat(self) -> None:
-        """Tell rank 0 once a second that this event loop runs, until cancelled."""
+    async def ping(self) -> None:
+        """Send rank 0 a Ping once a second, until cancelled."""
         while True:
-            self._beat_at = time.monotonic()
+            self._pinged_at = time.monotonic()
             self._send(Ping())
             await asyncio.sleep(PING_SECONDS)
 
     async def generate(self, request: Request, on_trial: bool = False) -> AsyncGenerator[EngineEvent]:
-        """Accepted, then outputs until one has a finish_reason; or one Refusal. Closing it early aborts the request.
+        """Yields Accepted and then outputs until one has a finish_reason, or a single Refusal.
 
-        With `on_trial` the request waits until no other suspect is in the engine. Raises EngineLost.
+        Closing the generator early aborts the request. With `on_trial` the request waits until no other suspect is in
+        the engine. Raises EngineLost.
         """
         if self.lost is not None:
             raise EngineLost(self.lost)
@@ -138,36 +141,36 @@ class EngineChannel:
             del self._readers[request.request_id]
             if reader.is_submitted and not reader.has_ended:
                 self._abort(request.request_id)
-            self._trials.leave(request.request_id)
+            self._trials.remove(request.request_id)
 
     def steps(self, last: int) -> list[StepRecord]:
-        """Records of the latest steps, at most `last` of the MAX_STEPS that are kept, oldest first."""
+        """At most `last` of the latest step records, oldest first; MAX_STEPS are kept."""
         return list(self._records)[-last:]
 
     def set_policy(self, policy: VerificationPolicy) -> None:
-        """Let `policy` bound what is verified from the next step on; its time runs from when rank 0 gets it.
+        """Apply `policy` from the next step on; its valid_seconds begin when rank 0 receives it.
 
-        Raises EngineLost where rank 0 takes no messages.
+        Raises EngineLost where the message cannot be sent.
         """
         if self.lost is not None or not self._send(SetPolicy(policy=policy)):
-            raise EngineLost(self.lost or "rank 0 takes no messages")
+            raise EngineLost(self.lost or "rank 0 accepts no messages")
 
     def lose(self, reason: str) -> None:
-        """End every stream with EngineLost, now and from now on."""
+        """End all streams with EngineLost, and every later one at once."""
         self.lost = reason
         for request_id, reader in self._readers.items():
             reader.put(EngineLost(reason, reader.is_submitted, self._trials.is_trying(request_id)))
 
-    async def until_unread(self) -> None:
+    async def until_all_read(self) -> None:
         """Wait until every stream has been read to its end."""
         while self._readers:
             await asyncio.sleep(0.01)
 
     def close(self) -> None:
-        """Ask rank 0 to end the gang; nothing can be sent or heard afterwards. Closing again does nothing."""
+        """Tell rank 0 to end the gang, and close the socket. A second call does nothing."""
         if self._closed:
             return
-        is_sent = self._send(Close())
+        is_sent = self._send(Shutdown())
         self._closed = True
         self._rank_0.close(linger=_FLUSH_MILLISECONDS if is_sent else 0)
         self._context.term()
@@ -176,7 +179,7 @@ class EngineChannel:
     def _submit(self, request: Request) -> None:
         reader = self._readers[request.request_id]
         if self.lost is not None or not self._send(Submit(request=request)):
-            reader.put(EngineLost(self.lost or "rank 0 takes no messages"))
+            reader.put(EngineLost(self.lost or "rank 0 accepts no messages"))
             return
         reader.is_submitted = True
         self._observe(lambda observer: observer.on_request(len(request.prompt_token_ids)))
@@ -189,12 +192,12 @@ class EngineChannel:
         while self._unsent_aborts and self._try_to_send(self._unsent_aborts[0]):
             self._unsent_aborts.popleft()
 
-    def _send(self, message: Message) -> bool:
-        """Whether the message was queued; it is not where rank 0 has gone or has too many to read."""
+    def _send(self, message: ChannelMessage) -> bool:
+        """Whether the message was queued; false where rank 0 has disconnected or its queue is full."""
         self._send_aborts()
         return not self._unsent_aborts and self._try_to_send(message)
 
-    def _try_to_send(self, message: Message) -> bool:
+    def _try_to_send(self, message: ChannelMessage) -> bool:
         if self._closed:
             return False
         error = self._rank_0.send(encode(message), zmq.DONTWAIT).exception()
@@ -202,7 +205,7 @@ class EngineChannel:
             raise error
         return error is None
 
-    def _hand_out(self, message: Message) -> None:
+    def _hand_out(self, message: ChannelMessage) -> None:
         if isinstance(message, Outputs):
             self._hand_out_step(message.step)
         elif isinstance(message, Accepted | Refusal):
@@ -223,15 +226,15 @@ class EngineChannel:
 
     def _put(self, event: EngineEvent) -> None:
         reader = self._readers.get(event.request_id)
-        if reader is not None:  # Else the caller has left.
+        if reader is not None:  # Otherwise the caller has disconnected.
             reader.put(event)
         self._trials.on_event(event)
 
-    def _observe(self, tell: Callable[[Observer], None]) -> None:
-        """An observer's exception is logged and counted, and affects no request."""
+    def _observe(self, notify: Callable[[Observer], None]) -> None:
+        """Call all observers; their exceptions are logged and counted, and affect no request."""
         for observer in self._observers:
             try:
-                tell(observer)
+                notify(observer)
             except Exception:
                 self.num_observer_errors += 1
                 if self.num_observer_errors == 1:
@@ -242,15 +245,16 @@ class EngineChannel:
 
 
 class _Reader:
-    """The events of one request that have not been read yet, at most _MAX_UNREAD and one more.
+    """The unread events of one request, at most _MAX_UNREAD + 1.
 
-    Outputs beyond that are joined, so a slow reader costs the memory of its tokens and not of its steps.
+    Further outputs are joined to the last one, so that memory for a slow reader grows with its tokens and not with the
+    number of steps.
     """
 
     def __init__(self) -> None:
         self.is_submitted = False
         self.has_ended = False
-        """Whether the last event has been read."""
+        """Whether the final event has been read."""
         self._events: deque[EngineEvent | EngineLost] = deque()
         self._is_filled = asyncio.Event()
 

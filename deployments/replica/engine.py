@@ -27,19 +27,19 @@ from dspark_ray.types import Request, VerificationPolicy
 logger = logging.getLogger("ray.serve")
 
 _POLICY = f"{SpeculationAwarePolicy.__module__}:{SpeculationAwarePolicy.__name__}"
-"""As a YAML file names it."""
+"""As in a YAML file."""
 _END_STREAMS_SECONDS = 1.0
-"""For streams to end with EngineLost before the process does."""
+"""Timeout for ending all streams with EngineLost before the process ends."""
 _TRANSPORT_SECONDS = 0.2
-"""For those errors to leave the process."""
+"""Time for these errors to leave the process."""
 
 
 @serve.deployment(name="Engine")
 class EngineReplica:
-    """Starts a gang, hands its outputs to requests, and dies with it.
+    """Starts a gang of actors, streams its outputs, and ends with it.
 
-    Whatever ends a member ends this process, Ray ends the rest, and Serve builds a new replica in a new
-    placement group.
+    When a member of the gang ends, so does this process. Ray then ends the other members, and Serve starts a new
+    replica in a new placement group.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -58,40 +58,39 @@ class EngineReplica:
         self._tasks.start("listen", self._channel.listen, is_essential=True)
         self._gang = await start_gang(args, self._channel.address)
         await self._until_ready()
-        self._tasks.start("beat", self._channel.beat, is_essential=True)
+        self._tasks.start("ping", self._channel.ping, is_essential=True)
         self._watch()
         self._heartbeats = self._start_heartbeats(controller)
 
     async def generate(
         self, request: Request, on_trial: bool = False, avoid: str | None = None
     ) -> AsyncGenerator[EngineEvent]:
-        """Stream a request's outputs; when the caller leaves, the sequence is freed within a round.
+        """Stream a request's outputs; when the caller disconnects, the sequence is freed within a round.
 
-        `on_trial`: the request was in flight when an engine died. `avoid` is for the router and says which replica that
-        was.
+        `on_trial`: the request was in flight when an engine died. `avoid`, that engine's replica, is for the router.
         """
         async for event in self._channel.generate(request, on_trial):
             yield replace(event, replica=self._id) if isinstance(event, Accepted) else event
 
     async def steps(self, last: int) -> StepLog:
-        """What this replica's engine decided in its latest steps, at most `last` of them."""
+        """At most `last` of the latest steps of this replica's engine."""
         return StepLog(self._id, self._channel.steps(last))
 
     async def set_policy(self, policy: VerificationPolicy) -> str:
-        """Let `policy` bound what this replica's engine verifies; returns the replica's id."""
+        """Apply `policy` to this replica's engine; returns the replica's id."""
         self._channel.set_policy(policy)
         return self._id
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What autoscale.policies.SpeculationAwarePolicy looks at."""
+        """Statistics for autoscale.policies.SpeculationAwarePolicy."""
         return self._window.stats() | (self._heartbeats.stats() if self._heartbeats is not None else {})
 
     def check_health(self) -> None:
-        """The second net behind the watchdog."""
+        """Raises the error of a member that has ended, should the watchdog have missed it."""
         self._gang.raise_end()
 
     def __del__(self) -> None:
-        """Serve's graceful stop."""
+        """Called by Serve to stop this replica."""
         self._watchdog.stop()
         self._tasks.cancel()
         self._channel.close()
@@ -112,7 +111,7 @@ class EngineReplica:
         return loop
 
     async def _until_ready(self) -> None:
-        """Raises the error of the first member that could not start."""
+        """Wait until rank 0 is ready. Raises TimeoutError, or the error of a member that could not start."""
         ready = asyncio.create_task(self._channel.ready.wait())
         timeout = self._args.health.startup_timeout_s
         either: list[asyncio.Future[Any]] = [ready, *map(asyncio.wrap_future, self._gang.runs.values())]
@@ -122,7 +121,7 @@ class EngineReplica:
             raise TimeoutError(f"the engine was not ready after health.startup_timeout_s={timeout}")
 
     def _watch(self) -> None:
-        """From now on the end of a member is the end of this process; before, its error is the constructor's."""
+        """End this process when a member ends, from now on; before, the member's error is raised by the constructor."""
         for name, run in self._gang.runs.items():
             self._watchdog.watch(name, run)
         self._watchdog.check(partial(find_silence, self._channel, self._args.health.step_timeout_s))
@@ -133,18 +132,18 @@ class EngineReplica:
 
 
 def find_silence(channel: EngineChannel, limit_seconds: float) -> str | None:
-    """What has been silent for too long, rank 0 or this process's own event loop; callable from any thread."""
-    if channel.seconds_without_beat > limit_seconds:
-        return f"the event loop stood still for {channel.seconds_without_beat:.0f} s"
+    """A sentence on rank 0 or this event loop where one has been silent for too long. Callable from any thread."""
+    if channel.seconds_without_ping > limit_seconds:
+        return f"the event loop was blocked for {channel.seconds_without_ping:.0f} s"
     if channel.seconds_of_silence > limit_seconds:
         return f"rank 0 was silent for {channel.seconds_of_silence:.0f} s"
     return None
 
 
 async def end_streams(channel: EngineChannel, reason: str) -> None:
-    """End every stream with EngineLost, and let that reach the callers."""
+    """End all streams with EngineLost, and wait until their callers have it."""
     channel.lose(channel.failure or reason)
-    await channel.until_unread()
+    await channel.until_all_read()
     await asyncio.sleep(_TRANSPORT_SECONDS)
 
 
@@ -169,6 +168,6 @@ def check_autoscaling(config: DeploymentConfig, load_controller: LoadControllerA
 
 
 def rule_preset(config: DeploymentConfig) -> str | None:
-    """The preset that the autoscaling policy of this deployment is bound to, None where it follows the controller's."""
+    """The preset in the policy_kwargs of this deployment; None where the policy follows the load controller's."""
     policy = config.autoscaling_config and config.autoscaling_config.policy
     return policy.policy_kwargs.get("preset") if policy and policy.policy_function == _POLICY else None

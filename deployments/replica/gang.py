@@ -1,4 +1,4 @@
-"""Starting the actors of one replica, each in the bundle that its placement names."""
+"""Starts the actors of one replica, each in its bundle of the replica's placement group."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class Gang:
-    """Ordinary actors owned by the replica, so that they die when it does."""
+    """The actors of one replica, which owns them, so that they end with it."""
 
     actors: list[ActorHandle]
     runs: dict[str, Future[None]]
-    """What each actor does for life, by the actor's name; the end of one is the end of the gang. They end in Ray's
-    threads and not in the event loop."""
+    """The one task of each actor, by the actor's name; the gang is lost when one of them ends. Ray's threads complete
+    these futures, not the event loop."""
     places: tuple[Place, ...]
-    """Where each actor is, in the same order."""
+    """The place of each actor, in the same order."""
 
     def raise_end(self) -> None:
-        """Raise the error of a run that has ended, unchanged: Serve restarts at once for a dead actor's."""
+        """Raise the error of a run that has ended, unchanged: for that of a dead actor, Serve restarts at once."""
         for name, run in self.runs.items():
             if run.done():
                 run.result()
@@ -41,9 +41,9 @@ class Gang:
 
 
 async def start_gang(args: AppArgs, channel_address: str) -> Gang:
-    """Start every actor, import what takes long, and let them meet; call it in a replica's constructor only.
+    """Start all actors, let them import torch, and connect them. Call it in a replica's constructor only.
 
-    Actors called from a request would be cancelled with that request.
+    Ray cancels calls that are made while a request is handled together with that request.
     """
     actors = _create_actors(args)
     places: list[Place] = await asyncio.gather(*(actor.prepare.remote() for actor in actors))
@@ -59,7 +59,7 @@ async def start_gang(args: AppArgs, channel_address: str) -> Gang:
 
 
 def _spec(args: AppArgs, meeting_point: str) -> dict[str, Any]:
-    """The fields of a GangSpec, whose module imports torch and is not for the replica."""
+    """The fields of a GangSpec; its module imports torch, which the replica does without."""
     return {
         "checkpoint": str(args.checkpoint),
         "engine": args.engine_config(),
@@ -72,7 +72,7 @@ def _spec(args: AppArgs, meeting_point: str) -> dict[str, Any]:
 
 
 def _create_actors(args: AppArgs) -> list[ActorHandle]:
-    """Every verifier rank, then the drafter where it is an actor."""
+    """The verifier ranks in order, then the drafter where it is an actor."""
     group = ray.util.get_current_placement_group()
     assert group is not None, "Serve starts replicas with placement_group_bundles in a group"
     bundles = bundle_order(args, placement_group_table(group)["bundles_to_node_id"])
@@ -90,9 +90,9 @@ def _create_actors(args: AppArgs) -> list[ActorHandle]:
 
 
 def bundle_order(args: AppArgs, node_of_bundle: dict[int, str]) -> list[int]:
-    """The bundle of every worker; interchangeable ranks are ordered by node, rank 0's node first.
+    """The bundle of every worker. Ranks with the same resources are ordered by node, rank 0's node first.
 
-    Bundle indices do not follow nodes, and neighbouring ranks should be near.
+    Neighbouring ranks should share a node, and bundle indices are not ordered by node.
     """
     bundles = args.bundle_of_worker()
     if isinstance(args.placement.verifier, list):
@@ -104,7 +104,7 @@ def bundle_order(args: AppArgs, node_of_bundle: dict[int, str]) -> list[int]:
 
 
 def actor_options(resources: Resources) -> dict[str, Any]:
-    """Resources in the form that Ray's actor options take."""
+    """Resources as Ray's actor options."""
     custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     return {
         "num_cpus": resources.get("CPU", 0.0),

@@ -1,4 +1,4 @@
-"""A replica's side of load control: what its engine did lately goes to the controller, a policy comes back."""
+"""A replica's side of load control: sends its engine's load to the load controller, and applies the policy it gets."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from dspark_ray.types import StepOutput, StepRecord, VerificationPolicy
 
 logger = logging.getLogger("ray.serve")
 
-_PATIENCE = 3.0
-"""Heartbeats that an answer may take."""
+_TIMEOUT_PERIODS = 3.0
+"""Timeout for an answer, in heartbeat periods."""
 
 
 class LoadWindow(Observer):
-    """Adds up the steps between two heartbeats. Times are seconds of the caller's clock."""
+    """Sums over the steps between two heartbeats. Times are in seconds of the caller's clock."""
 
     def __init__(self, replica: str, max_running: int) -> None:
         self._replica, self._max_running = replica, max_running
         self.places: tuple[Place, ...] = ()
-        """Of the gang, once it has been placed."""
+        """Places of the gang's actors, once they are known."""
         self._last = StepOutput()
         self._record: StepRecord | None = None
         self.start(0.0)
 
     def start(self, now: float) -> None:
-        """Begin at `now`; what was added before is dropped."""
+        """Begin a new interval at `now`."""
         self._started_at = now
         self._num_steps = self._running = self._waiting = 0
         self._rows = self._decoded = self._budget = self._accepted = self._tokens = 0
@@ -55,7 +55,7 @@ class LoadWindow(Observer):
         self._busy += record.measured_draft_seconds + record.measured_target_seconds
 
     def take(self, now: float) -> LoadSample:
-        """What was added since the last time; an engine that did not step since then is idle."""
+        """The sample of this interval, after which the next one begins. Without steps the engine counts as idle."""
         steps, decoded, seconds = max(1, self._num_steps), max(1, self._decoded), now - self._started_at
         record = self._record
         sample = LoadSample(
@@ -72,7 +72,7 @@ class LoadWindow(Observer):
             accepted_length=(self._decoded + self._accepted) / decoded,
             tokens_per_second=self._tokens / seconds if seconds > 0 else 0.0,
             busy_share=min(1.0, self._busy / seconds) if seconds > 0 else 0.0,
-            # Smoothed over steps, so without steps it is of another time.
+            # An average over recent steps, which says nothing about an interval without steps.
             slowness=record.cost_drift if record is not None and self._num_steps else 1.0,
             threshold=record.confidence_threshold if record is not None else 0.0,
             policy_version=record.policy_version if record is not None else 0,
@@ -81,7 +81,7 @@ class LoadWindow(Observer):
         return sample
 
     def stats(self) -> dict[str, float]:
-        """The engine's load at this moment, for Serve's autoscaling policy."""
+        """The engine's current load, for Serve's autoscaling policy."""
         last = self._last
         return {
             "running": float(last.num_running),
@@ -92,7 +92,7 @@ class LoadWindow(Observer):
 
 
 def policy_of(decision: Decision) -> VerificationPolicy:
-    """The controller's answer in the engine's words."""
+    """The load controller's decision as a policy for the engine."""
     return VerificationPolicy(
         confidence_threshold=decision.bounds.confidence_threshold,
         max_draft_tokens=decision.bounds.max_draft_tokens,
@@ -103,9 +103,9 @@ def policy_of(decision: Decision) -> VerificationPolicy:
 
 
 class HeartbeatLoop:
-    """Sends heartbeats for the replica's lifetime; the controller's failures never affect the engine.
+    """Sends heartbeats for the replica's lifetime. Failures of the load controller never affect the engine.
 
-    A controller that is gone, slow or broken costs a log line; its last policy then expires in the engine.
+    Where the controller does not answer, a warning is logged and its last policy expires in the engine.
     """
 
     def __init__(
@@ -117,9 +117,9 @@ class HeartbeatLoop:
         clock: Callable[[], float] = time.monotonic,
         rule_preset: str | None = None,
     ) -> None:
-        """`period` is in seconds and holds until the controller says another one.
+        """`period` is in seconds, until the controller sets another one.
 
-        `rule_preset` is the one that replicas are added by, where the YAML file binds that to one.
+        `rule_preset` is the preset of the autoscaling policy, None where it follows the controller's.
         """
         self._window, self._ask, self._apply, self._clock = window, ask, apply, clock
         self._period = period
@@ -137,12 +137,12 @@ class HeartbeatLoop:
             await self.beat()
 
     async def beat(self) -> None:
-        """One heartbeat; raises nothing that the controller causes."""
+        """Send one heartbeat. Failures of the controller are logged and not raised."""
         sample = self._window.take(self._clock())
         try:
-            decision = await asyncio.wait_for(self._ask(sample), _PATIENCE * self._period)
+            decision = await asyncio.wait_for(self._ask(sample), _TIMEOUT_PERIODS * self._period)
             self._apply(policy_of(decision))
-        except Exception as error:  # Whatever it is, the engine has its own schedule.
+        except Exception as error:  # Whatever fails, the engine follows its own schedule.
             self._on_silence(error)
             return
         self._decision, self._period = decision, decision.heartbeat_seconds
@@ -153,7 +153,7 @@ class HeartbeatLoop:
             logger.info("the load controller answers again")
 
     def _compare_presets(self, preset: str | None) -> None:
-        """Warn once of each preset that is not the one that replicas are added by."""
+        """Warn once per preset of the controller that differs from the autoscaling policy's."""
         if self._rule_preset in (None, preset) or preset in self._compared:
             return
         self._compared.add(preset)
@@ -165,14 +165,14 @@ class HeartbeatLoop:
         )
 
     def stats(self) -> dict[str, float]:
-        """What the live policy takes away, for Serve's autoscaling policy; empty without one."""
+        """The policy in force, for Serve's autoscaling policy; empty without one."""
         decision = self._decision
         if decision is None or self._clock() >= self._valid_until:
             return {}
         stats = {"threshold": decision.bounds.confidence_threshold, "saturation": decision.saturation.value}
         if decision.preset is not None:
             stats["preset"] = number_of(decision.preset)
-        # A policy that never moves says nothing about when replicas should.
+        # A fixed threshold says nothing about when replicas should be added.
         return stats if decision.range_used is None else {**stats, "range_used": decision.range_used}
 
     def _on_silence(self, error: Exception) -> None:

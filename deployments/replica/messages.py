@@ -1,6 +1,6 @@
 """Messages between the Engine replica and verifier rank 0, over ZeroMQ on one node.
 
-Messages are JSON, so that a frame can be refused but never run.
+Messages are JSON and not pickle, so that no frame can execute code.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from dspark_ray.types import Request, SequenceOutput, StepOutput, StepRecord, VerificationPolicy
 
 MAX_STEPS = 1000
-"""Steps whose records a replica keeps."""
+"""The number of step records that a replica keeps."""
 
 TRIAL_TOKENS = 16
-"""A suspect, which was in flight when an engine died, is trusted again once it has produced so many tokens alone."""
+"""The trial of a suspect, a request that was in flight when an engine died, ends after this many tokens."""
 
 RefusalReason = Literal["invalid", "queue_full", "failed"]
-"""The request is wrong; the engine has no room for it now; the engine's own code failed on it."""
+"""invalid: the request is wrong. queue_full: the engine has no room for it now. failed: the engine's code raised."""
 
 
 class EngineLost(Exception):
-    """The engine that had this request died or cannot be reached; another one can go on with it."""
+    """The request's engine died or cannot be reached; another engine can continue the request."""
 
     def __init__(self, reason: str, in_flight: bool = False, on_trial: bool | None = None) -> None:
-        """`in_flight`: the engine had begun with the request, so the request may be why it died. `on_trial`: it was the
-        suspect that the engine tried at that moment; None where the engine could not say."""
+        """`in_flight`: the engine had the request, which may be why it died. `on_trial`: whether the request was the
+        suspect whose trial was in progress; None where the engine could not report it."""
         super().__init__(reason, in_flight, on_trial)
         self.reason, self.in_flight, self.on_trial = reason, in_flight, on_trial
 
@@ -37,7 +37,7 @@ class EngineLost(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Submit:
-    """Replica to rank 0: serve this."""
+    """Replica to rank 0: generate for this request."""
 
     request: Request
     kind: Literal["submit"] = "submit"
@@ -45,7 +45,7 @@ class Submit:
 
 @dataclass(frozen=True, kw_only=True)
 class Abort:
-    """Replica to rank 0: the caller has left."""
+    """Replica to rank 0: end this request, its caller has disconnected."""
 
     request_id: str
     kind: Literal["abort"] = "abort"
@@ -53,7 +53,7 @@ class Abort:
 
 @dataclass(frozen=True, kw_only=True)
 class SetPolicy:
-    """Replica to rank 0: let this bound what is verified, from the next step on."""
+    """Replica to rank 0: apply this policy from the next step on."""
 
     policy: VerificationPolicy
     kind: Literal["set_policy"] = "set_policy"
@@ -61,21 +61,21 @@ class SetPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class Ping:
-    """Replica to rank 0, once a second: the replica's event loop runs."""
+    """Replica to rank 0, once a second: the replica's event loop is running."""
 
     kind: Literal["ping"] = "ping"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Close:
+class Shutdown:
     """Replica to rank 0: end the gang in good order."""
 
-    kind: Literal["close"] = "close"
+    kind: Literal["shutdown"] = "shutdown"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """Rank 0 to replica: weights are loaded and the gang has met."""
+    """Rank 0 to replica: all ranks are connected and weights are loaded."""
 
     gamma: int
     num_pages: int
@@ -84,14 +84,14 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """Rank 0 to replica while idle: still here."""
+    """Rank 0 to replica while idle: the step loop is running."""
 
     kind: Literal["heartbeat"] = "heartbeat"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Rank 0 to replica: what one step brought."""
+    """Rank 0 to replica: the result of one step."""
 
     step: StepOutput
     kind: Literal["outputs"] = "outputs"
@@ -99,17 +99,17 @@ class Outputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """Rank 0 to replica to ingress: the engine has this request, and outputs follow."""
+    """Rank 0 to replica to Ingress: the engine has accepted this request."""
 
     request_id: str
     replica: str | None = None
-    """The id of the Engine replica, which the replica fills in."""
+    """The id of the Engine replica, which sets it."""
     kind: Literal["accepted"] = "accepted"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Rank 0 to replica to ingress: this request was not accepted."""
+    """Rank 0 to replica to Ingress: the engine has not accepted this request."""
 
     request_id: str
     reason: RefusalReason
@@ -120,7 +120,7 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """Rank 0 to replica: the step loop raised, and everything in flight is lost."""
+    """Rank 0 to replica: the step loop raised, and all requests in flight are lost."""
 
     message: str
     kind: Literal["failed"] = "failed"
@@ -128,31 +128,31 @@ class Failed:
 
 @dataclass(frozen=True)
 class StepLog:
-    """Replica to ingress, not over ZeroMQ but through Serve: the latest steps of one engine, oldest first."""
+    """Replica to Ingress, over Serve: the latest steps of one engine, oldest first."""
 
     replica: str
-    """Its id; several replicas have a log each."""
+    """The replica's id; every replica has a log of its own."""
     records: list[StepRecord]
 
 
-ToRank0 = Submit | Abort | SetPolicy | Ping | Close
+ToRank0 = Submit | Abort | SetPolicy | Ping | Shutdown
 FromRank0 = Ready | Heartbeat | Accepted | Outputs | Refusal | Failed
-Message = ToRank0 | FromRank0
+ChannelMessage = ToRank0 | FromRank0
 EngineEvent = Accepted | SequenceOutput | Refusal
-"""What an engine tells of one request."""
+"""An event of one request."""
 
-_ADAPTER: TypeAdapter[Message] = TypeAdapter(
-    Annotated[Message, Field(discriminator="kind")], config=ConfigDict(ser_json_inf_nan="constants")
+_ADAPTER: TypeAdapter[ChannelMessage] = TypeAdapter(
+    Annotated[ChannelMessage, Field(discriminator="kind")], config=ConfigDict(ser_json_inf_nan="constants")
 )
 
 
-def encode(message: Message) -> bytes:
+def encode(message: ChannelMessage) -> bytes:
     """One ZeroMQ frame."""
     return _ADAPTER.dump_json(message)
 
 
-def decode(data: bytes) -> Message:
-    """Raises pydantic.ValidationError for anything that `encode` did not write."""
+def decode(data: bytes) -> ChannelMessage:
+    """Raises pydantic.ValidationError for a frame that is not a message."""
     return _ADAPTER.validate_json(data)
 
 

@@ -1,4 +1,4 @@
-"""What one engine says to Prometheus; vLLM's names behind a `dspark_` prefix, and ours for what it decides."""
+"""Prometheus metrics: vLLM's names with the prefix `dspark_`, and this project's own for its decisions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MODES = ("speculating", "bypass", "idle")
 
 
 class EngineMetrics(Observer):
-    """Updated once per step of the engine; lives in the Engine replica, so Serve adds its tags."""
+    """Metrics of one engine, updated once per step. Serve adds the tags of the Engine replica."""
 
     def __init__(self, model_name: str) -> None:
         make = _Maker(model_name)
@@ -64,8 +64,8 @@ class EngineMetrics(Observer):
 
 
 class LoadMetrics:
-    """What the load controller sees and decides. Serve tags it with the controller's own replica, so Engine replicas
-    are named by the tag `engine`.
+    """Metrics of the load controller. Serve's tags name the controller's own replica, so the tag `engine` names Engine
+    replicas.
     """
 
     def __init__(self, model_name: str) -> None:
@@ -83,7 +83,9 @@ class LoadMetrics:
         self._heartbeats = make.counter("heartbeats", "Answered.")
         self._changes = make.counter("policy_changes", "Answers that changed what a replica may verify.", "engine")
         self._saturation = make.gauge("saturation", "Of an Engine replica, 0 to 1.", "engine")
-        self._threshold = make.gauge("assigned_threshold", "What an Engine replica was told.", "engine")
+        self._threshold = make.gauge(
+            "assigned_threshold", "Confidence threshold that was sent to an Engine replica.", "engine"
+        )
         self._range_used = make.gauge(
             "verification_spent", "Position of the threshold in its policy's range, 0 to 1.", "engine"
         )
@@ -112,13 +114,13 @@ class LoadMetrics:
 
 
 def failure_counter(model_name: str) -> Callable[[str], None]:
-    """Counts failures of background tasks, by the task's name."""
+    """A function that counts a failure of the background task of a given name."""
     counter = _Maker(model_name).counter("background_failures", "Background tasks that raised or ended.", "task")
     return lambda task: counter.inc(tags={"task": task})
 
 
 class StepMetrics:
-    """What the steps decided and what came of it: every number of a StepRecord that adds up or can be watched.
+    """Metrics of steps: decisions, predictions and results, from their StepRecords.
 
     Measured over predicted seconds is rate(..._step_seconds_measured_total) / rate(..._step_seconds_predicted_total),
     seconds per step is rate(..._step_seconds_measured_total) / rate(..._steps_total).
@@ -128,9 +130,9 @@ class StepMetrics:
         self._steps = make.counter("steps", "Steps of the engine.")
         self._budget = make.gauge("verify_budget_tokens", "Drafted tokens verified in the last step.")
         self._drafted = make.counter("draft_tokens_drafted", "Tokens the drafter proposed.", "position")
-        self._admitted = make.counter("draft_tokens_admitted", "Drafted tokens the target saw.", "position")
-        self._accepted = make.counter("draft_tokens_accepted", "Drafted tokens that stood.", "position")
-        self._survival = make.counter("survival_sum", "Drafted tokens that were expected to stand.")
+        self._admitted = make.counter("draft_tokens_admitted", "Drafted tokens that the target verified.", "position")
+        self._accepted = make.counter("draft_tokens_accepted", "Drafted tokens that were accepted.", "position")
+        self._survival = make.counter("survival_sum", "Drafted tokens that were expected to be accepted.")
         self._predicted = make.counter("step_seconds_predicted", "By the cost table, before the step.", "part")
         self._measured = make.counter("step_seconds_measured", "Of draft and of everything else.", "part")
         self._schedule = make.counter("schedule_seconds", "Deciding what to verify; a part of the target's seconds.")
@@ -142,7 +144,7 @@ class StepMetrics:
         self._nonfinite = make.counter(
             "nonfinite", "Drafts cut short by a NaN or infinity, and requests that ended by one.", "what"
         )
-        self._mode = make.gauge("mode", "1 for the current one; idle: there is nobody to draft for.", "mode")
+        self._mode = make.gauge("mode", "1 for the current mode; idle: no request asks for drafts.", "mode")
 
     def on_step(self, step: StepOutput) -> None:
         if step.record is not None:
@@ -187,7 +189,7 @@ class StepMetrics:
 
 
 def _mode(step: StepOutput) -> str:
-    """What drafts are made for once this step is over."""
+    """The label of the gauge dspark_mode after this step."""
     record = step.record
     if record is None or step.num_running + step.num_waiting == 0:
         return "idle"
@@ -197,7 +199,7 @@ def _mode(step: StepOutput) -> str:
 
 
 class _Maker:
-    """Makes metrics of one model."""
+    """Makes metrics with the tag model_name."""
 
     def __init__(self, model_name: str) -> None:
         self._tags = {"model_name": model_name}

@@ -1,4 +1,4 @@
-"""Which Engine replica a request goes to: Serve's choice, but a resubmission tries another replica first."""
+"""Routes a resubmitted request away from the replica that lost it; otherwise Serve chooses."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ AVOID = "avoid"
 
 
 class AvoidingRouter(PowerOfTwoChoicesRequestRouter):
-    """Tries the replica that lost a request last: Serve may still list it for a second or two after its death.
+    """Puts the replica that lost a request last: Serve may list it for a second or two after its death.
 
-    Serve hands replicas to waiting requests in the order of their arrival, so where others wait as well, one of them
-    can get the replica that was chosen for this request. So this is a preference, and the caller has to try again.
+    This is a preference only. Serve assigns replicas to waiting requests in the order of their arrival, so another
+    waiting request may get the replica that was chosen for this one. The caller therefore has to retry.
     """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Ranks of candidates, each tried when all of the ranks before are full or gone."""
+        """Groups of candidates; a group is tried when all replicas of the groups before it are full or dead."""
         ranks = await super().choose_replicas(candidate_replicas, pending_request)
         avoided = pending_request.kwargs.get(AVOID) if pending_request is not None else None
         if avoided is None:

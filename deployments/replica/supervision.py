@@ -1,4 +1,4 @@
-"""What ends a replica that cannot go on, and what keeps its background tasks from ending unseen."""
+"""Ends a replica that has failed, and reports background tasks that end."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ logger = logging.getLogger("ray.serve")
 
 _POLL_SECONDS = 0.5
 _SETTLE_SECONDS = 0.3
-"""A dead process makes its peers raise; wait so long, so that the log has all reasons."""
+"""Wait before the end: peers of a dead process raise too, and the log should have all reasons."""
 _BEFORE_EXIT_SECONDS = 1.5
-"""For `before_exit`; after twice as long the process ends without it."""
+"""Expected limit of `before_exit`; after twice this time the process ends without it."""
 _RESTART_SECONDS = 1.0
 
 
 class Watchdog:
-    """Ends this process when a run that it watches ends, or when something that should be heard is silent.
+    """Ends this process when a watched run ends or a check finds a fault.
 
-    It is a thread: nothing that holds up the event loop can hold it up. Runs report to it from the threads of Ray.
+    It is a thread, so that a blocked event loop does not block it. Runs report to it from Ray's threads.
     """
 
     def __init__(self, before_exit: Callable[[str], None], exit_process: Callable[[int], None] = os._exit) -> None:
@@ -36,29 +36,29 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def watch(self, name: str, run: Future[Any]) -> None:
-        """The end of `run` is the end of this process."""
+        """End this process when `run` ends."""
         run.add_done_callback(lambda run: self.lose(f"{name} {_how_it_ended(run)}"))
 
     def check(self, find_fault: Callable[[], str | None]) -> None:
-        """Call this twice a second; what it returns, unless None, is why this process ends."""
+        """Call `find_fault` twice a second; end this process when it returns a reason."""
         self._checks.append(find_fault)
 
     def start(self) -> None:
-        """Act from now on; runs may have ended before, and more may be added."""
+        """Start the thread. Runs that have ended before count too, and more can be added later."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Let runs end: the replica is closing."""
+        """Ignore the end of runs from now on, as the replica is being stopped."""
         self._is_stopped.set()
 
     def lose(self, reason: str) -> None:
-        """End this process, soon; callable from any thread."""
+        """End this process within two seconds. Callable from any thread."""
         self._reasons.append(reason)
         self._is_lost.set()
 
     @property
     def reason(self) -> str | None:
-        """Why the process is about to end; None while nothing is wrong."""
+        """Why the process is about to end; None while it is not."""
         return "; ".join(self._reasons) if self._is_lost.is_set() else None
 
     def _run(self) -> None:
@@ -66,7 +66,7 @@ class Watchdog:
             self._run_checks()
         if self._is_stopped.is_set():
             return
-        # A `before_exit` or a log handler that never returns must not keep a lost replica alive.
+        # A `before_exit` or a log handler that never returns must not keep a failed replica alive.
         guard = threading.Timer(_SETTLE_SECONDS + 2 * _BEFORE_EXIT_SECONDS, self._exit, [1])
         guard.daemon = True
         guard.start()
@@ -96,15 +96,15 @@ def _how_it_ended(run: Future[Any]) -> str:
 
 
 class BackgroundTasks:
-    """The asyncio tasks of a replica. None of them ends without a line in the log and a count."""
+    """The asyncio tasks of a replica. When one ends, it is logged and counted."""
 
     def __init__(self, count_failure: Callable[[str], None], on_end: Callable[[str], None]) -> None:
-        """`count_failure(task name)` counts; `on_end(reason)` hears of an essential task that has ended."""
+        """`count_failure` gets the name of a task that ended; `on_end` gets the reason where the task is essential."""
         self._count_failure, self._on_end = count_failure, on_end
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, is_essential: bool) -> None:
-        """Run `work` until `cancel`. When it ends or raises, an essential one is reported, another is started again."""
+        """Run `work` until `cancel`. When it ends or raises, an essential task is reported and another one restarted."""
         self._tasks.append(asyncio.create_task(self._keep(name, work, is_essential), name=name))
 
     def cancel(self) -> None:

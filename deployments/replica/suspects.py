@@ -1,4 +1,4 @@
-"""Requests that were in flight when an engine died: each is tried alone before it is trusted again."""
+"""Trials of requests that were in flight when an engine died: one at a time until each is known to be harmless."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dspark_ray.types import Request
 
 
 class TrialQueue:
-    """Lets suspects into one engine, one at a time.
+    """Submits suspects to one engine, one at a time.
 
-    The next one goes in when the one before has ended, has left, or has produced TRIAL_TOKENS tokens: whatever killed
-    the engine before did so where this request now went on, and it did not happen again. Requests that are no suspects
-    run beside them: they lose at most one engine to a guilty one, which is alone among the suspects and so known.
+    The next suspect is submitted when the one on trial has ended, was removed, or has generated TRIAL_TOKENS tokens: it
+    has then passed the place where the previous engine died. Other requests run beside the suspect. If the engine dies
+    again, the suspect on trial is the cause, as no other suspect was in the engine.
     """
 
     def __init__(self, submit: Callable[[Request], None]) -> None:
@@ -25,18 +25,18 @@ class TrialQueue:
 
     def add(self, request: Request) -> None:
         self._waiting.append(request)
-        self._go_on()
+        self._submit_next()
 
     def is_trying(self, request_id: str) -> bool:
-        """Whether the request is the suspect that runs now."""
+        """Whether the request is the suspect on trial."""
         return request_id == self._current
 
-    def leave(self, request_id: str) -> None:
-        """The request needs no trial any more; unknown ids need none."""
+    def remove(self, request_id: str) -> None:
+        """Forget a request; unknown ids are ignored."""
         self._waiting = deque(request for request in self._waiting if request.request_id != request_id)
         if request_id == self._current:
             self._current = None
-            self._go_on()
+            self._submit_next()
 
     def on_event(self, event: EngineEvent) -> None:
         if event.request_id != self._current or isinstance(event, Accepted):
@@ -45,9 +45,9 @@ class TrialQueue:
             self._num_tokens += len(event.token_ids)
         if isinstance(event, Refusal) or event.finish_reason is not None or self._num_tokens >= TRIAL_TOKENS:
             self._current = None
-            self._go_on()
+            self._submit_next()
 
-    def _go_on(self) -> None:
+    def _submit_next(self) -> None:
         if self._current is None and self._waiting:
             request = self._waiting.popleft()
             self._current, self._num_tokens = request.request_id, 0

@@ -1,4 +1,4 @@
-"""The actors of one gang: each runs one long task; when that returns or raises, the gang is lost."""
+"""The actors of one gang. Each runs one long task; when that returns or raises, the gang is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from deployments.replica.channel import MAX_FRAMES
 from deployments.replica.messages import (
     Abort,
     Accepted,
-    Close,
     Failed,
     FromRank0,
     Heartbeat,
@@ -29,6 +28,7 @@ from deployments.replica.messages import (
     Refusal,
     RefusalReason,
     SetPolicy,
+    Shutdown,
     Submit,
     decode,
     encode,
@@ -43,7 +43,7 @@ _FLUSH_MILLISECONDS = 1000
 
 
 class SteppingEngine(Protocol):
-    """What the step loop needs of an engine; `dspark_ray.engine.step_loop.Engine` is the real one."""
+    """The part of dspark_ray.engine.step_loop.Engine that the step loop uses."""
 
     def add_request(self, request: Request) -> None: ...
 
@@ -61,15 +61,15 @@ class SteppingEngine(Protocol):
 
 
 class ReplicaSilent(Exception):
-    """The Engine replica neither sends nor takes messages: its process or its event loop stands still."""
+    """The Engine replica neither sends nor reads messages: its process or its event loop is blocked."""
 
 
 class StepLoop:
-    """Runs an engine on one end of a channel until told to close."""
+    """Runs an engine behind a channel until Shutdown arrives."""
 
     def __init__(self, engine: SteppingEngine, channel: zmq.Socket, max_silence_seconds: float = math.inf) -> None:
-        """`channel` is a connected PAIR socket. A replica that is silent for longer than `max_silence_seconds` is
-        given up."""
+        """`channel` is a connected PAIR socket. ReplicaSilent is raised after `max_silence_seconds` without a message
+        from the replica."""
         self._engine, self._channel = engine, channel
         self._max_silence = max_silence_seconds
         if math.isfinite(max_silence_seconds):
@@ -78,7 +78,7 @@ class StepLoop:
         self._spoke_at = self._heard_at = time.monotonic()
 
     def run(self) -> None:
-        """Step while there is work, else sleep on the channel; an exception is reported and raised again.
+        """Step while there are requests, otherwise wait for messages. An exception is reported and raised again.
 
         Raises ReplicaSilent.
         """
@@ -94,12 +94,13 @@ class StepLoop:
         except ReplicaSilent:
             raise
         except Exception as error:
-            with contextlib.suppress(zmq.ZMQError, ReplicaSilent):  # The error counts, not that it could not be sent.
+            # The error matters more than a failure to send it.
+            with contextlib.suppress(zmq.ZMQError, ReplicaSilent):
                 self._send(Failed(message=f"{type(error).__name__}: {error}"))
             raise
 
     def _read_frames(self) -> None:
-        """Take everything that has arrived; wait for it only when there is nothing to step."""
+        """Handle all frames that have arrived; wait for one only when there is nothing to step."""
         if not self._engine.has_unfinished():
             self._channel.poll(int(HEARTBEAT_SECONDS * 1000))
         while not self._closed and self._channel.poll(0):
@@ -120,11 +121,11 @@ class StepLoop:
             self._engine.abort(message.request_id)
         elif isinstance(message, SetPolicy):
             self._engine.apply_policy(message.policy)
-        elif isinstance(message, Close):
+        elif isinstance(message, Shutdown):
             self._closed = True
 
     def _submit(self, request: Request) -> None:
-        """An exception while a request is added refuses that request alone."""
+        """Add a request; an exception refuses this request only."""
         try:
             self._engine.add_request(request)
         except RequestError as error:
@@ -139,7 +140,7 @@ class StepLoop:
 
     def _refuse_frame(self, frame: bytes, error: ValidationError) -> None:
         request_id = request_id_of(frame)
-        logger.error("a frame that is no message (request %s): %s", request_id, error)
+        logger.error("a frame is not a message (request %s): %s", request_id, error)
         if request_id is not None:
             cause = error.errors()[0].get("ctx", {}).get("error")
             if isinstance(cause, RequestError):
@@ -154,30 +155,30 @@ class StepLoop:
         try:
             self._channel.send(encode(message))
         except zmq.Again:
-            raise ReplicaSilent(f"the replica took no message for {self._max_silence:.0f} s") from None
+            raise ReplicaSilent(f"the replica read no messages for {self._max_silence:.0f} s") from None
         self._spoke_at = time.monotonic()
 
 
 class ReplicaProcess:
-    """The process of the Engine replica, held so that its id cannot come to name another process."""
+    """The process of the Engine replica, identified so that a reused process id cannot be mistaken for it."""
 
     def __init__(self, pid: int) -> None:
         self._descriptor: int | None = None
         try:
             self._descriptor = os.pidfd_open(pid)
         except OSError as error:  # Some containers forbid the call.
-            logger.warning("a replica that stands still cannot be killed from here: %s", error)
+            logger.warning("a hanging replica cannot be killed from here: %s", error)
 
     def kill(self) -> None:
-        """Also when it is stopped by a signal; Ray then ends its actors, and Serve starts another replica."""
+        """Kill it, even if it is stopped by a signal. Ray then ends its actors, and Serve starts another replica."""
         if self._descriptor is not None:
             signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
 
 
 def _log_profiling(num_done: int, num_sizes: int) -> None:
-    """Say how far the profiling of costs is, at its start and after each quarter."""
+    """Log the progress of cost profiling at its start and after each quarter."""
     if num_done == 0 or 4 * num_done // num_sizes > 4 * (num_done - 1) // num_sizes:
-        logger.info("profiling what steps cost: %d of %d sizes", num_done, num_sizes)
+        logger.info("profiling step costs: %d of %d sizes", num_done, num_sizes)
 
 
 def _set_num_threads(num_threads: int | None) -> None:
@@ -188,14 +189,14 @@ def _set_num_threads(num_threads: int | None) -> None:
 
 
 class _Worker:
-    """What every member of a gang does before the clocks of torch.distributed start."""
+    """What all members of a gang have in common: they import torch before torch.distributed's timeouts begin."""
 
     def __init__(self, num_threads: int | None) -> None:
         """`num_threads` are torch's threads on a CPU; None leaves its default."""
         self._num_threads = num_threads
 
     def prepare(self) -> Place:
-        """Import torch, which takes seconds, and say where this is."""
+        """Import torch, which takes seconds; returns where this actor runs."""
         import dspark_ray.ranks.gang  # noqa: F401
 
         _set_num_threads(self._num_threads)
@@ -205,10 +206,10 @@ class _Worker:
 
 
 def named_by_driver(accelerators: tuple[str, ...]) -> tuple[str, ...]:
-    """The UUIDs, as NVML has them, of the GPUs that this process sees, which Ray calls `accelerators`.
+    """NVML's UUIDs of the GPUs that Ray calls `accelerators` and that this process sees.
 
-    Ray's numbers are CUDA's, fastest GPU first; NVML counts by PCI address, so on nodes with unlike GPUs the same
-    number may be another GPU. Names that are no numbers, as of MIG instances, stay.
+    Ray numbers GPUs as CUDA does, the fastest first, and NVML by PCI address, so on a node with different GPUs the same
+    number can mean another one. Names that are not numbers, as those of MIG instances, are returned unchanged.
     """
     import torch
 
@@ -227,14 +228,14 @@ class VerifierWorker(_Worker):
     """
 
     def meeting_point(self) -> str:
-        """A free port of this node, where torch.distributed can meet."""
+        """An address with a free port of this node, at which torch.distributed connects the ranks."""
         address = ray.util.get_node_ip_address()
         with socket.socket() as free:
             free.bind((address, 0))
             return f"tcp://{address}:{free.getsockname()[1]}"
 
     def lead(self, spec: dict[str, Any], address: str, replica_pid: int, max_silence_seconds: float) -> None:
-        """Run as rank 0 until the replica sends Close; `address` is the replica's channel.
+        """Run as rank 0 until the replica sends Shutdown; `address` is the replica's channel.
 
         A replica that is silent for longer than `max_silence_seconds` is killed: Serve would stop it gracefully, which
         takes as long as the longest answer.
@@ -259,7 +260,7 @@ class VerifierWorker(_Worker):
         leave_gang()
 
     def follow(self, spec: dict[str, Any], rank: int) -> None:
-        """Be one of the other ranks until rank 0 closes."""
+        """Run as one of the other ranks until rank 0 ends."""
         from dspark_ray.ranks.gang import GangSpec, join_as_follower, leave_gang
 
         join_as_follower(GangSpec(**spec), rank).run()
@@ -270,7 +271,7 @@ class DrafterWorker(_Worker):
     """The draft module, in an actor of its own."""
 
     def draft(self, spec: dict[str, Any]) -> None:
-        """Answer draft requests until rank 0 closes."""
+        """Answer draft requests until rank 0 ends."""
         from dspark_ray.ranks.gang import GangSpec, join_as_drafter, leave_gang
 
         join_as_drafter(GangSpec(**spec)).run()

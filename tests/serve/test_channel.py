@@ -26,12 +26,12 @@ from deployments.replica.messages import (
     MAX_STEPS,
     TRIAL_TOKENS,
     Accepted,
-    Close,
     EngineEvent,
     EngineLost,
     Outputs,
     Refusal,
     SetPolicy,
+    Shutdown,
     Submit,
     decode,
     encode,
@@ -171,12 +171,12 @@ async def dead_channel(engine: EchoEngine) -> AsyncIterator[EngineChannel]:
 async def test_what_is_sent_to_a_rank_0_that_has_gone_does_not_block(dead_channel):
     # A blocked event loop could not time this out, so a thread waits for the test.
     with faulthandler_exits_after(20):
-        with pytest.raises(EngineLost, match="rank 0 takes no messages") as caught:
+        with pytest.raises(EngineLost, match="rank 0 accepts no messages") as caught:
             await tokens_of(dead_channel, request("late"))
         assert not caught.value.in_flight
         with pytest.raises(EngineLost):
             dead_channel.set_policy(VerificationPolicy())
-        beating = asyncio.create_task(dead_channel.beat())
+        beating = asyncio.create_task(dead_channel.ping())
         await asyncio.sleep(0.05)
         assert not beating.done()
         beating.cancel()
@@ -305,7 +305,7 @@ async def test_a_frame_that_rank_0_cannot_decode_is_refused_by_its_id(engine):
         for frame in (b"not a message", invalid, broken):
             replica.send(frame)
         first, second = (decode(replica.recv()) for _ in range(2))
-        replica.send(encode(Close()))
+        replica.send(encode(Shutdown()))
         thread.join(10)
     assert (first.request_id, first.reason, first.param) == ("r", "invalid", "top_p")
     assert (second.request_id, second.reason) == ("r", "failed")

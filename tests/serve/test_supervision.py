@@ -117,7 +117,7 @@ async def test_a_rank_that_raises_ends_the_process_and_its_streams_whenever_it_d
     )
     tasks = BackgroundTasks(lambda name: None, watchdog.lose)
     tasks.start("listen", channel.listen, is_essential=True)
-    tasks.start("beat", channel.beat, is_essential=True)
+    tasks.start("ping", channel.ping, is_essential=True)
     run: Future[None] = Future()
     watchdog.watch("verifier 0", run)
     watchdog.check(lambda: find_silence(channel, 30.0))
@@ -164,7 +164,7 @@ async def test_an_event_loop_that_stands_still_is_found_by_the_thread(exits):
     await asyncio.sleep(0.1)
     time.sleep(4)  # the fault under test
     assert exits.called.is_set()
-    assert "the event loop stood still" in watchdog.reason
+    assert "the event loop was blocked" in watchdog.reason
     beating.cancel()
     channel.close()
     watchdog.stop()
