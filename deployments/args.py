@@ -140,7 +140,7 @@ class DSparkArgs(_Section):
     """Settings of speculation that other engines do not have."""
 
     drafter: DrafterArgs = DrafterArgs()
-    """Where the draft module runs."""
+    """The process of the draft module."""
     verification: VerificationMode = _of_engine("verification")
     rejection_top_k: Count = _of_engine("rejection_top_k")
     schedule: ScheduleArgs = ScheduleArgs()

@@ -104,7 +104,7 @@ class BackgroundTasks:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, name: str, work: Callable[[], Coroutine[Any, Any, None]], *, is_essential: bool) -> None:
-        """Run `work` until `cancel`. When it ends or raises, an essential task is reported and another one restarted."""
+        """Run `work` until `cancel`. If it ends or raises, an essential task is reported and another one restarted."""
         self._tasks.append(asyncio.create_task(self._keep(name, work, is_essential), name=name))
 
     def cancel(self) -> None:
