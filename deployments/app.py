@@ -15,13 +15,13 @@ from deployments.replica.gang import actor_options
 from deployments.replica.routing import AvoidingRouter
 
 _MAX_HEARTBEATS = 10_000
-"""At once: each is answered in microseconds, and none should wait for another."""
+"""Concurrent heartbeats: each is answered in microseconds, and none should wait for another."""
 
 _CONTROLLER_SHUTDOWN_SECONDS = 2.0
 
 
 def build(args: AppArgs) -> Application:
-    """An Ingress in front of an Engine, whose replicas are gangs of workers, and a controller that watches them.
+    """An Ingress, an Engine whose replicas are gangs of workers, and the load controller.
 
     Raises PortError where another application listens on Serve's HTTP port.
     """
@@ -34,7 +34,7 @@ def build(args: AppArgs) -> Application:
             max_ongoing_requests=_MAX_HEARTBEATS,
             health_check_period_s=health.check_period_s,
             health_check_timeout_s=health.check_timeout_s,
-            # It has no streams to end, and one that is stopped by a signal must not wait for any.
+            # It has no streams to wait for.
             graceful_shutdown_timeout_s=_CONTROLLER_SHUTDOWN_SECONDS,
         ).bind(args.load_controller, args.dspark.confidence.threshold, args.model_name)
     engine = EngineReplica.options(

@@ -1,4 +1,4 @@
-"""The load controller as a deployment: heartbeats in, bounds out, and probes while a policy or a viewer needs them."""
+"""The load controller as a deployment: heartbeats in, limits of verification out, and a probe per node."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ logger = logging.getLogger("ray.serve")
 
 POLL_SECONDS = 1.0
 VIEWER_SECONDS = 30.0
-"""Devices are read for so long after somebody looked at them."""
+"""How long devices are read after the last call of `view`."""
 _FIRST_LOOK_SECONDS = 2.0
-"""Longest that a viewer waits for probes to start."""
+"""How long `view` waits for the first probes to start."""
 
 
 # Its calls are heartbeats: a line of the access log for each would bury the decisions.
 @serve.deployment(name="LoadController", logging_config=LoggingConfig(enable_access_log=False))
 class LoadControllerReplica:
-    """Answers every replica's heartbeat with what it may verify; one for the whole application.
+    """Answers every replica's heartbeat with limits of verification; a single one serves the whole application.
 
-    When it dies, policies expire in the engines, and the next one goes on from the thresholds that replicas report.
-    Of what it knows, only an operator's bounds are lost: heartbeats and probes bring everything else again.
+    When it dies, policies expire in the engines, and its successor continues from the thresholds that replicas report.
+    Only an operator's overrides are lost with it: heartbeats and probes restore everything else.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: LoadControllerArgs, own_threshold: float, model_name: str
     ) -> None:
-        """`own_threshold` is the engines': no threshold is below it."""
+        """`own_threshold`, the engines', is the lowest threshold."""
         check_alone(serve.get_replica_context()._deployment_config)
         self._settings, self._own_threshold = settings, own_threshold
         self._is_running = False
@@ -57,10 +57,11 @@ class LoadControllerReplica:
         self._watching = asyncio.create_task(self._watch())
 
     async def reconfigure(self, user_config: dict[str, Any] | None, rank: Any) -> None:
-        """Decide by `user_config`, which stands in for `load_controller` among the args; None goes back to those.
+        """Decide by `user_config`, which replaces `args.load_controller`; None restores the args.
 
-        Serve calls this at the start and after every `serve deploy` that changes it, also to None because of `rank`.
-        Raises ValueError at the start. Later, what is wrong is shown and logged, and what was in force stays.
+        Serve calls this at the start and after every `serve deploy` that changes `user_config`; because of `rank`, also
+        with None. Raises ValueError at the start. Later, an invalid `user_config` is logged and shown by `view`, and
+        the settings in force are kept.
         """
         try:
             config = self._config_of(user_config)
@@ -68,7 +69,7 @@ class LoadControllerReplica:
             if not self._is_running:
                 raise
             self._problem = str(error)
-            logger.error("the load controller goes on as it was: %s", error)
+            logger.error("the load controller keeps its settings: %s", error)
             return
         before = self._controller.config
         if (config, config.preset) != (before, before.preset):
@@ -83,7 +84,7 @@ class LoadControllerReplica:
         return settings.config(self._own_threshold, path="LoadController.user_config")
 
     async def heartbeat(self, sample: LoadSample) -> Decision:
-        """What the replica may verify until its next heartbeat, and some time beyond."""
+        """The replica's limits of verification until its next heartbeat, with a margin."""
         decision = self._controller.on_sample(sample, time.monotonic())
         self._metrics.on_decision(sample, decision)
         if decision.before is not None:
@@ -91,7 +92,7 @@ class LoadControllerReplica:
         return decision
 
     async def view(self) -> dict[str, Any]:
-        """All that is known of nodes and replicas, as JSON has it; devices are read while this is called."""
+        """The state of nodes and replicas, as JSON values. Devices are read for VIEWER_SECONDS after a call."""
         self._viewed_at = time.monotonic()
         if not len(self._probes):
             await self._first_look()
@@ -108,14 +109,14 @@ class LoadControllerReplica:
         }
 
     async def _first_look(self) -> None:
-        """Wake the watch, and wait for what the first probes say."""
+        """Wake the watch, and wait for the answers of the first probes."""
         self._has_polled.clear()
         self._is_wanted.set()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._has_polled.wait(), _FIRST_LOOK_SECONDS)
 
     async def override(self, bounds: Bounds, seconds: float | None, replica: str | None) -> list[str]:
-        """Let an operator's bounds stand in for the policy's; the replicas that they are for, none if it is unknown."""
+        """Replace the policy's bounds by an operator's; returns the replicas concerned, none for an unknown one."""
         if replica is not None and replica not in self._controller.replicas:
             return []
         self._controller.override(bounds, seconds, time.monotonic(), replica)
@@ -123,21 +124,21 @@ class LoadControllerReplica:
         return self._controller.replicas if replica is None else [replica]
 
     async def end_override(self, replica: str | None) -> None:
-        """Back to the policy."""
+        """Return to the policy's bounds."""
         self._controller.end_override(replica)
-        logger.info("an operator gave %s back to the policy", replica or "all replicas")
+        logger.info("an operator ended the override of %s", replica or "all replicas")
 
     def check_health(self) -> None:
-        """Raises when the watch has ended."""
+        """Raises what ended the watch, if it has ended."""
         self._is_running = True  # Serve asks for the first time after the first `reconfigure`.
         if self._watching.done():
             self._watching.result()
 
     async def _watch(self) -> None:
-        """Poll probes while a policy or a viewer wants to know, and drop what is out of date, until cancelled.
+        """Poll probes while a policy or a viewer needs them, and drop silent replicas, until cancelled.
 
-        Ray's view of the nodes cannot be had while its head restarts; operators' bounds have to outlive that, so a
-        failed round is logged and counted, and the next one is tried.
+        Ray does not list its nodes while its head restarts, which operators' overrides have to survive: a failed round
+        is logged and counted, and the next one is tried.
         """
         while True:
             self._is_wanted.clear()
@@ -145,7 +146,7 @@ class LoadControllerReplica:
             try:
                 await self._poll()
             except Exception:
-                logger.exception("the nodes could not be polled")
+                logger.exception("nodes could not be polled")
                 self._count_failure("watch")
                 await asyncio.sleep(POLL_SECONDS)
             rest = max(0.0, POLL_SECONDS - (time.monotonic() - started))
@@ -164,7 +165,7 @@ class LoadControllerReplica:
         for load in loads:
             self._controller.on_node(load, time.monotonic())
         for node_id in ended:
-            logger.info("node %s has left, or has no actor of a replica any more", node_id)
+            logger.info("node %s has left the cluster or no longer runs an actor of a replica", node_id)
             self._controller.forget_node(node_id)
         self._metrics.on_nodes(loads)
         if loads or not self._controller.node_ids:
@@ -182,7 +183,7 @@ def check_alone(config: DeploymentConfig) -> None:
 
 
 def _sentence(sample: LoadSample, before: Bounds, decision: Decision) -> str:
-    """A decision and its inputs in one line."""
+    """A log line with a decision and its inputs."""
     bounds, saturation = decision.bounds, decision.saturation
     parts = " ".join(f"{name}={value:.2f}" for name, value in _sorted(saturation.parts.items()))
     return (

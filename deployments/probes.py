@@ -1,4 +1,4 @@
-"""The actors that read the devices of nodes, while a policy or a viewer needs it."""
+"""Actors that read the devices of nodes, started and ended as the load controller needs them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from autoscale.signals import NodeLoad
 logger = logging.getLogger("ray.serve")
 
 _ANSWER_SECONDS = 2.0
-"""A poll waits so long for a probe, once: one that has not answered the poll before is not waited for again."""
+"""Timeout of a poll. A probe that has not answered the previous poll is not waited for."""
 _START_SECONDS = 30.0
-"""For the process of a probe to start and answer for the first time."""
+"""Timeout for a probe to start and to answer for the first time."""
 _RETRY_SECONDS = 15.0
-"""Before a probe is started again on a node where it could not live."""
+"""Pause before a probe is started again on a node where it failed."""
 
 
 class NodeProbe:
-    """Samples the devices of its node from its start to its end; the controller owns it."""
+    """Samples the devices of its node; the load controller owns it."""
 
     def __init__(self, node_id: str, host: str) -> None:
         self._probe = LoadProbe(node_id, host)
@@ -38,22 +38,22 @@ class NodeProbe:
 
 
 class Probe(Protocol):
-    """A probe, however far away."""
+    """A probe, in process or remote."""
 
     def load(self) -> asyncio.Future[NodeLoad]:
-        """Ask it; the future raises what goes wrong on the way."""
+        """The load of the node; the future raises errors of the call."""
         ...
 
 
 @dataclass(frozen=True)
 class _Failure:
-    words: str
+    reason: str
     at: float
 
 
 @dataclass
 class _Node:
-    """One probe and the call to it that is under way."""
+    """One probe and the call to it that is in progress."""
 
     probe: Probe
     started_at: float
@@ -62,12 +62,12 @@ class _Node:
     has_answered: bool = False
 
     @property
-    def patience(self) -> float:
+    def timeout_seconds(self) -> float:
         return _ANSWER_SECONDS if self.has_answered else _START_SECONDS
 
 
 class Probes:
-    """A probe on every node that is asked about: started where one is missing, ended where none is wanted."""
+    """One probe per wanted node; missing ones are started, unwanted ones ended."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Probes:
         clock: Callable[[], float] = time.monotonic,
         answer_seconds: float = _ANSWER_SECONDS,
     ) -> None:
-        """`start` makes the probe of (node id, host name); the clock is in seconds."""
+        """`start` makes the probe for a node id and host name; the clock is in seconds."""
         self._start, self._clock, self._answer_seconds = start or _start_actor, clock, answer_seconds
         self._nodes: dict[str, _Node] = {}
         self._failures: dict[str, _Failure] = {}
@@ -85,20 +85,20 @@ class Probes:
 
     @property
     def errors(self) -> dict[str, str]:
-        """What went wrong last, by node; a node that answers again has none."""
-        return {node: failure.words for node, failure in self._failures.items()}
+        """The last failure of each node whose probe does not answer."""
+        return {node: failure.reason for node, failure in self._failures.items()}
 
     def end(self) -> list[str]:
-        """End all probes; returns their nodes."""
+        """End all probes; returns the ids of their nodes."""
         ended = list(self._nodes)
         self._nodes.clear()  # An actor ends with its last handle.
         self._failures.clear()
         return ended
 
     async def poll(self, hosts: dict[str, str], wanted: Collection[str]) -> tuple[list[NodeLoad], list[str]]:
-        """(what probes answer, ids of nodes that have no probe any more).
+        """(loads that probes report, ids of nodes whose probe was ended).
 
-        `hosts` are the host names of the living nodes by id. Trouble on one node stays on that node.
+        `hosts` are the host names of the living nodes by id. A failure on one node does not affect the others.
         """
         known = {*self._nodes, *self._failures}
         ended = [node_id for node_id in known if node_id not in hosts or node_id not in wanted]
@@ -117,7 +117,7 @@ class Probes:
         return failure is None or self._clock() - failure.at > _RETRY_SECONDS
 
     async def _ask_all(self) -> None:
-        """One call to every probe that has none under way; waits for these alone."""
+        """Call every probe that has no call in progress, and wait for these calls only."""
         asked = []
         for node in self._nodes.values():
             if node.call is None:
@@ -133,14 +133,14 @@ class Probes:
         node = self._nodes[node_id]
         assert node.call is not None, "every probe was asked"
         if not node.call.done():
-            if self._clock() - node.asked_at >= node.patience:
-                self._note(node_id, f"no answer in {node.patience:.0f} s")
+            if self._clock() - node.asked_at >= node.timeout_seconds:
+                self._note(node_id, f"no answer in {node.timeout_seconds:.0f} s")
             return None
         call, node.call = node.call, None
         try:
             load = call.result()
         except Exception as error:
-            # The probe or its node has ended; a later poll starts another where there is a node.
+            # The probe or its node has ended; a later poll starts another one if the node is there.
             self._note(node_id, f"{type(error).__name__}: {error}".partition("\n")[0])
             del self._nodes[node_id]
             return None
@@ -148,10 +148,10 @@ class Probes:
         self._failures.pop(node_id, None)
         return load
 
-    def _note(self, node_id: str, words: str) -> None:
-        if self.errors.get(node_id) != words:
-            logger.warning("the probe of node %s: %s", node_id, words)
-        self._failures[node_id] = _Failure(words, self._clock())
+    def _note(self, node_id: str, reason: str) -> None:
+        if self.errors.get(node_id) != reason:
+            logger.warning("the probe of node %s: %s", node_id, reason)
+        self._failures[node_id] = _Failure(reason, self._clock())
 
 
 async def living_nodes() -> dict[str, str]:
@@ -172,5 +172,5 @@ class _Actor:
 
 def _start_actor(node_id: str, host: str) -> Probe:
     logger.info("a probe starts on node %s (%s)", node_id, host)
-    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return _Actor(ray.remote(NodeProbe).options(num_cpus=0, scheduling_strategy=there).remote(node_id, host))  # type: ignore[arg-type]
+    on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return _Actor(ray.remote(NodeProbe).options(num_cpus=0, scheduling_strategy=on_node).remote(node_id, host))  # type: ignore[arg-type]

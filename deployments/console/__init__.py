@@ -1,1 +1,1 @@
-"""The `dspark-ray` command: it talks HTTP and needs neither Ray nor torch for that."""
+"""The `dspark-ray` command. Commands that talk HTTP to a server need neither Ray nor torch."""

@@ -2,7 +2,8 @@
 
     python -m deployments.launch.local deployments/tiny.yaml
 
-It is `serve run --address local` behind checks: of the file, of its port, and of another one in this checkout.
+It checks the file, its port, and that this checkout does not serve that port already, then runs
+`serve run --address local`.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from deployments.launch.processes import supervise
 
 _SERVE_RUN = [sys.executable, "-c", "from ray.serve.scripts import cli; cli(prog_name='serve')", "run"]
 _KEEPER = [sys.executable, "-m", "deployments.launch.processes"]
-"""Between this process and `serve run`: where this one is killed, it ends what Ray's processes leave behind."""
+"""A process between this one and `serve run` that ends what is left of Ray when this process is killed."""
 _BUILDER = "deployments.app:build"
 
 
 class StartError(RuntimeError):
-    """Why nothing was started."""
+    """The application was not started; the message has the reason."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 2 where nothing was started, 128 + the signal that ended it."""
+    """Returns the exit code: 2 where nothing was started, 128 + the number of the signal that ended it."""
     parser = argparse.ArgumentParser(prog="python -m deployments.launch.local", description=__doc__.partition("\n")[0])
     parser.add_argument("config", type=Path, help="a YAML file of Serve")
     parser.add_argument("--locks", type=Path, default=Path(".build/ray"), help="folder (default: %(default)s)")
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read(path: Path) -> ServeDeploySchema:
-    """The file, its applications' args checked too, before anything is started. Raises StartError and OSError."""
+    """The validated content of the file, including its applications' args. Raises StartError and OSError."""
     try:
         schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_bytes()))
         for application in schema.applications:
@@ -65,7 +66,7 @@ def read(path: Path) -> ServeDeploySchema:
 
 @contextlib.contextmanager
 def only_one(folder: Path, port: int) -> Iterator[None]:
-    """While it lasts, no other process serves this port from this checkout. Raises StartError."""
+    """Hold a lock for serving this port from this checkout. Raises StartError where another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"port-{port}.lock").open("a+") as lock:
         try:

@@ -1,4 +1,4 @@
-"""Whether an HTTP port is taken. Serve's proxies share a port silently, with those of any other application on it."""
+"""Checks that an HTTP port is free: Serve's proxies would share it silently with other processes that listen on it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _ALL = ("0.0.0.0", "::")
 
 
 class PortError(RuntimeError):
-    """A port that cannot be used; the message says why, and what to do."""
+    """A port that cannot be used; the message has the reason and a remedy."""
 
 
 def check_free(host: str, port: int) -> None:
-    """Raise PortError where this process could not listen there, or not be the only one that does."""
+    """Raise PortError where this process could not listen, or another process listens already."""
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -30,7 +30,7 @@ def check_free(host: str, port: int) -> None:
         raise PortError(_taken(host, port, [found.pid for found in taken if found.pid]))
     family, _, _, _, address = infos[0]
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As Serve's proxies bind, so that connections of an earlier one that still close do not matter.
+        # As Serve's proxies bind, so that closing connections of an earlier one do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             probe.bind(address)
@@ -39,9 +39,9 @@ def check_free(host: str, port: int) -> None:
 
 
 def check_not_shared() -> None:
-    """Raise PortError where a process that is not of this cluster listens on its HTTP port, on this node.
+    """Raise PortError where a process of another cluster listens on this cluster's HTTP port, on this node.
 
-    Called where an application is built, when this cluster's own proxies listen already.
+    Called when an application is built; this cluster's own proxies listen by then.
     """
     client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     if client is None or os.environ.get(_HA_PROXY) == "1":
@@ -54,7 +54,7 @@ def check_not_shared() -> None:
 
 
 def listeners(port: int) -> list[int]:
-    """Ids of the processes that listen on this TCP port, of those that this user may look into."""
+    """Ids of the processes that listen on this TCP port, as far as this user may see them."""
     return sorted({found.pid for found in _listening(port) if found.pid})
 
 
@@ -68,14 +68,14 @@ def _listening(port: int) -> list[Any]:
 
 
 def _overlap(listening: str, wanted: set[str]) -> bool:
-    """Whether a listener on one address gets requests for one of the others."""
+    """Whether a listener on address `listening` receives requests to one of the `wanted` addresses."""
     return listening in wanted or listening in _ALL or not wanted.isdisjoint(_ALL)
 
 
 def _taken(host: str, port: int, pids: list[int]) -> str:
     owner = f"process {pids[0]} ({_command(pids[0])})" if pids else "another process"
     return (
-        f"http_options.port={port}: {owner} listens on {host}:{port} already, and requests would go to either: stop it,"
+        f"http_options.port={port}: {owner} listens on {host}:{port} already, and requests could go to either: stop it,"
         f" or set another port in the YAML file"
     )
 

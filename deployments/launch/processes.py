@@ -1,4 +1,4 @@
-"""A command and everything that it starts, ended together, however the end comes. Linux alone."""
+"""Runs a command and ends it together with all processes that it has started. Linux only."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ import psutil
 _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _GRACE_SECONDS = 20.0
-"""For the command after SIGINT, in which Serve lets replicas finish."""
+"""Time after SIGINT, in which Serve lets replicas finish."""
 _TERM_SECONDS = 5.0
-"""After SIGTERM, before SIGKILL."""
+"""Time between SIGTERM and SIGKILL."""
 _LINGER_SECONDS = 3.0
-"""For what the command has left behind to end by itself."""
+"""Time for processes that the command has left behind to end by themselves."""
 _TICK_SECONDS = 0.5
 
 
 def supervise(command: Sequence[str], *, ends_with_parent: bool = False, grace_seconds: float = _GRACE_SECONDS) -> int:
     """Run the command until it ends or this process gets SIGINT, SIGTERM or SIGHUP; returns an exit code.
 
-    The command gets SIGINT first, whichever signal it was, SIGTERM when it takes longer than `grace_seconds` or at a
-    second signal, and SIGKILL at last. Whatever it has started and left behind is ended after it: it becomes a child
-    of this process, in whatever session it is. When this process is killed, the command is killed with it. With
-    `ends_with_parent`, the end of the parent counts as SIGTERM.
+    Whichever signal arrives, the command gets SIGINT first; SIGTERM after `grace_seconds` or at a second signal; then
+    SIGKILL. Processes that it has started and left behind become children of this process, also from other sessions,
+    and are ended after it. When this process is killed, the command is killed too. With `ends_with_parent`, the end of
+    the parent counts as SIGTERM.
     """
     _adopt_orphans()
     with _blocked_signals():
         if ends_with_parent:
             _end_with_parent(signal.SIGTERM)
-        # In a session of its own, so that a terminal's Ctrl-C arrives here alone and is passed on once.
+        # In a session of its own, so that only this process gets a terminal's Ctrl-C, and passes it on once.
         process = subprocess.Popen(command, start_new_session=True, preexec_fn=_prepare_command)
         ended_by = _wait(process, grace_seconds)
         _end_descendants()
@@ -46,7 +46,7 @@ def supervise(command: Sequence[str], *, ends_with_parent: bool = False, grace_s
 
 
 class _blocked_signals:
-    """Signals are waited for instead of handled. Also those that a shell lets its background jobs ignore."""
+    """Blocks signals, so that they can be waited for; also those that shells let background jobs ignore."""
 
     def __enter__(self) -> None:
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in (*_ENDS, signal.SIGCHLD)}
@@ -59,7 +59,7 @@ class _blocked_signals:
 
 
 def _wait(process: subprocess.Popen[bytes], grace_seconds: float) -> int | None:
-    """Until the command has ended; the signal that asked for it, None where none did."""
+    """Wait until the command has ended; returns the signal that ended it, None where there was none."""
     ended_by, deadline = None, float("inf")
     steps = [(signal.SIGINT, grace_seconds), (signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, float("inf"))]
     while process.poll() is None:
@@ -76,10 +76,10 @@ def _wait(process: subprocess.Popen[bytes], grace_seconds: float) -> int | None:
 
 
 def _end_descendants() -> None:
-    """End what is left below this process, gently first."""
+    """End all descendants of this process, with SIGTERM first."""
     left = _wait_for(_descendants(), _LINGER_SECONDS)
     for number in (signal.SIGTERM, signal.SIGKILL):
-        # Again and again, as something may start while others end.
+        # Repeated, as processes may start while others end.
         while left:
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -94,13 +94,13 @@ def _descendants() -> list[psutil.Process]:
 
 
 def _wait_for(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those below this process that are left."""
+    """Wait for the processes to end; returns the descendants that are left."""
     psutil.wait_procs(processes, timeout=seconds)
     return _descendants()
 
 
 def _reap_orphans(command: int) -> None:
-    """Take note of adopted processes that have ended; the command's own end is not touched."""
+    """Reap adopted processes that have ended, but not the command itself."""
     for process in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
             if process.pid != command and process.status() == psutil.STATUS_ZOMBIE:
@@ -108,7 +108,7 @@ def _reap_orphans(command: int) -> None:
 
 
 def _prepare_command() -> None:
-    """In the new process, before the command: signals as a program expects them, and an end with this process."""
+    """Called in the new process: restore default signals, and end the process when its parent ends."""
     for number in (*_ENDS, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -120,7 +120,7 @@ def _adopt_orphans() -> None:
 
 
 def _end_with_parent(number: signal.Signals) -> None:
-    """Get this signal when the parent ends."""
+    """Have the kernel send this signal when the parent ends."""
     _prctl(_PR_SET_PDEATHSIG, number)
 
 
