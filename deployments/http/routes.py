@@ -61,7 +61,12 @@ def _health_routes(service: Service) -> APIRouter:
         return Health(status="alive")
 
     @router.head("/ready", include_in_schema=False)
-    @router.get("/ready", responses={503: {"model": Health}}, summary="Whether an engine can take requests")
+    @router.get(
+        "/ready",
+        response_model=Health,
+        responses={503: {"model": Health}},
+        summary="Whether an engine can take requests",
+    )
     async def ready() -> Response:
         is_ready = await service.readiness.is_ready()
         state = Health(status="ready" if is_ready else "not ready")

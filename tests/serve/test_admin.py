@@ -39,7 +39,9 @@ class LocalController:
     async def view(self) -> dict[str, Any]:
         if self.is_gone:
             raise EngineBusy("the load controller did not answer")
-        return {"application": "app", **self.boss.view(2.0)}
+        settings = {"policy": "fixed", "preset": None, "lowest_threshold": 0.0, "problem": None}
+        probes = {"heartbeat_seconds": 1.0, "num_probes": 1, "probe_errors": {}}
+        return {"application": "app", **settings, **probes, **self.boss.view(2.0)}
 
     async def override(self, bounds: Bounds, seconds: float | None, replica: str | None) -> list[str]:
         if replica is not None and replica not in self.boss.replicas:

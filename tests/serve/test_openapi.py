@@ -43,6 +43,13 @@ def test_every_error_has_the_one_schema(schema):
                 assert content["schema"]["$ref"].endswith("/ErrorAnswer"), (method, path, status)
 
 
+def test_every_answer_has_a_model(schema):
+    for method, path, operation in operations(schema):
+        answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
+        models = answer.get("anyOf", [answer])
+        assert all("$ref" in model for model in models), (method, path)
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_generation_documents_its_refusals(schema, path):
     statuses = schema["paths"][path]["post"]["responses"].keys()
