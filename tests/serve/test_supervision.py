@@ -155,17 +155,17 @@ def fail_when_it_ends(thread: threading.Thread, run: Future[None]) -> None:
     run.set_exception(RuntimeError("the engine broke on purpose"))
 
 
-async def test_an_event_loop_that_stands_still_is_found_by_the_thread(exits):
+async def test_a_blocked_event_loop_is_found_by_the_thread(exits):
     channel = EngineChannel()
     watchdog = Watchdog(lambda reason: None, exits)
-    beating = asyncio.create_task(channel.beat())
+    pinging = asyncio.create_task(channel.ping())
     watchdog.check(lambda: find_silence(channel, 1.5))
     watchdog.start()
     await asyncio.sleep(0.1)
     time.sleep(4)  # the fault under test
     assert exits.called.is_set()
     assert "the event loop was blocked" in watchdog.reason
-    beating.cancel()
+    pinging.cancel()
     channel.close()
     watchdog.stop()
 
