@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def installed() -> Path:
-    """The interpreter of the clients' environment, which is made where it is missing or older than its list."""
+    """The interpreter of the clients' environment, which is created if it is missing or older than requirements.txt."""
     requirements, stamp = HERE / "requirements.txt", ENVIRONMENT / "installed"
     python = ENVIRONMENT / "bin" / "python"
     if not stamp.exists() or stamp.stat().st_mtime < requirements.stat().st_mtime:
@@ -89,7 +89,7 @@ def is_ready(url: str) -> bool:
 
 
 def run(python: Path, name: str, environment: dict[str, str], examples: int) -> bool:
-    """Whether one client got all that it asked for."""
+    """Whether the checks of one client pass."""
     print(f"--- {name}", flush=True)
     command: list[str | Path] = [python, HERE / f"try_{name}.py"]
     if name == "schemathesis":

@@ -1,4 +1,4 @@
-"""The `llm` command: a prompt with a system prompt, and a second one that goes on with the conversation."""
+"""The `llm` command: a prompt with a system prompt, and a second one that continues the conversation."""
 
 import os
 import subprocess

@@ -19,12 +19,12 @@ def node(num_cpus: float = 1, **options: object) -> dict[str, object]:
 
 @contextlib.contextmanager
 def running_cluster(**head: object) -> Iterator[Cluster]:
-    """A head with these options, connected; nodes can be added, and all are taken down behind it."""
+    """A connected cluster with a head node of these options; nodes can be added, and all are ended afterwards."""
     with (
         tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as directory,
         pytest.MonkeyPatch.context() as patch,
     ):
-        # The cluster writes its address where other programs of this machine would look for one.
+        # Ray writes the cluster's address where other programs of this machine would find it.
         Path(directory, "ray").mkdir()
         patch.setenv("RAY_TMPDIR", directory)
         cluster = Cluster(initialize_head=True, head_node_args=node(**head))

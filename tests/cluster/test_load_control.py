@@ -1,4 +1,4 @@
-"""Load control on a cluster of three nodes, two of which have a driver library whose GPU a test has scripted."""
+"""Load control on a cluster of three nodes, two of which have a fake NVML library with a scripted GPU."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ applications:
       engine: {{max_num_seqs: 8, max_num_batched_tokens: 128, max_model_len: 8192, page_size: 32}}
       dspark:
         drafter: {{placement: inline}}
-        # Verifies everything that the threshold lets it.
+        # Verifies all drafts above the threshold.
         schedule: {{kind: fixed}}
       placement: {{verifier: {{resources: {{CPU: 0.5, GPU: 1}}}}}}
       health: {{check_period_s: 1, check_timeout_s: 5, graceful_shutdown_timeout_s: 2}}
       load_controller:
         policy: {{kind: load_curve, curve: [[0.3, 0.0], [0.6, 0.9]], slew_per_second: 10, smoothing_seconds: 0}}
-        # The engine's own load does not count here: only the devices differ.
+        # The engine's own load is ignored, so that only the devices differ.
         signals: {{slots: null, queue: null, slowness: null}}
         heartbeat_seconds: 0.2
         valid_heartbeats: 3
     deployments:
       - name: Ingress
-        # Serve answers 500 for what an Ingress had accepted when its node died, and a node dies here.
+        # On the head, as other nodes die here: Serve answers 500 to requests that an Ingress on a dead node had accepted.
         ray_actor_options: {{num_cpus: 0.1, resources: {{head: 0.1}}}}
       - name: Engine
         num_replicas: 2
@@ -117,7 +117,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> str:
-    """The text of one process without speculation."""
+    """The text that one process generates without speculation."""
     tokenizer = Tokenizer.from_directory(checkpoint)
     prompt = [BOS, *tokenizer.encode(PROMPT)]
     return tokenizer.decode(tokens_in_process(checkpoint, prompt, max_tokens=MAX_TOKENS, seed=5, ignore_eos=True))
@@ -160,7 +160,7 @@ def say_at_once(app: Application, count: int = 8) -> list[str]:
 
 
 def replicas_by_node(app: Application, nodes: Nodes) -> dict[str, dict[str, Any]]:
-    """What the controller knows of each replica, by the name of its node."""
+    """The controller's state of each replica, by the name of its node."""
     names = {node_id: name for name, node_id in nodes.ids.items()}
     return {names[replica["sample"]["places"][0]["node_id"]]: replica for replica in admin(app, "load")["replicas"]}
 

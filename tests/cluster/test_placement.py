@@ -1,4 +1,4 @@
-"""Where a YAML file puts the actors of a gang, on a cluster of three nodes."""
+"""Placement of a gang's actors by a YAML file, on a cluster of three nodes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ health: {{graceful_shutdown_timeout_s: 2}}
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[dict[str, str]]:
-    """Node ids by what is special about them; the head serves HTTP and nothing else fits there."""
+    """Node ids by their role; the head serves HTTP and has no room for other actors."""
     with running_cluster(resources={"first": 1}, num_cpus=2) as cluster:
         second = cluster.add_node(**node(resources={"second": 1})).node_id
         third = cluster.add_node(**node(labels={"role": "drafts"})).node_id

@@ -14,7 +14,7 @@ NUM_TOKENS = 3 + 256 + len(_MARKERS)
 
 
 def save_byte_tokenizer(directory: Path) -> None:
-    """Write tokenizer.json; a token per byte, so that every text is as many tokens as bytes."""
+    """Write tokenizer.json with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [SPECIAL.bos, SPECIAL.eos, "<noise>", *alphabet]
     backend = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))

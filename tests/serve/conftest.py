@@ -1,4 +1,4 @@
-"""Tests of the HTTP face on an echoing engine, and of the whole application on a small random model."""
+"""Tests of the HTTP application with an echoing engine, and of the whole application with a small random model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"
-# By default Ray's workers give way to everything else that the machine does, and timeouts end what is only slow.
+# By default Ray's workers have a lower priority than other processes, and run into timeouts on a busy machine.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 import openai
@@ -42,7 +42,7 @@ def shared_server(tokenizer: Tokenizer) -> Iterator[Server]:
 
 @pytest.fixture
 def server(shared_server: Server) -> Iterator[Server]:
-    """The one server, left as it was found."""
+    """The shared server, reset after the test."""
     yield shared_server
     shared_server.client.reset()
     shared_server.engine.reset()

@@ -25,7 +25,7 @@ STEP_SECONDS = 0.002
 
 @dataclass
 class EchoEngine:
-    """Says the prompt again and again. `step_gate` holds it still, so that a test can look."""
+    """Repeats the prompt over and over. While `step_gate` is cleared, no step is made."""
 
     vocab_size: int
     eos_token_id: int
@@ -38,9 +38,9 @@ class EchoEngine:
     chokes_on: str = ""
     """The id of the request that raises when it is added; * for all."""
     most_suspects: int = 0
-    """That ran at the same time, by their ids."""
+    """Ids of requests that ran at the same time."""
     hides_drawn: bool = False
-    """Whether the drawn token is none of the likeliest."""
+    """Whether the drawn token is missing from the top logprobs."""
     num_steps: int = 0
     _running: dict[str, tuple[Request, int]] = field(default_factory=dict)
 
@@ -48,7 +48,7 @@ class EchoEngine:
         self.step_gate.set()
 
     def reset(self) -> None:
-        """As new, for the next test."""
+        """Restore the initial state, for the next test."""
         self.max_requests, self.breaks, self.chokes_on, self.hides_drawn = 64, False, "", False
         self.seen.clear()
         self.aborted.clear()
@@ -97,7 +97,7 @@ class EchoEngine:
         pass
 
     def _record(self) -> StepRecord:
-        """Three of five drafts verified for everybody, two of which stand, unless a policy forbids drafts."""
+        """Three of five drafts verified per request and two accepted, unless a policy forbids drafts."""
         policy = self.policies[-1] if self.policies else VerificationPolicy()
         num_drafted = 0 if policy.bypass else len(self._running)
         self.num_steps += 1

@@ -1,4 +1,4 @@
-"""The smallest application there is, for tests of what runs around one."""
+"""A minimal application, for tests of the processes around an application."""
 
 from __future__ import annotations
 

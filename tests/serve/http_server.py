@@ -1,4 +1,4 @@
-"""The ingress and the engine's channel without Ray: HTTP on the loopback, the step loop in a thread."""
+"""The HTTP application and the channel without Ray: a server on the loopback interface, the step loop in a thread."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dspark_ray.types import Request, SequenceOutput, VerificationPolicy
 MAX_MODEL_LEN = 256
 
 HTTP = httpx.Client(verify=False, timeout=60)
-"""Calls the servers of tests: one client, because each new one reads the machine's certificates."""
+"""One client for all tests, because each new client loads the machine's certificates."""
 
 
 @contextlib.contextmanager
@@ -77,19 +77,19 @@ class ChannelClient:
     def reset(self) -> None:
         self.healthy = True
         self.trials: list[bool] = []
-        """Whether each attempt so far was on trial."""
+        """`on_trial` of each attempt."""
         self.health_gate = threading.Event()
-        """Cleared while the state of the engine cannot be found out."""
+        """Cleared while calls of `is_healthy` hang."""
         self.health_gate.set()
         self.is_busy = False
         self.failure: Exception | None = None
         """Raised instead of an answer."""
         self.late_failure: Exception | None = None
-        """Raised behind the first output."""
+        """Raised after the first output."""
         self.num_losses = 0
-        """How many streams still break off."""
+        """The number of further streams that break."""
         self.tokens_before_loss = 1
-        """Of each stream that breaks off, counted from its submission to this engine."""
+        """Tokens after which a stream breaks, counted from its submission to this engine."""
 
     async def generate(
         self, request: Request, on_trial: bool = False, avoid: str | None = None
@@ -127,7 +127,7 @@ class ChannelClient:
 
 @dataclass
 class Server:
-    """What a test may touch."""
+    """A running server and its parts."""
 
     url: str
     engine: EchoEngine

@@ -1,4 +1,4 @@
-"""Requests that kill: installed in the worker processes of the tests that ask for them, by Ray's set-up hook."""
+"""Requests that kill their engine, installed in worker processes by Ray's set-up hook."""
 
 from __future__ import annotations
 

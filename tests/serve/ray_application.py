@@ -1,4 +1,4 @@
-"""Starting the application on a cluster of this machine, and looking at what it left there."""
+"""Starts the application on a cluster of this machine, and inspects its actors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Actor:
 
 
 def live_actors(*class_names: str) -> list[Actor]:
-    """Actors of these classes, wherever they run; needs no dashboard, unlike Ray's state API."""
+    """Actors of these classes on all nodes; unlike Ray's state API, this needs no dashboard."""
     return [
         Actor(actor["ActorID"], actor["Address"]["NodeID"], actor["Pid"])
         for actor in ray_state.actors().values()
@@ -80,7 +80,7 @@ def deploy(name: str, args: dict[str, Any], **options: Any) -> None:
 
 @contextlib.contextmanager
 def running_application(args: dict[str, Any]) -> Iterator[Application]:
-    """Serve on the cluster that is connected, on a free port; everything is taken down behind it."""
+    """Start Serve on the connected cluster, on a free port, and shut it down afterwards."""
     port = free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     try:
@@ -94,13 +94,13 @@ def running_application(args: dict[str, Any]) -> Iterator[Application]:
 
 
 def deploy_yaml(config: dict[str, Any]) -> None:
-    """Tell Serve what a YAML file says, and do not wait for it."""
+    """Apply a YAML file with Serve, without waiting for the deployments."""
     get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
 
 
 @contextlib.contextmanager
 def running_yaml(config: dict[str, Any]) -> Iterator[Application]:
-    """What a Serve YAML file says, on the cluster that is connected: as `serve run FILE` does it, on a free port."""
+    """Run a YAML file on the connected cluster, as `serve run FILE` does, on a free port."""
     port = free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     try:
@@ -115,7 +115,7 @@ def running_yaml(config: dict[str, Any]) -> Iterator[Application]:
 
 @contextlib.contextmanager
 def local_ray(directory: str, num_cpus: int, **options: Any) -> Iterator[None]:
-    """A cluster of one node that no other test can meet; `options` are ray.init's."""
+    """A cluster of one node, isolated from other tests; `options` are ray.init's."""
     ray.init(
         address="local",
         include_dashboard=False,

@@ -1,4 +1,4 @@
-"""A random DeepSeek-V4 with its drafter, and a tokenizer of bytes: the whole application on a few megabytes."""
+"""A checkpoint of a few megabytes: a random DeepSeek-V4 with its drafter, and a tokenizer of bytes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def save_small_checkpoint(directory: Path) -> Path:
 
 
 def tokens_in_process(checkpoint: Path, prompt: list[int], **sampling: object) -> list[int]:
-    """What one process without Ray and without speculation says to a prompt."""
+    """The text that one process generates for a prompt without Ray and without speculation."""
     engine = build_engine(checkpoint, EngineConfig(**ENGINE, speculation=False))  # type: ignore[arg-type]
     engine.add_request(
         Request(

@@ -1,4 +1,4 @@
-"""Who may call, what an error tells, request ids, and browsers."""
+"""Keys, error messages, request ids, and browsers."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_a_key_is_not_shown():
     assert "hidden" not in repr(args)
 
 
-# What an error tells.
+# Error messages.
 
 SECRET = "Traceback (most recent call last): ServeReplica:Engine() (pid=4242, ip=10.3.4.5) /models/x: my password"
 
@@ -379,7 +379,7 @@ def test_a_refusal_can_be_read_by_the_page(browsed):
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
 def test_a_form_of_another_page_sets_no_policy(server, echo, content_type):
-    """Browsers send these content types anywhere without asking first."""
+    """Browsers send these content types to other origins without a preflight request."""
     headers = {} if content_type is None else {"Content-Type": content_type}
     answer = HTTP.post(f"{server.url}/admin/policy", content=b'{"bypass": true}', headers=headers)
     assert answer.status_code == 400

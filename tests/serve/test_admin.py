@@ -1,4 +1,4 @@
-"""The routes for operators over a load controller in this process; those without one are in test_http.py."""
+"""The routes for operators with a load controller in this process; test_http.py has those without one."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ GPU = DeviceLoad(kind="gpu", index=0, uuid="GPU-0", name="a GPU", tensor_activit
 
 
 class LocalController:
-    """A ControllerClient in front of the real arithmetic, at a time that stands still."""
+    """A ControllerClient around a real LoadController, with a clock that does not advance."""
 
     def __init__(self) -> None:
         self.is_gone = False
-        self.boss = LoadController(ControllerConfig(policy=FixedThreshold(threshold=0.1)))
-        self.boss.on_node(NodeLoad(node_id="n", host="host", source="nvml", devices=(GPU,)), 0.0)
+        self.controller = LoadController(ControllerConfig(policy=FixedThreshold(threshold=0.1)))
+        self.controller.on_node(NodeLoad(node_id="n", host="host", source="nvml", devices=(GPU,)), 0.0)
         self.beat()
 
     def beat(self) -> list[Bounds]:
-        """What two replicas may verify."""
-        return [self.boss.on_sample(replace(SAMPLE, replica=f"replica-{n}"), 0.0).bounds for n in (1, 2)]
+        """Heartbeats of two replicas; returns their bounds."""
+        return [self.controller.on_sample(replace(SAMPLE, replica=f"replica-{n}"), 0.0).bounds for n in (1, 2)]
 
     async def view(self) -> dict[str, Any]:
         if self.is_gone:
             raise EngineBusy("the load controller did not answer")
         settings = {"policy": "fixed", "preset": None, "lowest_threshold": 0.0, "problem": None}
         probes = {"heartbeat_seconds": 1.0, "num_probes": 1, "probe_errors": {}}
-        return {"application": "app", **settings, **probes, **self.boss.view(2.0)}
+        return {"application": "app", **settings, **probes, **self.controller.view(2.0)}
 
     async def override(self, bounds: Bounds, seconds: float | None, replica: str | None) -> list[str]:
-        if replica is not None and replica not in self.boss.replicas:
+        if replica is not None and replica not in self.controller.replicas:
             return []
-        self.boss.override(bounds, seconds, 0.0, replica)
-        return self.boss.replicas if replica is None else [replica]
+        self.controller.override(bounds, seconds, 0.0, replica)
+        return self.controller.replicas if replica is None else [replica]
 
     async def end_override(self, replica: str | None) -> None:
-        self.boss.end_override(replica)
+        self.controller.end_override(replica)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The whole application: ingress, replica, two verifier ranks and a drafter as Ray actors, on a random model."""
+"""The whole application on a random model: Ingress, replica, two verifier ranks and a drafter as Ray actors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gang_args(checkpoint: Path, **fields: object) -> dict[str, object]:
         "model": str(checkpoint),
         "tensor_parallel_size": 2,
         "engine": ENGINE,
-        # Not in the home of the user who runs the tests.
+        # Not in the user's home folder.
         "dspark": {"cost_table": {"directory": str(checkpoint.parent / "costs")}},
         "placement": {"verifier": {"resources": {"CPU": 0.5}}, "drafter": {"resources": {"CPU": 0.5}}},
         "health": {"check_period_s": 1, "check_timeout_s": 5, "graceful_shutdown_timeout_s": 2},
@@ -178,7 +178,7 @@ def test_health_and_models_answer(app):
 
 
 def test_a_client_that_leaves_frees_its_sequences(app):
-    # Eight sequences fit the engine: were those before not freed, one of these would wait for thousands of rounds.
+    # The engine has eight slots: if earlier sequences were not freed, one of these would wait for thousands of rounds.
     endless = {"ignore_eos": True, "speculative": {"enabled": False}}
     for _ in range(20):
         with app.complete(PROMPT, max_tokens=8000, stream=True, timeout=20, extra_body=endless) as stream:

@@ -33,7 +33,7 @@ applications:
       health: {{check_period_s: 1, check_timeout_s: 5, graceful_shutdown_timeout_s: 5}}
       load_controller:
         policy: {{kind: load_curve, curve: [[0.2, 0.0], [0.8, 0.5]], slew_per_second: 0.25, smoothing_seconds: 0}}
-        # The machine's other work is not this test's.
+        # Other processes of the machine must not affect this test.
         signals: {{cpu: null, slowness: null}}
         heartbeat_seconds: 0.25
     deployments:

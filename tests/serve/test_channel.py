@@ -154,7 +154,7 @@ async def test_losing_the_gang_ends_every_stream_now_and_later(channel, engine):
 
 @pytest.fixture
 async def dead_channel(engine: EchoEngine) -> AsyncIterator[EngineChannel]:
-    """Its rank 0 has raised and its end of the channel is closed, which the replica does not know yet."""
+    """A channel whose rank 0 has raised and closed its end, unknown to the replica."""
     channel = EngineChannel()
     listening = asyncio.create_task(channel.listen())
     engine.breaks = True
@@ -169,7 +169,7 @@ async def dead_channel(engine: EchoEngine) -> AsyncIterator[EngineChannel]:
 
 
 async def test_what_is_sent_to_a_rank_0_that_has_gone_does_not_block(dead_channel):
-    # A blocked event loop could not time this out, so a thread waits for the test.
+    # A blocked event loop could not enforce a timeout, so a thread does.
     with faulthandler_exits_after(20):
         with pytest.raises(EngineLost, match="rank 0 accepts no messages") as caught:
             await tokens_of(dead_channel, request("late"))
@@ -248,7 +248,7 @@ async def test_records_of_the_latest_steps_are_kept_in_order(channel):
 
 @contextmanager
 def rank_0_of(channel: EngineChannel) -> Iterator[zmq.Socket]:
-    """A test's own end of the channel."""
+    """Rank 0's end of the channel, for a test."""
     with zmq.Context() as context, context.socket(zmq.PAIR) as rank_0:
         rank_0.sndtimeo, rank_0.rcvtimeo, rank_0.linger = 10_000, 10_000, 0
         rank_0.connect(channel.address)
@@ -257,7 +257,7 @@ def rank_0_of(channel: EngineChannel) -> Iterator[zmq.Socket]:
 
 @pytest.fixture
 async def listening_channel() -> AsyncIterator[EngineChannel]:
-    """A channel whose rank 0 the test plays."""
+    """A channel with the test in the role of rank 0."""
     channel = EngineChannel()
     listening = asyncio.create_task(channel.listen())
     yield channel
@@ -374,7 +374,7 @@ async def test_another_user_cannot_connect():
 async def test_a_second_peer_neither_reads_prompts_nor_forges_answers(engine):
     channel = EngineChannel()
     listening = asyncio.create_task(channel.listen())
-    # Were Ready sent, the folder would be gone already.
+    # After Ready, the folder would have been removed.
     with running_loop(engine, channel, says_ready=False), contextlib.ExitStack() as stack:
         await asyncio.sleep(0.1)
         silence = channel.seconds_of_silence
@@ -400,7 +400,7 @@ async def test_suspects_run_one_at_a_time_and_others_beside_them(channel, engine
     assert engine.most_suspects == 1
     names = [seen.request_id for seen in engine.seen]
     assert [name for name in names if name.startswith("suspect")] == ["suspect 0", "suspect 1", "suspect 2"]
-    # They do not wait for suspects.
+    # Other requests do not wait for suspects.
     assert names.index("innocent 1") < names.index("suspect 1")
 
 

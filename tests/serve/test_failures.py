@@ -1,4 +1,4 @@
-"""Gangs that die under load: everything goes on, and only a request that is to blame is given up."""
+"""Gangs that die under load: all requests continue, except for one that causes the deaths."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEALTH = {
     "check_timeout_s": 5,
     "peer_timeout_s": 20,
     "step_timeout_s": 20,
-    # As in production: a replica that cannot go on must not wait so long.
+    # As in production: a failed replica must not wait this long.
     "graceful_shutdown_timeout_s": 600,
 }
 
@@ -79,7 +79,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
 
 @contextmanager
 def short_requests(app: App) -> Iterator[list[int]]:
-    """One every 50 ms, so that something is sent at every moment of a failure; their statuses."""
+    """Send a request every 50 ms, so that all phases of a failure are hit; returns the statuses."""
     statuses: list[int] = []
     is_over = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What a replica tells the load controller, and what it does with the answer or without one."""
+"""A replica's heartbeats to the load controller, with and without answers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DECISION = Decision(Bounds(0.3, 2, False), 10, 5.0, 1.0, 0.75, Saturation(0.8, "
 
 
 class Clock:
-    """Seconds that a test turns."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -1,4 +1,4 @@
-"""Hostile requests beside honest streams: every stream says what it says alone."""
+"""Hostile requests beside normal streams: every stream has the text that it has alone."""
 
 from __future__ import annotations
 

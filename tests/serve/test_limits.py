@@ -1,4 +1,4 @@
-"""Work is bounded before it is done: bodies, lists, lengths, the tokenizer's queue; and numbers of every size."""
+"""Limits that are checked before any work: bodies, lists, lengths, the tokenizer's queue; and extreme numbers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_body_below_the_limit_is_served_in_chunks_too(small_server):
     assert answer.json()["choices"][0]["text"] == "abc"
 
 
-# Lists: the first mistake ends the search for more.
+# Lists: validation ends at the first error.
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_long_list_of_mistakes_is_answered_with_the_first(server):
 
 
 class CountingTokenizer:
-    """Counts what is encoded."""
+    """Counts the texts that are encoded."""
 
     longest_token = 4
 
@@ -186,7 +186,7 @@ async def test_a_caller_that_leaves_makes_room_when_its_work_has_ended() -> None
 
 
 def test_other_threads_run_while_a_text_is_tokenised(tokenizer):
-    """Else a long prompt would stop every stream of its process."""
+    """Otherwise a long prompt would stop all streams of its process."""
     ticks, stop = [0], threading.Event()
 
     def tick() -> None:

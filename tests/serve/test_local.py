@@ -1,4 +1,4 @@
-"""`make serve`: what it refuses before anything starts, and that nothing is left when it ends."""
+"""`make serve`: refusals before anything starts, and no processes left when it ends."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write(folder: Path, text: str) -> Path:
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    """A server as Serve's proxies are: others may listen on its port too, if they say so."""
+    """A server that shares its port as Serve's proxies do (SO_REUSEPORT)."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         server.bind(("127.0.0.1", 0))
@@ -105,7 +105,7 @@ def test_without_serve_there_is_no_port_to_share():
     check_not_shared()
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------------
 
 
 def refused(capsys: pytest.CaptureFixture[str], config: Path, locks: Path) -> str:
@@ -151,7 +151,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """A short path, as sockets need it."""
+    """A short path: those of sockets are limited."""
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
 
@@ -179,7 +179,7 @@ def below(process: psutil.Process) -> list[psutil.Process]:
 
 
 def named(processes: list[psutil.Process], *words: str) -> psutil.Process | None:
-    """The last whose command line has these words; those that watch another one have its words too."""
+    """The last process whose command line has these words; supervising processes have them too."""
     for process in reversed(processes):
         try:
             line = " ".join(process.cmdline())

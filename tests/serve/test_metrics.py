@@ -1,4 +1,4 @@
-"""What Prometheus hears of a step, on recorders in the place of Ray's metrics."""
+"""Metrics of steps and of the load controller, with recorders in place of Ray's metrics."""
 
 from __future__ import annotations
 

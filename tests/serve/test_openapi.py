@@ -1,4 +1,4 @@
-"""/openapi.json says what the server does."""
+"""/openapi.json describes what the server does."""
 
 from __future__ import annotations
 

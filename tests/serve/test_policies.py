@@ -35,7 +35,7 @@ def stats(**fields: float) -> dict[str, float]:
 
 
 def metrics(by_replica: Mapping[ReplicaID, Mapping[str, float]]) -> dict[str, dict[ReplicaID, float]]:
-    """As Serve turns them around."""
+    """As Serve passes them."""
     names = {name for fields in by_replica.values() for name in fields}
     return {name: {r: fields[name] for r, fields in by_replica.items() if name in fields} for name in names}
 
@@ -70,7 +70,7 @@ def context(
 
 
 def policy_in(autoscaling_config: dict[str, Any]) -> Any:
-    """What Serve's controller makes of a deployment's block."""
+    """The autoscaling policy that Serve's controller makes from a deployment's settings."""
     return _resolve_policy_callable(AutoscalingConfig(**autoscaling_config).policy)
 
 
@@ -82,7 +82,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 @pytest.fixture(autouse=True)
 def _propagate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray keeps its loggers' lines to itself."""
+    """Ray's loggers do not propagate, so caplog would miss their lines."""
     for name in ("ray", "ray.serve"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
 

@@ -1,4 +1,4 @@
-"""Probes that a test answers for, on a clock that it turns; and what load control asks of Serve and of devices."""
+"""Probes with fake nodes and a fake clock; the load controller's deployment; and names of devices."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ async def test_a_probe_that_died_is_started_again_after_a_while():
 
 
 class Metrics:
-    """Hears of nothing."""
+    """Metrics that ignore everything."""
 
     def __init__(self, model_name: str) -> None: ...
 
@@ -149,7 +149,7 @@ class Metrics:
 
 @pytest.fixture
 def fleet(monkeypatch: pytest.MonkeyPatch) -> Fleet:
-    """What a load controller has instead of Ray, its nodes and its actors."""
+    """Replacements for Ray, its nodes and its actors."""
     fleet = Fleet()
     context = SimpleNamespace(_deployment_config=DeploymentConfig(), app_name="app")
 
@@ -167,7 +167,7 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> Fleet:
 
 @asynccontextmanager
 async def running_controller(own_threshold: float = 0.0, **settings: object) -> AsyncIterator[Any]:
-    """A load controller as its deployment has it, which a replica on node `b` has spoken to."""
+    """The load controller's deployment after a heartbeat from a replica on node `b`."""
     cls = LoadControllerReplica.func_or_class
     controller = cls.__new__(cls)
     await cls.__init__(controller, LoadControllerArgs(**settings), own_threshold, "model")
@@ -283,7 +283,7 @@ def test_one_load_controller_is_right():
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """UUIDs of the GPUs that torch sees, which a test fills."""
+    """UUIDs of the GPUs that torch sees; tests fill the list."""
     uuids: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(uuids))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))

@@ -1,4 +1,4 @@
-"""A command with a stubborn family, ended in every way; no Ray."""
+"""A supervised command with descendants that ignore signals, ended in every way, without Ray."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class Family:
         self.command = self.pids[0]
 
     def end(self) -> int:
-        """The exit code, once all are gone."""
+        """The exit code, after all processes have ended."""
         code = self.top.wait(120)
         wait_until_gone(self.pids)
         return code
 
 
 def wait_until_gone(pids: list[int], seconds: float = 30) -> None:
-    """No process of these is left, or as a zombie at most, whose parent has yet to look."""
+    """Whether none of these processes is left, other than as a zombie."""
     deadline = time.monotonic() + seconds
     while left := [pid for pid in pids if is_running(pid)]:
         assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in left]

@@ -1,4 +1,4 @@
-"""When a request goes on at another engine, when it waits, and when it is given up."""
+"""Resubmission: when a request continues on another engine, when it waits, and when it is given up."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class ScriptedClient:
-    """Each attempt plays the next script: events, and at its end perhaps an exception. The last one repeats."""
+    """Each attempt replays the next script of events, which may end with an exception. The last script repeats."""
 
     def __init__(self, *scripts: list[EngineEvent | Exception]) -> None:
         self._scripts = list(scripts)

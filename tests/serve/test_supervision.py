@@ -1,4 +1,4 @@
-"""What ends a replica: its watchdog, whatever its event loop does, and its background tasks."""
+"""The watchdog, which ends a replica even if its event loop is blocked, and the background tasks."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_replica_that_closes_lets_its_runs_end(watchdog, exits):
 
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 0.6, 0.9])
 async def test_a_rank_that_raises_ends_the_process_and_its_streams_whenever_it_does(engine, exits, seconds):
-    """With all that a replica sends: requests, aborts, pings and policies, at every moment after the failure."""
+    """While the replica sends requests, aborts, pings and policies throughout the failure."""
     channel = EngineChannel()
     loop = asyncio.get_running_loop()
     watchdog = Watchdog(
@@ -179,7 +179,7 @@ def test_rank_0_gives_up_a_replica_that_stands_still(replica, engine):
         near.connect(f"tcp://127.0.0.1:{far.bind_to_random_port('tcp://127.0.0.1')}")
         loop = StepLoop(engine, near, max_silence_seconds=1.5)
         if replica == "deaf":
-            # It has asked for more than the sockets hold, and reads none of it.
+            # It asks for more output than the sockets hold, and reads nothing.
             request = Request(
                 request_id="r",
                 prompt_token_ids=tuple(range(5, 9)),

@@ -1,4 +1,4 @@
-"""What clients really send: accepted where it cannot change the text, else refused by name."""
+"""Fields that clients send: accepted where they cannot change the text, otherwise refused by name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tokens(server: Server, **fields: Any) -> list[int]:
 
 
 def prompt_text(server: Server, **fields: Any) -> str:
-    """A conversation's prompt, special tokens spelled out."""
+    """The prompt of a conversation, as text with special tokens."""
     token_bytes = [server.tokenizer.token_bytes(token, special=True) for token in tokens(server, **fields)]
     return b"".join(token_bytes).decode()
 
@@ -128,7 +128,7 @@ def test_a_developer_is_the_system(server):
     assert prompt_text(server, messages=developer) == prompt_text(server, messages=system)
 
 
-# What the prompt ends with.
+# The end of the prompt.
 
 TURN = f"{SPECIAL.bos}{SPECIAL.user}hi{SPECIAL.assistant}{SPECIAL.think_end}"
 STARTED = [*HI, {"role": "assistant", "content": "Once"}]
@@ -311,7 +311,7 @@ def test_every_field_of_an_answer_can_be_sent_back() -> None:
     assert ChatCompletionMessage.model_fields.keys() - known == set()
 
 
-# What answers tell.
+# Fields of answers.
 
 
 def test_the_reason_of_a_stop_is_told(server):

@@ -1,4 +1,4 @@
-"""What `serve deploy` changes without a restart: thresholds, presets and policies of a running application."""
+"""`serve deploy` changes thresholds, presets and policies of a running application without a restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chaos program's order of faults, what it keeps, and its table; tests/serve/test_failures.py runs its rounds."""
+"""The chaos program's order of faults, its records, and its table; tests/serve/test_failures.py runs its rounds."""
 
 from __future__ import annotations
 

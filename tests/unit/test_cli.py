@@ -1,4 +1,4 @@
-"""`dspark-ray` as a shell sees it: one line for bad input, silence for a closed pipe and for Ctrl-C."""
+"""`dspark-ray` in a shell: one line for bad input, no output for a closed pipe and for Ctrl-C."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_device_beyond_the_last_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A copy of the tiny one, to break."""
+    """A copy of the tiny checkpoint, which tests damage."""
     return Path(shutil.copytree(TINY, tmp_path / "model"))
 
 
@@ -168,7 +168,7 @@ def with_key(key: str, value: object) -> Callable[[dict[str, Any]], dict[str, An
 
 
 def edit_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a safetensors header in place; the tensors stay where they are."""
+    """Change a safetensors header without moving the tensors."""
     content = file.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])

@@ -87,7 +87,7 @@ def node(host: str, *devices: DeviceLoad, note: str = "") -> NodeLoad:
 
 
 def answer(nodes: tuple[NodeLoad, ...] = (), samples: tuple[LoadSample, ...] = (), **more: Any) -> dict[str, Any]:
-    """What GET /admin/load says, from the controller that says it."""
+    """An answer of GET /admin/load, from a real LoadController."""
     controller = LoadController(ControllerConfig(policy=LoadCurve()))
     for load in nodes:
         controller.on_node(load, 0.0)
@@ -123,19 +123,19 @@ def line_with(lines: list[str], word: str) -> str:
 
 
 def replica_cells(lines: list[str], name: str) -> dict[str, str]:
-    """What stands below each heading, where the terminal is wide enough for all of them."""
+    """The cells of a replica's row by heading; the terminal must be wide enough for all columns."""
     words = re.sub("[█▉▊▋▌▍▎▏]", "", line_with(lines, name)).split()
     return dict(zip((column.heading for column in REPLICA_COLUMNS), words, strict=True))
 
 
 def device_cells(lines: list[str], host: str) -> dict[str, str]:
-    """Likewise, for the first device of a node."""
+    """The cells of the row of a node's first device by heading."""
     cells = re.split(r"\s{2,}", next(line for line in lines if line.startswith(f"{host} ")))
     return dict(zip((column.heading for column in DEVICE_COLUMNS), cells, strict=True))
 
 
 def head(lines: list[str]) -> str:
-    """What stands above the tables."""
+    """The lines above the tables."""
     return "\n".join(lines[: lines.index("")])
 
 
@@ -144,7 +144,7 @@ def replica_order(lines: list[str]) -> list[str]:
     return [line.split()[0] for line in lines[headings + 1 :]]
 
 
-# What a picture says.
+# The content of a picture.
 
 
 def test_a_device_is_a_row_of_what_it_does():
@@ -470,7 +470,7 @@ def test_a_name_takes_what_room_is_left_and_else_keeps_both_ends():
     assert "ray-…x7k2p  gpu 0" in "".join(draw(said, 80))
 
 
-# What is not an answer.
+# Answers of other servers.
 
 
 def without(*path: str) -> Callable[[dict[str, Any]], object]:
@@ -522,7 +522,7 @@ NO_CONTROLLER = {"error": {"message": "this application runs without a load cont
 
 
 class Server:
-    """Answers GET /admin/load with what it is told."""
+    """Answers GET /admin/load with a given status and body."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -551,7 +551,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What rich takes for one of 100 by 30."""
+    """An environment in which rich finds a terminal of 100 by 30."""
     monkeypatch.delenv("TTY_COMPATIBLE", raising=False)
     for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "100"), ("LINES", "30")):
         monkeypatch.setenv(name, value)
