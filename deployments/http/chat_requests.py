@@ -159,7 +159,9 @@ class ChatRequest(GenerationRequest, Conversation):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_MAX_TOKENS), INTEGRAL] | None = None
     """OpenAI's newer name for max_tokens; it takes precedence."""
     logprobs: bool | None = None
+    """Whether to report the log-probability of each generated token."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), INTEGRAL] | None = None
+    """Alternatives to report per token; needs logprobs."""
     reasoning_effort: Effort | None = None
     chat_template_kwargs: ChatTemplateArgs | None = None
 

@@ -51,7 +51,7 @@ applications:
         valid_heartbeats: 3
     deployments:
       - name: Ingress
-        # On the head, as other nodes die here: Serve answers 500 to requests that an Ingress on a dead node had accepted.
+        # On the head: Serve answers 500 to requests of an Ingress whose node dies, and other nodes die in this test.
         ray_actor_options: {{num_cpus: 0.1, resources: {{head: 0.1}}}}
       - name: Engine
         num_replicas: 2
