@@ -26,7 +26,7 @@ logger = logging.getLogger("ray.serve")
 POLL_SECONDS = 1.0
 VIEWER_SECONDS = 30.0
 """How long devices are read after the last call of `view`."""
-_FIRST_LOOK_SECONDS = 2.0
+_FIRST_POLL_SECONDS = 2.0
 """How long `view` waits for the first probes to start."""
 
 
@@ -95,7 +95,7 @@ class LoadControllerReplica:
         """The state of nodes and replicas, as JSON values. Devices are read for VIEWER_SECONDS after a call."""
         self._viewed_at = time.monotonic()
         if not len(self._probes):
-            await self._first_look()
+            await self._first_poll()
         return {
             "application": serve.get_replica_context().app_name,
             "policy": self._controller.config.policy.kind,
@@ -108,12 +108,12 @@ class LoadControllerReplica:
             **self._controller.view(time.monotonic()),
         }
 
-    async def _first_look(self) -> None:
+    async def _first_poll(self) -> None:
         """Wake the watch, and wait for the answers of the first probes."""
         self._has_polled.clear()
         self._is_wanted.set()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._has_polled.wait(), _FIRST_LOOK_SECONDS)
+            await asyncio.wait_for(self._has_polled.wait(), _FIRST_POLL_SECONDS)
 
     async def override(self, bounds: Bounds, seconds: float | None, replica: str | None) -> list[str]:
         """Replace the policy's bounds by an operator's; returns the replicas concerned, none for an unknown one."""

@@ -99,7 +99,7 @@ def _job(
     writer: AnswerWriter,
     default_tokens: int | None,
 ) -> Job:
-    """`default_tokens` is max_tokens where the body has none; None stands for all the room that the model has."""
+    """`default_tokens` is max_tokens where the body has none; None allows all that fit the model."""
     requests: list[Request] = []
     seed = body.seed
     for prompt in prompts:

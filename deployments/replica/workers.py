@@ -75,7 +75,7 @@ class StepLoop:
         if math.isfinite(max_silence_seconds):
             channel.sndtimeo = int(max_silence_seconds * 1000)
         self._closed = False
-        self._spoke_at = self._heard_at = time.monotonic()
+        self._sent_at = self._heard_at = time.monotonic()
 
     def run(self) -> None:
         """Step while there are requests, otherwise wait for messages. An exception is reported and raised again.
@@ -87,7 +87,7 @@ class StepLoop:
                 self._read_frames()
                 if self._engine.has_unfinished():
                     self._send(Outputs(step=self._engine.step()))
-                elif time.monotonic() - self._spoke_at >= HEARTBEAT_SECONDS:
+                elif time.monotonic() - self._sent_at >= HEARTBEAT_SECONDS:
                     self._engine.keep_alive()
                     self._send(Heartbeat())
             self._engine.close()
@@ -156,7 +156,7 @@ class StepLoop:
             self._channel.send(encode(message))
         except zmq.Again:
             raise ReplicaSilent(f"the replica read no messages for {self._max_silence:.0f} s") from None
-        self._spoke_at = time.monotonic()
+        self._sent_at = time.monotonic()
 
 
 class ReplicaProcess:
