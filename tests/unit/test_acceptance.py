@@ -171,9 +171,9 @@ BREAKAGES = {
     "the test shares the draft's noise": ("STREAM_ACCEPT", STREAM_DRAFT),
     "the test shares the recovery's noise": ("STREAM_ACCEPT", STREAM_RECOVER),
     "recovery draws from p, not from max(p - q, 0)": ("_residual", lambda p, q_ids, q: p),
-    "every draft stands": ("_stands", lambda drafts, *_: torch.ones_like(drafts, dtype=torch.bool)),
+    "every draft is accepted": ("_passes", lambda drafts, *_: torch.ones_like(drafts, dtype=torch.bool)),
     "no draft stands, but recovery leaves q out": (
-        "_stands",
+        "_passes",
         lambda drafts, *_: drafts < 0,
     ),
 }
@@ -271,7 +271,7 @@ def test_a_draft_that_the_target_excludes_never_stands() -> None:
 
 
 def test_where_nothing_is_left_of_p_minus_q_recovery_draws_from_p(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_stands", lambda drafts, *_: drafts < 0)
+    monkeypatch.setattr(reference, "_passes", lambda drafts, *_: drafts < 0)
     rows = [[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]
     tokens = {judged([1], rows, rows[:1], seed).next_anchor for seed in range(50)}
     assert tokens == {1, 2}
