@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class Preset:
-    """Settings of both controllers that were chosen together; a comment in the file says for what."""
+    """Settings of load control and autoscaling that were chosen together; the file states their purpose."""
 
     controller: ControllerConfig
     replicas: ReplicaRule

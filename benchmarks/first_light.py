@@ -227,7 +227,7 @@ def _length(num_accepted: int, num_rounds: int) -> float:
 
 
 def _spec(settings: Settings, drafter: str) -> GangSpec:
-    """The application's gang with the drafter placed as `drafter` says."""
+    """The application's gang with the drafter in the place `drafter`."""
     args = settings.args
     return GangSpec(
         checkpoint=str(args.checkpoint),

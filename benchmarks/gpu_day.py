@@ -219,13 +219,13 @@ class Day:
         stage = Stage(name, limit, plan.batches(name), plan.workers)
         log = self._output / f"{name}.log"
         log.unlink(missing_ok=True)
-        told: dict[str, str] = {}
+        reported: dict[str, str] = {}
 
         def changed(result: StageResult) -> None:
             self._stages[name] = result
             for job in result.jobs:
-                if told.get(job.name, "not run") != job.status:
-                    told[job.name] = job.status
+                if reported.get(job.name, "not run") != job.status:
+                    reported[job.name] = job.status
                     print(f"{name:10} {job.name:28} {job.status} {job.seconds or ''}", flush=True)
             self._write()
 

@@ -45,8 +45,8 @@ def measure() -> list[dict[str, Any]]:
             plain, speculative = (texts(device, dtype, at_once, speculation) for speculation in (False, True))
             found = compared(SPECULATIVE, speculative, PLAIN, plain)
             lines.append({"dtype": dtype, "at_once": at_once, "texts": found.texts, "places": found.places})
-            told = f"{found.parted} of {found.texts} texts differ, at {found.places}"
-            print(f"{dtype}, {at_once} at once: {told}", flush=True)
+            outcome = f"{found.parted} of {found.texts} texts differ, at {found.places}"
+            print(f"{dtype}, {at_once} at once: {outcome}", flush=True)
     return lines
 
 

@@ -219,12 +219,12 @@ def _scales_fit(loads: tuple[str, ...], low: float, high: float) -> Callable[[li
         largest = {
             load: max((one for one in known if one.load == load), key=_saturation, default=None) for load in loads
         }
-        told = [
+        texts = [
             f"{load}: {one.signal} {one.saturation:.2f} (raw {one.raw:.2f})" for load, one in largest.items() if one
         ]
-        if not told:
+        if not texts:
             return None, "no figures"
-        return all(one is not None and low <= one.saturation <= high for one in largest.values()), "; ".join(told)
+        return all(one is not None and low <= one.saturation <= high for one in largest.values()), "; ".join(texts)
 
     return judge
 
@@ -265,12 +265,12 @@ def _kernels_beat_compiled(records: list[Record]) -> Judgement:
 
 def _round_is_in_kernels(records: list[Record]) -> Judgement:
     rounds = [one for one in _of(records, RoundTime) if one.replayed_ms and one.in_kernels_ms]
-    told = []
+    texts = []
     for one in rounds:
         assert one.replayed_ms is not None and one.in_kernels_ms is not None
-        told.append((one.in_kernels_ms / one.replayed_ms, f"{one.requests} requests: {one.replayed_ms:.2f} ms"))
-    wrong = [f"{text}, in kernels {share:.0%}" for share, text in told if share < _IN_KERNELS]
-    return _without_exception(rounds, wrong, "; ".join(f"{text}, in kernels {share:.0%}" for share, text in told))
+        texts.append((one.in_kernels_ms / one.replayed_ms, f"{one.requests} requests: {one.replayed_ms:.2f} ms"))
+    wrong = [f"{text}, in kernels {share:.0%}" for share, text in texts if share < _IN_KERNELS]
+    return _without_exception(rounds, wrong, "; ".join(f"{text}, in kernels {share:.0%}" for share, text in texts))
 
 
 CLAIMS: dict[str, Callable[[list[Record]], Judgement]] = {

@@ -102,8 +102,8 @@ class DeviceRound:
 
     def _verify(self, token_ids: Tensor, positions: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
         """(the target's token behind each row [N], features [N, T*d])"""
-        requests, nobody, owner = self.requests, owners < 0, owners.clamp_min(0)
-        staged_from = torch.where(nobody, 0, NOT_STAGED)
+        requests, is_padding, owner = self.requests, owners < 0, owners.clamp_min(0)
+        staged_from = torch.where(is_padding, 0, NOT_STAGED)
         layout = Layout(token_ids, positions, requests.slots[owner], owner, requests.pages, staged_from)
         output = self.target(fixed_rows(layout, self.cache.shape, self.max_length), self.cache)
         assert output.context_features is not None
@@ -117,7 +117,7 @@ class DeviceRound:
         return tokens, output.context_features
 
     def _store_context(self, features: Tensor, positions: Tensor, owners: Tensor, num_accepted: Tensor) -> None:
-        """Context keys of anchors and accepted drafts; the others' go where block rows are kept, which nobody reads."""
+        """Context keys of anchors and accepted drafts; those of other rows go to the block rows, which are not read."""
         requests, pools, owner = self.requests, self.pools, owners.clamp_min(0)
         committed = (owners >= 0) & (positions <= requests.starts[owner] + num_accepted[owner])
         trash = pools.num_slots * pools.window + torch.arange(self.num_rows, device=owners.device) % (

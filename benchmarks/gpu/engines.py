@@ -44,7 +44,7 @@ def build(
     verification: VerificationMode = "coupled",
     max_num_seqs: int | None = None,
 ) -> Engine:
-    """An engine that verifies every draft, for MAX_REQUESTS at once unless `max_num_seqs` says otherwise."""
+    """An engine that verifies every draft, for `max_num_seqs` or else MAX_REQUESTS requests at once."""
     return build_engine(
         TINY,
         EngineConfig(

@@ -304,7 +304,7 @@ def mhc_write(shapes: Shapes, requests: int, variant: str) -> Floor:
 
 
 def distinct_experts(shapes: Shapes, rows: int) -> float:
-    """Expected number that anybody chose, where every row chooses its own uniformly."""
+    """Expected number of distinct choices, where every row makes its own uniformly."""
     return shapes.experts * (1 - (1 - shapes.experts_per_row / shapes.experts) ** rows)
 
 

@@ -59,8 +59,8 @@ def _tests(records: list[Figures]) -> str:
         (one["test"], one["outcome"], (one["message"].strip().splitlines() or [""])[-1].replace("|", "/"))
         for one in wrong
     ]
-    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    return f"### Kernels against references\n\n{told}.\n\n" + _table(("test", "", "message"), rows)
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    return f"### Kernels against references\n\n{summary}.\n\n" + _table(("test", "", "message"), rows)
 
 
 def _row_bits(records: list[Figures]) -> str:

@@ -238,7 +238,7 @@ def test_without_a_gpu_only_a_dry_run_runs() -> None:
     assert gpu_day.missing(dry_run=False) == ["a CUDA device (--dry-run needs none)"]
 
 
-# --- what figures say ----------------------------------------------------------------------------------------------
+# --- verdicts on claims ----------------------------------------------------------------------------------------------
 
 
 def holds(*records: Record) -> dict[str, bool | None]:

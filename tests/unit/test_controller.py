@@ -38,66 +38,66 @@ def settled(controller: LoadController, sample: LoadSample, seconds: int = 10, s
 
 @pytest.mark.parametrize("name", ["0", "GPU-0"])
 def test_a_saturated_gpu_raises_the_threshold_of_the_replica_on_it(name):
-    boss = controller()
-    boss.on_node(node(SATURATED, replace(GPU, index=1, uuid="GPU-1")), 0.0)
-    decision = settled(boss, on_gpu(name))
+    load_controller = controller()
+    load_controller.on_node(node(SATURATED, replace(GPU, index=1, uuid="GPU-1")), 0.0)
+    decision = settled(load_controller, on_gpu(name))
     assert decision.bounds == Bounds(pytest.approx(0.4))
     assert (decision.saturation.limiting, decision.range_used) == ("tensor", pytest.approx(1.0))
-    other = settled(boss, on_gpu("1", replica="other"))
+    other = settled(load_controller, on_gpu("1", replica="other"))
     assert (other.bounds, other.range_used) == (Bounds(0.0), 0.0)
 
 
 def test_a_mig_instance_is_known_by_its_uuid_and_does_not_stand_for_its_parent():
-    boss = controller()
+    load_controller = controller()
     mig = replace(SATURATED, kind="mig", uuid="MIG-7")
-    boss.on_node(node(replace(GPU, uuid="GPU-0"), mig), 0.0)
-    assert settled(boss, on_gpu("MIG-7")).bounds.confidence_threshold == pytest.approx(0.4)
-    assert settled(boss, on_gpu("0", replica="parent")).bounds.confidence_threshold == 0.0
+    load_controller.on_node(node(replace(GPU, uuid="GPU-0"), mig), 0.0)
+    assert settled(load_controller, on_gpu("MIG-7")).bounds.confidence_threshold == pytest.approx(0.4)
+    assert settled(load_controller, on_gpu("0", replica="parent")).bounds.confidence_threshold == 0.0
 
 
 def test_an_actor_without_a_gpu_counts_with_its_node_cpu():
-    boss = controller()
+    load_controller = controller()
     cpu = DeviceLoad(kind="cpu", index=0, uuid="cpu", name="2 cores", utilization=1.0)
-    boss.on_node(node(cpu), 0.0)
-    assert settled(boss, on_gpu()).saturation.limiting == "cpu"
+    load_controller.on_node(node(cpu), 0.0)
+    assert settled(load_controller, on_gpu()).saturation.limiting == "cpu"
 
 
 def test_a_node_that_is_not_read_any_more_counts_as_unknown():
-    boss = controller(stale_seconds=5.0)
-    boss.on_node(node(SATURATED), 0.0)
-    assert boss.on_sample(on_gpu("0"), 5.0).saturation.value == 1.0
-    assert boss.on_sample(on_gpu("0"), 5.1).saturation.value == 0.0
+    load_controller = controller(stale_seconds=5.0)
+    load_controller.on_node(node(SATURATED), 0.0)
+    assert load_controller.on_sample(on_gpu("0"), 5.0).saturation.value == 1.0
+    assert load_controller.on_sample(on_gpu("0"), 5.1).saturation.value == 0.0
 
 
 def test_a_node_that_left_is_unknown_at_once():
-    boss = controller()
-    boss.on_node(node(SATURATED), 0.0)
-    boss.forget_node("n")
-    assert boss.on_sample(on_gpu("0"), 0.0).saturation.value == 0.0
-    assert boss.view(0.0)["nodes"] == []
+    load_controller = controller()
+    load_controller.on_node(node(SATURATED), 0.0)
+    load_controller.forget_node("n")
+    assert load_controller.on_sample(on_gpu("0"), 0.0).saturation.value == 0.0
+    assert load_controller.view(0.0)["nodes"] == []
 
 
 def test_a_lost_gpu_leaves_the_other_signals_to_decide():
-    boss = controller()
-    boss.on_node(node(replace(SATURATED, state="lost")), 0.0)
-    decision = boss.on_sample(replace(on_gpu("0"), num_waiting=8.0), 0.0)
+    load_controller = controller()
+    load_controller.on_node(node(replace(SATURATED, state="lost")), 0.0)
+    decision = load_controller.on_sample(replace(on_gpu("0"), num_waiting=8.0), 0.0)
     assert (decision.saturation.limiting, decision.saturation.parts) == ("queue", {"queue": 1.0})
 
 
 def test_the_version_rises_with_every_change_and_only_then():
-    boss = controller()
-    first = boss.on_sample(IDLE, 0.0)
+    load_controller = controller()
+    first = load_controller.on_sample(IDLE, 0.0)
     assert (first.version, first.before) == (1, None)
-    assert [boss.on_sample(IDLE, t).version for t in (1.0, 2.0)] == [1, 1]
-    boss.on_node(node(SATURATED), 3.0)
-    moved = boss.on_sample(on_gpu("0"), 3.1)
+    assert [load_controller.on_sample(IDLE, t).version for t in (1.0, 2.0)] == [1, 1]
+    load_controller.on_node(node(SATURATED), 3.0)
+    moved = load_controller.on_sample(on_gpu("0"), 3.1)
     assert (moved.version, moved.before) == (2, Bounds(0.0))
 
 
 def test_a_restarted_controller_goes_on_from_what_replicas_report():
-    boss = controller()
-    boss.on_node(node(replace(GPU, tensor_activity=0.6 * 0.75 + 0.1 * 0.25)), 0.0)
-    decision = boss.on_sample(replace(on_gpu("0"), threshold=0.23, policy_version=41), 0.0)
+    load_controller = controller()
+    load_controller.on_node(node(replace(GPU, tensor_activity=0.6 * 0.75 + 0.1 * 0.25)), 0.0)
+    decision = load_controller.on_sample(replace(on_gpu("0"), threshold=0.23, policy_version=41), 0.0)
     assert decision.bounds.confidence_threshold == pytest.approx(0.23)
     assert decision.version == 42
 
@@ -107,80 +107,80 @@ def test_a_policy_is_valid_for_several_heartbeats():
     assert (decision.heartbeat_seconds, decision.valid_seconds) == (2.0, 8.0)
 
 
-def test_many_replicas_are_asked_to_speak_less_often():
-    boss = controller(max_heartbeats_per_second=10.0)
+def test_with_many_replicas_the_heartbeat_interval_grows():
+    load_controller = controller(max_heartbeats_per_second=10.0)
     for number in range(40):
-        decision = boss.on_sample(replace(IDLE, replica=str(number)), 0.0)
+        decision = load_controller.on_sample(replace(IDLE, replica=str(number)), 0.0)
     assert decision.heartbeat_seconds == 4.0
 
 
 def test_a_silent_replica_is_forgotten_when_its_policy_has_expired():
-    boss = controller(heartbeat_seconds=1.0, valid_heartbeats=5.0)
-    boss.on_sample(IDLE, 0.0)
-    assert boss.forget_silent(5.0) == []
-    assert boss.forget_silent(5.1) == ["r"]
-    assert boss.replicas == []
+    load_controller = controller(heartbeat_seconds=1.0, valid_heartbeats=5.0)
+    load_controller.on_sample(IDLE, 0.0)
+    assert load_controller.forget_silent(5.0) == []
+    assert load_controller.forget_silent(5.1) == ["r"]
+    assert load_controller.replicas == []
 
 
-def test_an_operator_stands_in_for_the_policy_until_time_is_up():
-    boss = controller()
-    boss.override(Bounds(0.9, 2, True), 10.0, now=0.0)
-    assert boss.on_sample(IDLE, 1.0).bounds == Bounds(0.9, 2, True)
-    assert boss.on_sample(IDLE, 10.0).bounds == Bounds(0.0)
+def test_an_override_replaces_the_policy_until_it_expires():
+    load_controller = controller()
+    load_controller.override(Bounds(0.9, 2, True), 10.0, now=0.0)
+    assert load_controller.on_sample(IDLE, 1.0).bounds == Bounds(0.9, 2, True)
+    assert load_controller.on_sample(IDLE, 10.0).bounds == Bounds(0.0)
 
 
-def test_an_operator_can_mean_one_replica_and_the_nearer_word_counts():
-    boss = controller()
-    boss.override(Bounds(0.5), None, now=0.0)
-    boss.override(Bounds(0.9), None, now=0.0, replica="r")
-    assert boss.on_sample(IDLE, 1.0).bounds == Bounds(0.9)
-    assert boss.on_sample(replace(IDLE, replica="other"), 1.0).bounds == Bounds(0.5)
-    boss.end_override("r")
-    assert boss.on_sample(IDLE, 2.0).bounds == Bounds(0.5)
-    boss.end_override()
-    assert boss.on_sample(IDLE, 3.0).bounds == Bounds(0.0)
+def test_an_override_of_one_replica_counts_before_one_of_all():
+    load_controller = controller()
+    load_controller.override(Bounds(0.5), None, now=0.0)
+    load_controller.override(Bounds(0.9), None, now=0.0, replica="r")
+    assert load_controller.on_sample(IDLE, 1.0).bounds == Bounds(0.9)
+    assert load_controller.on_sample(replace(IDLE, replica="other"), 1.0).bounds == Bounds(0.5)
+    load_controller.end_override("r")
+    assert load_controller.on_sample(IDLE, 2.0).bounds == Bounds(0.5)
+    load_controller.end_override()
+    assert load_controller.on_sample(IDLE, 3.0).bounds == Bounds(0.0)
 
 
 def test_no_policy_and_no_operator_lowers_the_configured_threshold():
-    boss = controller(lowest_threshold=0.3)
-    assert boss.on_sample(IDLE, 0.0).bounds == Bounds(0.3)
-    boss.override(Bounds(0.1, 2), None, now=1.0)
-    assert boss.on_sample(IDLE, 1.0).bounds == Bounds(0.3, 2)
-    boss.override(Bounds(0.0, None, True), None, now=2.0)
-    assert boss.on_sample(IDLE, 2.0).bounds == Bounds(0.3, None, True)
-    boss.override(Bounds(0.6), None, now=3.0)
-    assert boss.on_sample(IDLE, 3.0).bounds == Bounds(0.6)
+    load_controller = controller(lowest_threshold=0.3)
+    assert load_controller.on_sample(IDLE, 0.0).bounds == Bounds(0.3)
+    load_controller.override(Bounds(0.1, 2), None, now=1.0)
+    assert load_controller.on_sample(IDLE, 1.0).bounds == Bounds(0.3, 2)
+    load_controller.override(Bounds(0.0, None, True), None, now=2.0)
+    assert load_controller.on_sample(IDLE, 2.0).bounds == Bounds(0.3, None, True)
+    load_controller.override(Bounds(0.6), None, now=3.0)
+    assert load_controller.on_sample(IDLE, 3.0).bounds == Bounds(0.6)
 
 
 def test_above_the_configured_threshold_a_policy_moves_as_it_does_without():
-    boss = controller(lowest_threshold=0.3)
-    boss.on_node(node(SATURATED), 0.0)
-    decision = settled(boss, on_gpu("0"))
+    load_controller = controller(lowest_threshold=0.3)
+    load_controller.on_node(node(SATURATED), 0.0)
+    decision = settled(load_controller, on_gpu("0"))
     assert (decision.bounds, decision.range_used) == (Bounds(pytest.approx(0.4)), pytest.approx(1.0))
 
 
 def test_a_new_configuration_moves_on_from_where_thresholds_are():
-    boss = controller(policy=FixedThreshold(threshold=0.3))
-    boss.on_node(node(SATURATED), 0.0)
-    before = boss.on_sample(on_gpu("0"), 0.0)
-    boss.override(Bounds(0.8), 10.0, now=0.0, replica="other")
-    boss.reconfigure(ControllerConfig(policy=replace(CURVE, slew_per_second=0.02)))
-    decision = boss.on_sample(on_gpu("0"), 1.0)
+    load_controller = controller(policy=FixedThreshold(threshold=0.3))
+    load_controller.on_node(node(SATURATED), 0.0)
+    before = load_controller.on_sample(on_gpu("0"), 0.0)
+    load_controller.override(Bounds(0.8), 10.0, now=0.0, replica="other")
+    load_controller.reconfigure(ControllerConfig(policy=replace(CURVE, slew_per_second=0.02)))
+    decision = load_controller.on_sample(on_gpu("0"), 1.0)
     assert (decision.bounds, decision.version) == (before.bounds, before.version)
-    assert boss.on_sample(on_gpu("0"), 2.0).bounds.confidence_threshold == pytest.approx(0.32)
-    assert boss.on_sample(on_gpu("0", replica="other"), 2.0).bounds == Bounds(0.8)
-    boss.reconfigure(ControllerConfig(policy=CURVE, signals=SignalScale(tensor=None)))
-    assert boss.on_sample(on_gpu("0"), 3.0).saturation.limiting is None
+    assert load_controller.on_sample(on_gpu("0"), 2.0).bounds.confidence_threshold == pytest.approx(0.32)
+    assert load_controller.on_sample(on_gpu("0", replica="other"), 2.0).bounds == Bounds(0.8)
+    load_controller.reconfigure(ControllerConfig(policy=CURVE, signals=SignalScale(tensor=None)))
+    assert load_controller.on_sample(on_gpu("0"), 3.0).saturation.limiting is None
 
 
-def test_while_an_operator_decides_no_threshold_gives_way():
-    boss = controller()
-    boss.on_sample(IDLE, 0.0)
-    boss.override(Bounds(0.9), 10.0, now=0.0)
-    assert boss.on_sample(IDLE, 1.0).range_used is None
-    assert boss.view(1.0)["replicas"][0]["spent"] is None
-    assert boss.view(11.0)["replicas"][0]["overridden"] is False
-    assert boss.on_sample(IDLE, 11.0).range_used == 0.0
+def test_during_an_override_there_is_no_range_used():
+    load_controller = controller()
+    load_controller.on_sample(IDLE, 0.0)
+    load_controller.override(Bounds(0.9), 10.0, now=0.0)
+    assert load_controller.on_sample(IDLE, 1.0).range_used is None
+    assert load_controller.view(1.0)["replicas"][0]["spent"] is None
+    assert load_controller.view(11.0)["replicas"][0]["overridden"] is False
+    assert load_controller.on_sample(IDLE, 11.0).range_used == 0.0
 
 
 def test_devices_matter_to_policies_that_follow_the_load():
@@ -190,21 +190,23 @@ def test_devices_matter_to_policies_that_follow_the_load():
 
 
 def test_the_nodes_of_a_replica_are_known_while_it_is():
-    boss = controller()
-    boss.on_sample(on_gpu("0", node_id="a"), 0.0)
-    boss.on_sample(on_gpu("0", replica="other", node_id="b"), 3.0)
-    assert boss.node_ids == {"a", "b"}
-    boss.forget_silent(6.0)
-    assert boss.node_ids == {"b"}
+    load_controller = controller()
+    load_controller.on_sample(on_gpu("0", node_id="a"), 0.0)
+    load_controller.on_sample(on_gpu("0", replica="other", node_id="b"), 3.0)
+    assert load_controller.node_ids == {"a", "b"}
+    load_controller.forget_silent(6.0)
+    assert load_controller.node_ids == {"b"}
 
 
-def test_a_maximum_length_goes_to_everybody():
+def test_a_draft_limit_goes_to_every_replica():
     assert controller(max_draft_tokens=3).on_sample(IDLE, 0.0).bounds == Bounds(0.0, 3)
 
 
 def test_a_bypass_begins_above_its_limit_and_ends_some_way_below():
-    boss = controller(bypass_above=0.9)
-    raised = [boss.on_sample(replace(IDLE, num_waiting=8.0 * v), t) for t, v in enumerate([0.85, 0.95, 0.85, 0.75])]
+    load_controller = controller(bypass_above=0.9)
+    raised = [
+        load_controller.on_sample(replace(IDLE, num_waiting=8.0 * v), t) for t, v in enumerate([0.85, 0.95, 0.85, 0.75])
+    ]
     assert [decision.bounds.bypass for decision in raised] == [False, True, True, False]
 
 
@@ -214,11 +216,11 @@ def test_a_fixed_threshold_takes_nothing_away():
 
 
 def test_the_view_is_json_and_has_everything():
-    boss = controller()
-    boss.on_node(node(SATURATED), 0.0)
-    boss.on_sample(on_gpu("0"), 1.0)
-    boss.override(Bounds(0.5), None, now=1.0, replica="r")
-    view = json.loads(json.dumps(boss.view(3.0)))
+    load_controller = controller()
+    load_controller.on_node(node(SATURATED), 0.0)
+    load_controller.on_sample(on_gpu("0"), 1.0)
+    load_controller.override(Bounds(0.5), None, now=1.0, replica="r")
+    view = json.loads(json.dumps(load_controller.view(3.0)))
     assert view["nodes"][0]["devices"][0]["tensor_activity"] == 0.9
     assert view["nodes"][0]["age_seconds"] == 3.0
     (replica,) = view["replicas"]

@@ -178,7 +178,7 @@ def test_a_threshold_leaves_more_power_for_the_neighbours(costs: Costs) -> None:
     assert run(small, 5)[-1].clock[0, 0] > before
 
 
-def test_a_dead_node_serves_nobody_and_its_requests_go_on_elsewhere(costs: Costs) -> None:
+def test_a_dead_node_serves_no_request_and_its_requests_continue_elsewhere(costs: Costs) -> None:
     faults = replace(NO_FAULTS, deaths_per_day=1e9, death_seconds=1e9)
     small = world(costs, faults=faults)
     seen = run(small, 60)[-1]
@@ -206,7 +206,7 @@ def test_the_controllers_threshold_cuts_after_an_engines_own_choice(costs: Costs
     assert seen.rows == pytest.approx(seen.running)
 
 
-# What the controller is told
+# Reports to the controller
 
 
 def test_replicas_and_probes_say_what_the_world_saw(costs: Costs) -> None:

@@ -72,7 +72,7 @@ def test_a_packed_key_has_584_bytes() -> None:
     assert FLASH.key_bytes == 584
 
 
-def test_experts_that_nobody_chose_are_not_read() -> None:
+def test_experts_without_rows_are_not_read() -> None:
     assert distinct_experts(FLASH, 1) == pytest.approx(6)
     assert distinct_experts(FLASH, 2) == pytest.approx(12 - 36 / 256)  # a pair is the same with probability 1/256
     assert distinct_experts(FLASH, 1536) == pytest.approx(256)

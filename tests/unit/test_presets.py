@@ -262,7 +262,7 @@ def test_an_unknown_preset_is_named(name):
         assert f"preset={name!r}: expected one of cost, latency, throughput" in str(caught.value)
 
 
-def test_a_preset_of_somebody_else_is_read_as_strictly():
+def test_a_preset_from_elsewhere_is_read_as_strictly():
     with pytest.raises(PolicyError) as caught:
         build(presets.Preset, {"controller": {}, "replica": {}}, "mine")
     assert (

@@ -13,7 +13,7 @@ from autoscale.presets import load_preset
 from autoscale.replicas import Recommendation, ReplicaLoad, ReplicaRule, recommend
 from autoscale.signals import LoadSample
 
-# 8 of 10 slots are meant to be taken; of 20 requests per replica, nobody waits for anything.
+# 8 of 10 slots are the target; from 20 requests per replica on, replicas are added without waiting.
 RULE = ReplicaRule(
     target_occupancy=0.8,
     spend_first=0.7,
@@ -131,7 +131,7 @@ def test_headroom_stays_free():
 
 
 def test_no_replica_goes_for_a_load_that_would_then_wait():
-    """A target above 1 says when replicas are added; a queue that fewer replicas have is one that they keep."""
+    """A target above 1 concerns adding alone; fewer replicas would keep their queue."""
     assert recommended([load(5.1)] * 2, target_occupancy=1.5).replicas == 2
     assert recommended([load(5)] * 2, target_occupancy=1.5).replicas == 1
 
@@ -187,7 +187,7 @@ def test_starting_replicas_are_waited_for():
 
 
 def test_overload_does_not_wait_for_starting_replicas():
-    """One that never starts would block scaling indefinitely."""
+    """A replica that never starts would block scaling indefinitely."""
     assert recommended([load(10, 30, range_used=1.0)], num_replicas=2).replicas == 3
 
 
@@ -208,7 +208,7 @@ def test_a_full_cache_is_as_good_as_full_slots():
 
 
 def test_a_cache_that_was_full_before_a_replica_came_keeps_it():
-    """Two have the requests of one, whose cache was full; slots alone would say that it can go."""
+    """Two replicas have the requests of one whose cache was full; by slots alone, one could be removed."""
     assert recommended([load(2.2)] * 2).replicas == 1
     assert recommended([load(2.2, cache=0.48)] * 2).replicas == 2
 

@@ -68,17 +68,17 @@ def test_a_low_clock_without_a_throttling_event_is_no_signal():
     assert device_parts(replace(GPU, sm_clock_mhz=300.0, clock_events=("gpu_idle",)), SCALE) == {}
 
 
-def test_a_device_that_is_throttled_by_an_unknown_amount_is_believed():
+def test_throttling_by_an_unknown_amount_counts_in_full():
     throttled = replace(GPU, clock_events=("hw_slowdown",), sm_clock_mhz=None)
     assert device_parts(throttled, SCALE) == {"throttle": 1.0}
 
 
 @pytest.mark.parametrize("state", ["lost", "unreadable"])
-def test_nothing_is_concluded_from_a_device_that_does_not_answer(state):
+def test_a_device_that_does_not_answer_has_no_signals(state):
     assert device_parts(replace(GPU, state=state, tensor_activity=1.0), SCALE) == {}
 
 
-def test_a_device_that_says_little_says_nothing_wrong():
+def test_missing_values_are_no_signal():
     bare = DeviceLoad(kind="gpu", index=0, uuid="GPU-0", name="old", utilization=1.0)
     assert device_parts(bare, SCALE) == {}
 
@@ -103,7 +103,7 @@ def test_an_idle_replica_is_at_zero():
         ({"num_waiting": 400.0}, "queue", 1.0),
     ],
 )
-def test_what_an_engine_says_is_scaled(change, signal, value):
+def test_the_signals_of_an_engine_are_scaled(change, signal, value):
     saturation = saturation_of(replace(IDLE, **change), [], SCALE)
     assert saturation.limiting == signal
     assert saturation.value == pytest.approx(value)

@@ -75,7 +75,7 @@ class Replica:
 # Fixed
 
 
-def test_a_fixed_threshold_is_the_same_at_any_load_and_has_nothing_left_to_take() -> None:
+def test_a_fixed_threshold_is_the_same_at_any_load_and_has_no_range() -> None:
     regulator = FixedThreshold(threshold=0.3).regulator(0.0)
     assert follow(regulator, [0.0, 1.0, 0.5]) == [0.3, 0.3, 0.3]
     assert regulator.range_used is None
@@ -108,7 +108,7 @@ def test_the_ends_are_reached_exactly(saturation: float, end: float, range_used:
 def test_an_end_that_an_average_only_approaches_is_reached_too() -> None:
     regulator = CURVE.regulator(0.1)
     follow(regulator, [0.0] * 20)
-    # The smoothed saturation comes to 0.6 from below and is never there.
+    # The smoothed saturation approaches 0.6 from below and never reaches it.
     assert follow(regulator, [0.6] * 200, start=20.0)[-1] == 0.5
 
 
@@ -280,7 +280,7 @@ def test_the_search_never_goes_above_its_bound() -> None:
     assert highest > 0.1
 
 
-def test_an_idle_replica_teaches_nothing() -> None:
+def test_samples_of_an_idle_replica_are_ignored() -> None:
     regulator = GoodputSearch(bound=FREE).regulator(0.2)
     threshold = 0.2
     bases = set()
@@ -290,7 +290,7 @@ def test_an_idle_replica_teaches_nothing() -> None:
     assert bases <= {0.1, 0.2, 0.3}, "the base and its neighbours"
 
 
-def test_samples_at_an_operators_threshold_teach_nothing_about_ours() -> None:
+def test_samples_at_an_operators_threshold_are_ignored() -> None:
     regulator = GoodputSearch(bound=FREE).regulator(0.4)
     thresholds = {regulator.update(sample(0.7), 0.5, float(second)) for second in range(500)}
     assert thresholds == {0.4}
@@ -299,10 +299,10 @@ def test_samples_at_an_operators_threshold_teach_nothing_about_ours() -> None:
 def test_answers_that_take_effect_a_heartbeat_late_do_not_stop_the_search() -> None:
     regulator = GoodputSearch(bound=FREE).regulator(0.0)
     replica = Replica(0.4)
-    told, in_force = 0.0, 0.0
+    sent, in_force = 0.0, 0.0
     for _ in range(4000):
-        told, in_force = replica.run(regulator, 1, in_force)[0], told
-    assert abs(told - 0.4) <= 0.1 + 1e-9
+        sent, in_force = replica.run(regulator, 1, in_force)[0], sent
+    assert abs(sent - 0.4) <= 0.1 + 1e-9
 
 
 # Settings
