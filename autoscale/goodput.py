@@ -35,7 +35,7 @@ _SAME_THRESHOLD = 1e-6
 
 @settings(frozen=True, kw_only=True, config=SETTINGS)
 class GoodputSearch:
-    """Hill climbing on measured goodput, below the threshold of a load curve.
+    """Experimental: hill climbing on measured goodput, below the threshold of a load curve.
 
     Goodput is committed tokens per second of stepping. A base threshold and a neighbour one step away take turns; the
     difference of their log goodputs cancels slow drifts of the load. The base moves only when the gain is significant.
