@@ -1,4 +1,4 @@
-"""Everything fixed for the life of an engine: the model's shape and how the engine runs it.
+"""Configuration that is fixed for the life of an engine: the model's shape, and how the engine runs it.
 
 Letters used throughout the package for shapes:
   N flattened rows (tokens) of a forward     R requests in a step       G gamma, drafted positions per request
@@ -102,7 +102,7 @@ class ModelConfig:
     max_position_embeddings: int = 1048576
     bos_token_id: int = 0
     eos_token_ids: tuple[int, ...] = (1,)
-    """Each of them ends a text."""
+    """Every one of them ends a text."""
     kv_fake_quant: bool = False
     """Round stored keys to FP8 outside their rotary part. A checkpoint with a quantization_config was trained so."""
     dspark: DSparkConfig | None = None
@@ -134,7 +134,7 @@ class ModelConfig:
 
     @property
     def eos_token_id(self) -> int:
-        """The first of those that end a text."""
+        """The first end-of-sequence id."""
         return self.eos_token_ids[0]
 
     def attention_kind(self, layer: int) -> AttentionKind:
@@ -188,7 +188,7 @@ class ModelConfig:
 
 
 def _shown(value: object) -> str:
-    """As in JSON, and not without end."""
+    """A value as JSON, shortened to about 100 characters."""
     text = json.dumps(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -272,8 +272,8 @@ def _rope_head_dim(raw: dict[str, Any]) -> int:
 
 
 def _rounds_keys(raw: dict[str, Any]) -> bool:
-    """The official networks were trained with quantised weights and, in the same way, with rounded keys. Keys that are
-    no whole number of groups cannot be rounded so."""
+    """The official networks were trained with quantised weights and with rounded keys. Keys whose channels are not a
+    whole number of groups cannot be rounded."""
     return bool(raw.get("quantization_config")) and (raw["head_dim"] - _rope_head_dim(raw)) % KEY_GROUP == 0
 
 
@@ -334,9 +334,9 @@ class EngineConfig:
     """How an engine runs a checkpoint, as the user wrote it; `for_model` turns it into a ResolvedConfig."""
 
     max_num_seqs: int = 32
-    """Sequences decoded together; each holds one slot of every ring."""
+    """Most sequences that run together; each holds one slot of every ring."""
     max_num_batched_tokens: int = 512
-    """Rows of one target forward: verified blocks first, prefill chunks fill the rest."""
+    """Most rows of one target forward: verify blocks first, then prefill chunks in the remaining rows."""
     max_model_len: int = 2048
     """Prompt plus generated tokens of one request."""
     num_pages: int | None = None
@@ -344,9 +344,9 @@ class EngineConfig:
     page_size: int = 128
     """Positions per page; a multiple of every compression ratio in the model."""
     max_waiting: int = 256
-    """Requests accepted beyond max_num_seqs; one more is refused."""
+    """Requests accepted beyond max_num_seqs; further ones are refused."""
     gamma: int | None = None
-    """Drafted tokens verified per request and round; None takes the checkpoint's block size. 0 without speculation."""
+    """Most drafted tokens per request and round; None takes the checkpoint's block size."""
     verification: VerificationMode = "coupled"
     """`coupled` keeps a draft where it is the token that the target draws, so that drafts do not change the text;
     `rejection` keeps it with probability min(1, p/q), so that drafts do not change the distribution of texts."""
@@ -355,31 +355,31 @@ class EngineConfig:
     """Of activations, caches and weights that are not kept quantised."""
     device: str = "cpu"
     keep_quantised: bool | None = None
-    """Keep FP8 and FP4 weights as a checkpoint stores them, instead of dequantising them when they are read. They
-    take a half or a quarter of the memory, and a step reads that much less of it. None does so on GPUs alone."""
+    """Keep FP8 and FP4 weights as the checkpoint stores them, in half or a quarter of the memory and of its traffic,
+    instead of dequantising them when they are read. None does so on GPUs only."""
     kv_cache_dtype: CacheDType = "auto"
     """`fp8` rounds keys outside their rotary part and takes little more than half of bfloat16's memory. `auto` is `fp8`
     on GPUs where the checkpoint was trained with rounded keys (`ModelConfig.kv_fake_quant`), else `dtype`."""
     enforce_eager: bool = False
-    """Launch every kernel of a decode step anew, instead of replaying a captured CUDA graph. No effect on a CPU."""
+    """Launch every kernel of a decode step, instead of replaying a CUDA graph. No effect on a CPU."""
     rejection_top_k: int = 64
     """Entries of the truncated draft distribution that `rejection` draws from and sends."""
     schedule: ScheduleKind | None = None
     """How verify lengths are chosen; None takes `full` with coupled and `lagged` with rejection verification."""
     schedule_lag: int = 2
-    """Rounds by which the confidences that set the budget of `lagged` are old."""
+    """Age, in rounds, of the confidences that set the budget of `lagged`."""
     bypass: bool = True
     """Draft for no request while drafting costs more than it brings."""
     confidence_threshold: float = 0.0
-    """Drafted positions whose survival is below this are not verified, whatever the schedule says."""
+    """Drafted positions whose survival is below this are not verified under any schedule."""
     sts_path: str | None = None
-    """Temperatures of the confidences (SGLang's STS JSON); None takes sts.json of the checkpoint, if it is there."""
+    """Temperatures of the confidences (SGLang's STS JSON); None takes sts.json of the checkpoint, if there is one."""
     calibrate_online: bool = True
-    """Refit the temperatures from what drafts come to, where that makes the calibration error smaller."""
+    """Refit the temperatures to the outcomes of drafts where that lowers the calibration error."""
     cost_table: str | None = None
-    """A cost table to use (ours, or either of SGLang's), instead of profiling at start-up."""
+    """A cost table to use instead of profiling at start-up, in this package's format or either of SGLang's."""
     cost_directory: str | None = None
-    """Where profiled cost tables are kept for the next start; None profiles every time."""
+    """Folder in which profiled cost tables are saved for the next start; None profiles at every start."""
 
     def __post_init__(self) -> None:
         positive = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "max_waiting")
@@ -402,10 +402,10 @@ class EngineConfig:
         """
         gamma = model.gamma if self.gamma is None else self.gamma
         if not 0 <= gamma <= model.gamma:
-            # More positions than the drafter was trained with changes every position's output.
+            # With more positions than it was trained with, the drafter's output changes at every position.
             raise ConfigError(f"gamma={gamma}: expected 0..{model.gamma}, the checkpoint's dspark_block_size")
         if not self.speculation:
-            gamma = 0  # no row, page or graph is kept for drafts that never come
+            gamma = 0  # otherwise rows, pages and graphs would be reserved for drafts
         if self.max_model_len > model.max_position_embeddings:
             raise ConfigError(
                 f"max_model_len={self.max_model_len}: the checkpoint allows {model.max_position_embeddings}"
@@ -451,7 +451,7 @@ class ResolvedConfig(EngineConfig):
 
 
 def _check_packed_keys(model: ModelConfig) -> None:
-    """Raise ConfigError where keys cannot be kept in FP8."""
+    """Raise ConfigError where keys cannot be stored in FP8."""
     plain = model.head_dim - model.qk_rope_head_dim
     if plain % KEY_GROUP:
         raise ConfigError(

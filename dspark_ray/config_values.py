@@ -1,4 +1,4 @@
-"""Which values the keys of a checkpoint's `config.json` may have, in both dialects. A missing key is not wrong here."""
+"""Valid values of the keys of a checkpoint's `config.json`, in both dialects. Missing keys are not checked here."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 _MOST = 2**31 - 1
 _LARGEST = 1e30
-"""No network has a larger number; comparing with it finds NaN, infinity and whole numbers that no float can hold."""
+"""Larger than any number of a network; the comparison also rejects NaN, infinity and integers beyond float64."""
 
 
 def wrong_values(raw: Mapping[str, Any]) -> Iterator[tuple[str, object, str]]:
-    """(key, value, what would be right) of every key whose value no network can have."""
+    """(key, value, expectation) of every key with an invalid value."""
     for key, (is_right, expected) in _EXPECTED.items():
         if key in raw and not is_right(raw[key]):
             yield key, raw[key], expected

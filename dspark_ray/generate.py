@@ -22,7 +22,7 @@ from dspark_ray.types import Request, SamplingParams, SpeculationStats, StepReco
 
 @dataclass(frozen=True)
 class Generated:
-    """What `generate_text` saw."""
+    """The statistics of one generated text."""
 
     num_tokens: int
     seconds: float
@@ -76,9 +76,9 @@ def _request(tokenizer: Tokenizer, arguments: argparse.Namespace) -> Request:
 
 
 def _show_profiling(num_done: int, num_sizes: int) -> None:
-    """A line that rewrites itself until it is complete."""
+    """Show the progress in one line, which is overwritten until it is complete."""
     end = "\n" if num_done == num_sizes else ""
-    print(f"\rprofiling what steps cost: {num_done}/{num_sizes}", end=end, file=sys.stderr, flush=True)
+    print(f"\rprofiling step costs: {num_done}/{num_sizes}", end=end, file=sys.stderr, flush=True)
 
 
 def _prompt_ids(tokenizer: Tokenizer, arguments: argparse.Namespace) -> list[int]:
@@ -88,7 +88,7 @@ def _prompt_ids(tokenizer: Tokenizer, arguments: argparse.Namespace) -> list[int
 
 
 def generate_text(engine: Engine, tokenizer: Tokenizer, request: Request, emit: Callable[[str], object]) -> Generated:
-    """Run one request to its end, passing text to `emit` as it comes; ends at a stop string too."""
+    """Run one request to its end or to a stop string, passing text to `emit` as it is generated."""
     text = TextStream(tokenizer, request.sampling.stop)
     engine.add_request(request)
     num_tokens, stats, stopped, started = 0, SpeculationStats(), False, time.perf_counter()

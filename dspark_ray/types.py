@@ -9,8 +9,8 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 BypassReason = Literal["predicted_loss", "policy", "no_room"]
-"""Why a step has no drafts: they would cost more than they bring, the policy forbids them, or every request is about to
-end."""
+"""Why a step has no drafts: they would cost more than they bring, the policy forbids them, or every request is about
+to end."""
 
 
 # Limits of one request. The HTTP schema uses the same names.
@@ -18,35 +18,35 @@ end."""
 MAX_INT64 = 2**63 - 1
 MIN_INT64 = -(2**63)
 MAX_TOKEN_ID = 2**31 - 1
-"""Of any vocabulary; the engine checks ids against the model's own."""
+"""Of any vocabulary; the engine also checks ids against the model's vocabulary."""
 MAX_TEMPERATURE = 100.0
 MAX_TOP_K = 2**31 - 1
 MAX_PENALTY = 2.0
-"""Of presence and frequency penalties, in either direction."""
+"""Largest magnitude of presence and frequency penalties."""
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 10.0
 """A logit is divided by it: much smaller values leave float32."""
 MAX_BIAS = 100.0
-"""Of one token, in either direction."""
+"""Largest magnitude for one token."""
 MAX_LOGIT_BIASES = 300
 """Tokens that one request may bias; OpenAI's limit."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LENGTH = 256
-"""Characters of one stop string: that much text may be held back from a stream."""
+"""Characters of one stop string; as much text may be held back from a stream."""
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
 """Alternatives reported per token."""
 MAX_MAX_TOKENS = 2**31 - 1
-"""Of max_tokens and min_tokens; the model's length ends a text earlier."""
+"""Of max_tokens and min_tokens; max_model_len ends a text earlier."""
 MAX_CHOICES = 128
 """Sequences that one HTTP request may start: prompts times n."""
 MAX_DRAFT_TOKENS = 1024
-"""Of a request's or a policy's own limit; the engine never drafts more than gamma."""
+"""Of a request's or a policy's limit; the engine never drafts more than gamma."""
 MAX_POLICY_SECONDS = 1e9
 MAX_REQUEST_ID_LENGTH = 512
 
 
 class RequestError(ValueError):
-    """A request that can never be served: `param` names the field, the message its value and what would be right."""
+    """A request that can never be served; `param` is the field, the message has its value and the expectation."""
 
     def __init__(self, param: str, message: str) -> None:
         super().__init__(message)
@@ -54,7 +54,7 @@ class RequestError(ValueError):
 
 
 class QueueFullError(RuntimeError):
-    """The engine holds as many waiting requests as it may; the same request can be accepted later."""
+    """The engine holds as many requests as it may; the same request can be accepted later."""
 
 
 def _check(condition: bool, param: str, value: object, expected: str) -> None:
@@ -63,7 +63,7 @@ def _check(condition: bool, param: str, value: object, expected: str) -> None:
 
 
 def _shown(value: object) -> str:
-    """The value as an error message shows it, which is short whatever the value is."""
+    """A value for an error message, shortened to about 100 characters."""
     if isinstance(value, int) and value.bit_length() > 256:
         # Python refuses to write integers of more than 4300 digits.
         return f"<an integer of {value.bit_length()} bits>"
@@ -72,7 +72,7 @@ def _shown(value: object) -> str:
 
 
 def _is_integer(value: object) -> bool:
-    """A bool is an int to Python, and never what a number means here."""
+    """Python's bools are ints, but not valid numbers here."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -86,7 +86,7 @@ def _check_integer(param: str, value: object, lowest: int, highest: int) -> None
 
 
 def _check_number(param: str, value: object, lowest: float, highest: float) -> None:
-    """NaN is in no range."""
+    """NaN is outside every range."""
     in_range = _is_number(value) and lowest <= value <= highest  # type: ignore[operator]
     _check(in_range, param, value, f"a number in [{lowest:g}, {highest:g}]")
 
@@ -101,7 +101,7 @@ def _check_size(param: str, values: SequenceOf[object] | Mapping[int, float], mo
 
 
 def _check_token_ids(param: str, token_ids: Collection[int]) -> None:
-    """In few passes that run in C: a prompt may have a million tokens."""
+    """Checked in a few passes in C, because a prompt may have a million tokens."""
     if not token_ids:
         return
     are_integers = set(map(type, token_ids)) == {int}
@@ -232,14 +232,14 @@ class VerificationPolicy(VerificationLimits):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked for, tokenised. Raises RequestError for ids that no vocabulary has."""
+    """A tokenised request. Raises RequestError for ids that no vocabulary has."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     speculative: VerificationLimits = field(default_factory=VerificationLimits)
     output_token_ids: tuple[int, ...] = ()
-    """Tokens another engine already produced for this request: generation goes on behind them."""
+    """Tokens that another engine already generated for this request; generation continues behind them."""
 
     def __post_init__(self) -> None:
         _check(isinstance(self.request_id, str), "request_id", self.request_id, "a string")
@@ -261,43 +261,43 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class SpeculationStats:
-    """What speculation did for one request. Drafted, admitted and accepted are three different numbers."""
+    """Totals of speculation for one request: drafted, admitted to verification, and accepted."""
 
     num_rounds: int = 0
     """Target forwards that decoded this request."""
     num_drafted: int = 0
     num_admitted: int = 0
-    """Drafted tokens that the target saw."""
+    """Drafted tokens that were verified."""
     num_accepted: int = 0
     accepted_histogram: tuple[int, ...] = ()
-    """Entry m counts rounds in which m drafts stood."""
+    """Entry m counts rounds in which m drafts were accepted."""
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens committed per round, the target's own token included."""
+        """Tokens committed per round, including the target's own token."""
         return 1 + self.num_accepted / self.num_rounds if self.num_rounds else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceOutput:
-    """What one step brought one request."""
+    """The result of one step for one request."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One per token where the request asks for them."""
+    """One per token, if requested."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The id that ended the text (end of sequence or a stop id); it is the last of token_ids."""
     stats: SpeculationStats | None = None
     """Totals of the request so far."""
     error: str | None = None
-    """With finish reason "error": what a client may know of it."""
+    """With finish reason "error": a message for the client."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one step decided, what it expected of that, and what came of it. All times are seconds."""
+    """The decisions of one step, the expectations and the results. All times are seconds."""
 
     step: int
     """Since the start of the engine."""
@@ -307,44 +307,44 @@ class StepRecord:
     """Requests that decoded one round."""
     num_prefill_rows: int
     bypass: BypassReason | None
-    """Why there were no drafts; None where there were some, or where no request asks for any."""
+    """Why no request was drafted; None where some were, or where no request speculates."""
     lengths: tuple[int, ...] = ()
-    """Drafts verified of each drafted request."""
+    """Verified drafts of each drafted request."""
     accepted: tuple[int, ...] = ()
     """Accepted drafts of each drafted request."""
     expected: float = 0.0
-    """Drafts that were expected to be accepted: the summed survival of the verified ones."""
+    """Drafts expected to be accepted: the summed survival of the verified ones."""
     gamma: int = 0
-    """Positions drafted of each drafted request."""
+    """Drafted positions of each drafted request."""
     predicted_draft_seconds: float = 0.0
     measured_draft_seconds: float = 0.0
     predicted_target_seconds: float = 0.0
-    """Of everything in the step but the draft: forward, sampling and loop."""
+    """Of everything in the step except the draft: forward, sampling and loop."""
     measured_target_seconds: float = 0.0
     schedule_seconds: float = 0.0
-    """Deciding who is drafted and how much is verified, and learning from the step before. Most of it is a part of the
-    target's time."""
+    """Deciding whether to draft and how much to verify, and learning from the step before; mostly part of the target's
+    seconds."""
     confidence_threshold: float = 0.0
     """The policy's."""
     policy_version: int = 0
     cost_drift: float = 1.0
     """Measured over profiled seconds of the target, smoothed."""
     calibration_error: tuple[float | None, ...] = ()
-    """Running expected calibration error of the survival, by position; None before there is enough to tell."""
+    """Expected calibration error of recent survival, by position; None with too few outcomes."""
     num_nonfinite_drafts: int = 0
-    """Requests whose draft held a confidence, a distribution or a token that is not finite; from there on it was not
-    verified."""
+    """Requests whose draft had a token outside the vocabulary, or a confidence or distribution that is not finite; it
+    was verified only up to there."""
     num_nonfinite_logits: int = 0
     """Sequences that ended because the target's logits were not finite."""
 
     @property
     def num_drafted(self) -> int:
-        """Requests that had a draft."""
+        """Requests with a draft."""
         return len(self.lengths)
 
     @property
     def budget(self) -> int:
-        """Drafted tokens verified, all requests."""
+        """Verified drafts of all requests."""
         return sum(self.lengths)
 
     @property
@@ -354,14 +354,14 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """Everything that leaves the step loop."""
+    """The output of the step loop for one step."""
 
     sequences: tuple[SequenceOutput, ...] = ()
     record: StepRecord | None = None
-    """None where nothing ran."""
+    """None if nothing ran."""
     num_running: int = 0
     num_waiting: int = 0
     cache_usage: float = 0.0
     """Share of cache pages in use."""
     num_preemptions: int = 0
-    """Since the start."""
+    """Since the start of the engine."""

@@ -15,7 +15,7 @@ TokenIds = tuple[int, ...]
 def serve(
     engine: Engine, prompts: Sequence[TokenIds], samplings: Sequence[SamplingParams], progress: Progress | None = None
 ) -> None:
-    """Run every prompt with every sampling to its end, each request with a seed of its own."""
+    """Run every prompt with every sampling to its end; every request has its own seed."""
     total, done = len(samplings) * len(prompts), 0
     for number in range(total):
         sampling = samplings[number // len(prompts)]

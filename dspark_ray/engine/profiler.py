@@ -1,7 +1,7 @@
-"""Measuring what steps cost, on the engine that will run them.
+"""Measuring the cost of steps on an engine like the one that will serve.
 
-Sequences of random tokens are put into the engine as if they had been computed up to some length, and whole steps are
-timed: forward, sampling, loop and messages are all in them, on every rank, with the drafter wherever it is.
+Sequences of random tokens are put into the engine as if they had been computed up to some length. Whole steps are
+timed, with forward, sampling, loop and messages, on every rank and with the drafter in its place.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from dspark_ray.types import Request, SamplingParams, VerificationLimits
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""(steps sizes done, sizes in all)"""
+"""Called with the number of measured sizes and the number of all sizes."""
 
 _MIN_PASSES, _MIN_MEASUREMENTS = 3, 60
-"""Engines with few sizes are measured more often: it costs little, and single steps are noisy."""
+"""Engines with few sizes are measured more often, because single steps are noisy."""
 _STEPS_PER_PASS = 2
 _STEPS_PER_SIZE = 1 + _STEPS_PER_PASS
-"""The first makes the first drafts and is not timed."""
+"""The first step requests the first drafts and is not timed."""
 _SHORT_CONTEXT = 16
 _KEY_PACKAGES = ("torch", "triton", "numpy")
 
 
 @dataclass(frozen=True)
 class _Size:
-    """One kind of step: so many requests of such a length, each with so many drafts verified."""
+    """One size of a step: the number of requests, their length, and the verified drafts of each."""
 
     num_requests: int
     num_drafts: int | None
-    """None drafts for nobody."""
+    """None: nothing is drafted."""
     context: int
 
 
 def profile(engine: Engine, progress: Progress | None = None) -> CostTable:
     """Median seconds by rows and by drafted requests, at a short and at a long context; the engine must be idle.
 
-    Every pass goes through all sizes, so that a disturbance of the machine does not meet one size only. Rows that
-    several kinds of step have in common count once, with their median.
+    Every pass goes through all sizes, so that a disturbance of the machine does not affect a single size only. Row
+    counts that several sizes share are measured together.
     """
     assert not engine.has_unfinished(), "profiling needs the engine for itself"
     targets: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -80,7 +80,7 @@ def profile(engine: Engine, progress: Progress | None = None) -> CostTable:
 
 
 def _run_as(rows: int, graph_sizes: tuple[int, ...]) -> int:
-    """The rows that a step of `rows` really has, where it is filled up to a recorded size."""
+    """The number of rows after padding to the size of a recorded graph."""
     return next((size for size in graph_sizes if size >= rows), rows)
 
 
@@ -91,9 +91,9 @@ def _curve(seconds: dict[int, list[float]], padded_to: int = 0) -> Curve:
 
 
 def _rising(values: list[float]) -> list[float]:
-    """The nearest values that never fall: where measurements do, neighbours share their mean.
+    """Isotonic regression by pooling: where values fall, neighbours share their mean.
 
-    A running maximum would let one disturbed size lift everything behind it.
+    A running maximum would let one disturbed size raise all larger ones.
     """
     groups: list[list[float]] = []
     for value in values:
@@ -111,7 +111,7 @@ def _sizes(engine: Engine) -> Iterator[_Size]:
     short = min(_SHORT_CONTEXT, config.max_model_len // 4)
     long = config.max_model_len // 2
     drafts = [None, *(sorted({1, (gamma + 1) // 2, gamma}) if gamma else [])]
-    # Sequences need pages; what does not fit is not measured, and will not be run either.
+    # Sizes for which the cache has too few pages are not measured; they cannot occur either.
     for num_requests in (number for number in requests if _fits(engine, number, short)):
         for num_drafts in drafts:
             yield _Size(num_requests, num_drafts, short)
@@ -122,7 +122,7 @@ def _sizes(engine: Engine) -> Iterator[_Size]:
 
 
 def _fits(engine: Engine, num_requests: int, context: int) -> bool:
-    """Whether the cache has pages for so many sequences, to the end of their timed steps."""
+    """Whether the cache has pages for `num_requests` sequences until the end of their timed steps."""
     num_positions = context + 1 + _STEPS_PER_SIZE * (1 + engine.gamma) + engine.gamma
     num_positions = min(num_positions, engine.config.max_model_len)
     pool = engine.scheduler.pool
@@ -130,7 +130,7 @@ def _fits(engine: Engine, num_requests: int, context: int) -> bool:
 
 
 def _timings(engine: Engine, size: _Size) -> list[StepTiming]:
-    """Timings of a few steps of one size."""
+    """Timings of the steps of one size."""
     generator, timings = random.Random(0), []
     sequences = [_sequence(engine, number, size, generator) for number in range(size.num_requests)]
     for sequence in sequences:
@@ -158,15 +158,16 @@ def _sequence(engine: Engine, number: int, size: _Size, generator: random.Random
     return engine.sequence_of(request)
 
 
-# Keeping a table for the next start.
+# Cost tables on disk.
 
 
 def load_or_profile(
     engine: Engine, checkpoint: Path, gang: dict[str, Any], progress: Progress | None = None
 ) -> CostTable:
-    """The table that the config names, or the one kept under this deployment's key, or a new one, which is kept.
+    """The table named by the config, or the one saved for the same deployment, or a new one, which is saved.
 
-    `gang` says what else steps depend on: ranks, threads, where the drafter is. Raises ConfigError for a bad file.
+    `gang` has what else the cost of steps depends on: ranks and the drafter's placement. Raises ConfigError where the
+    config names a bad file.
     """
     config = engine.config
     if config.cost_table is not None:
@@ -175,21 +176,21 @@ def load_or_profile(
         return profile(engine, progress)
     key = deployment_key(engine.model_config, config, checkpoint, gang)
     path = Path(config.cost_directory) / f"cost-{_digest(key)}.json"
-    kept = _kept(path)
-    if kept is not None and kept.key == key:
-        return kept
+    saved = _saved(path)
+    if saved is not None and saved.key == key:
+        return saved
     table = replace(profile(engine, progress), key=key)
     try:
         table.save(path)
     except OSError as error:
-        logger.warning("the cost table is not kept for the next start: %s", error)
+        logger.warning("the cost table cannot be saved for the next start: %s", error)
     return table
 
 
 def deployment_key(
     model: ModelConfig, config: ResolvedConfig, checkpoint: Path, gang: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything that changes what a step costs."""
+    """Everything that the cost of a step depends on."""
     engine = {
         name: getattr(config, name)
         for name in (
@@ -214,8 +215,8 @@ def deployment_key(
     }
 
 
-def _kept(path: Path) -> CostTable | None:
-    """A file that cannot be read is no reason not to start: it is measured again and replaced."""
+def _saved(path: Path) -> CostTable | None:
+    """None for a file that cannot be read: costs are measured again, and the file is replaced."""
     try:
         return CostTable.load(path)
     except (ConfigError, OSError):

@@ -1,4 +1,4 @@
-"""Step records for people: as JSON, and as a table that explains what each step decided and what came of it."""
+"""Step records as JSON, and as a table of what each step decided and what resulted."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _HEADINGS = (
     "bypass",
 )
 _NUM_TEXT_COLUMNS = 2
-"""The last columns hold words and stand on the left; numbers stand on the right."""
+"""The last columns hold text and are aligned left; the others hold numbers and are aligned right."""
 
 
 def to_json(record: StepRecord) -> dict[str, Any]:
-    """Every field, and the sums that the record offers."""
+    """All fields and the derived sums."""
     sums = {"num_drafted": record.num_drafted, "budget": record.budget, "num_accepted": record.num_accepted}
     return {**asdict(record), **sums}
 
 
 def from_json(raw: Mapping[str, Any]) -> StepRecord:
-    """What `to_json` wrote; keys that are no fields are left out. Raises TypeError for anything else."""
+    """The inverse of `to_json`; unknown keys are ignored. Raises TypeError for a missing field."""
     known = {field.name for field in fields(StepRecord)} & raw.keys()
     values: dict[str, Any] = {name: tuple(raw[name]) if isinstance(raw[name], list) else raw[name] for name in known}
     return StepRecord(**values)
 
 
 def explain(records: Sequence[StepRecord]) -> str:
-    """An aligned table of one line per step, and what the steps came to together.
+    """An aligned table of one line per step, and the totals.
 
     Milliseconds are predicted/measured; lengths read `5x3 0x1`: five drafts verified of three requests, none of one.
     """
@@ -112,6 +112,6 @@ def _time_summary(records: Sequence[StepRecord]) -> str:
     )
 
 
-def _ratio(came: float, expected: float) -> str:
-    """How much of what was expected came; nothing where nothing was."""
-    return f" ({came / expected:.2f} of that)" if expected > 0 else ""
+def _ratio(actual: float, expected: float) -> str:
+    """`actual` as a share of `expected`; empty where nothing was expected."""
+    return f" ({actual / expected:.2f} of that)" if expected > 0 else ""

@@ -19,16 +19,16 @@ from dspark_ray.speculative.prefix_schedule import PLACES
 
 @dataclass(frozen=True)
 class Work:
-    """What one sequence does in a step: run committed tokens and drafts, and perhaps sample behind them."""
+    """The work of one sequence in a step: committed tokens and drafts to run, and rows to sample."""
 
     sequence: Sequence
     segment: Segment
     """The committed tokens that run, then the drafts."""
     drafts: tuple[int, ...] = ()
     rows: tuple[RowContext, ...] = ()
-    """Of the tokens that are sampled: behind the last committed token, then behind each draft; or none."""
+    """Sampled rows: that of the last committed token, then that of each draft; empty where nothing is sampled."""
     is_round: bool = False
-    """Whether the sequence decodes, rather than being computed up to its last token."""
+    """Whether the sequence decodes; otherwise it prefills."""
     proposal_row: int | None = None
     num_drafted: int = 0
 
@@ -48,7 +48,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Drafted:
-    """A proposal, the sequences it is for, and how much of it is verified."""
+    """A proposal, its sequences, and how many drafts of each are verified."""
 
     proposal: DraftProposal
     sequences: list[Sequence]
@@ -56,7 +56,7 @@ class Drafted:
     usable: np.ndarray
     """[R] positions before the first that is not usable, by row of the proposal"""
     lengths: dict[Sequence, int] = field(default_factory=dict)
-    """Drafts to verify, of those that still decode, in the order of their rows."""
+    """Drafts to verify of each sequence that still decodes, in the order of their rows."""
 
     @staticmethod
     def of(proposal: DraftProposal, sequences: list[Sequence], vocab_size: int) -> Drafted:
@@ -68,7 +68,7 @@ class Drafted:
 
     @property
     def depth(self) -> int:
-        """Positions drafted of each."""
+        """Drafted positions per sequence."""
         return self.proposal.tokens.shape[1]
 
     @property
@@ -87,14 +87,14 @@ class Drafted:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Drafts of a sequence that stood, and those of them that belong to its text."""
+    """Accepted drafts of a sequence, and how many of them became part of its text."""
 
     num_accepted: int = 0
     num_committed: int = 0
 
 
 def batch_of(plan: StepPlan) -> Batch:
-    """The step `plan`, as the planner sees it."""
+    """The composition of the step `plan`."""
     finishing = sum(chunk.num_tokens == chunk.sequence.num_missing for chunk in plan.prefill)
     return Batch(
         num_decoding=len(plan.decoding),
@@ -105,18 +105,18 @@ def batch_of(plan: StepPlan) -> Batch:
 
 
 def mean_length(sequences: SequenceOf[Sequence]) -> float:
-    """Tokens per sequence, 0 of none."""
+    """Mean number of tokens per sequence, 0 without sequences."""
     return sum(sequence.length for sequence in sequences) / max(1, len(sequences))
 
 
 def thresholds_of(sequences: SequenceOf[Sequence]) -> np.ndarray | None:
-    """[R], None where no request asks for any."""
+    """[R] confidence thresholds; None where all are 0."""
     thresholds = [sequence.request.speculative.confidence_threshold for sequence in sequences]
     return np.array(thresholds) if any(thresholds) else None
 
 
 def slots_of(sequences: SequenceOf[Sequence]) -> np.ndarray:
-    """[R] of sequences that hold one."""
+    """[R] slots of sequences that hold one."""
     return np.array([sequence.slot for sequence in sequences], dtype=np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Who runs in a step: continuous batching with chunked prefill, and preemption when the cache is full."""
+"""Continuous batching with chunked prefill, and preemption when the cache is full."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class PrefillChunk:
 
     @property
     def slot(self) -> int:
-        assert self.sequence.slot is not None, "a sequence of a plan holds a slot"
+        assert self.sequence.slot is not None, "every sequence of a plan holds a slot"
         return self.sequence.slot
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Who decodes and who prefills; every decoding sequence has room for gamma drafts."""
+    """The sequences that decode, each with room for gamma drafts, and the prefill chunks of a step."""
 
     decoding: tuple[Sequence, ...]
     prefill: tuple[PrefillChunk, ...]
@@ -53,10 +53,10 @@ class Scheduler:
         return request_id in self._by_id
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises QueueFullError when max_num_seqs + max_waiting have not ended yet.
+        """Queue a sequence; raises QueueFullError when max_num_seqs + max_waiting requests are unfinished.
 
-        Running ones count too: nothing is admitted before the next step, so a burst on an idle engine has to pass
-        through the queue. A request that another engine began was accepted there and is never refused here.
+        Running ones count too: nothing is admitted before the next step, so a burst on an idle engine passes through
+        the queue. A request that continues from another engine was accepted there and is never refused.
         """
         limit = self.config.max_num_seqs + self.config.max_waiting
         if len(self._by_id) >= limit and not sequence.request.output_token_ids:
@@ -68,8 +68,10 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def add_computed(self, sequence: Sequence) -> None:
-        """Let a sequence decode at once, as if all but its last token had been computed: what is in the cache is
-        whatever was there. For timing steps of a given size; raises QueueFullError when there is no room."""
+        """Let a sequence decode at once, as if all but its last token had been computed.
+
+        For the profiler: the cache content is arbitrary. Raises QueueFullError when there is no room.
+        """
         num_positions = min(sequence.length + self.gamma, self.config.max_model_len)
         if not self._free_slots or not self.pool.can_grow([], num_positions):
             raise QueueFullError(f"{len(self.running)} sequences run, and there is no room for one more")
@@ -80,7 +82,7 @@ class Scheduler:
         self.running.append(sequence)
 
     def remove(self, request_id: str) -> Sequence | None:
-        """Forget a sequence and free what it holds; None when it is not here."""
+        """Remove a sequence and free its slot and pages; None for an unknown id."""
         sequence = self._by_id.pop(request_id, None)
         if sequence is None:
             return None
@@ -91,19 +93,19 @@ class Scheduler:
         return sequence
 
     def plan(self) -> StepPlan:
-        """Decoding sequences first, prefill chunks into the rows that are left."""
+        """Plan decoding sequences first, then prefill chunks in the remaining rows."""
         decoding = self._plan_decoding()
         rows_left = self.config.max_num_batched_tokens - len(decoding) * (1 + self.gamma)
         prefill = self._plan_prefill(rows_left)
-        # An older sequence that prefills may have preempted a younger one planned before it, which then holds no slot,
-        # or a slot anew and nothing computed.
+        # A prefilling sequence may have preempted a younger one that was planned before it. That one holds no slot, or
+        # was admitted again with nothing computed.
         return StepPlan(
             tuple(sequence for sequence in decoding if sequence.is_decoding),
             tuple(chunk for chunk in prefill if chunk.sequence.slot is not None),
         )
 
     def check_idle(self) -> None:
-        """Books must balance when nothing runs."""
+        """Assert that nothing is held when no sequence is left."""
         assert not self.running and not self.waiting and not self._by_id, "sequences left behind"
         assert self.pool.num_free == self.pool.num_pages, "pages left behind"
         assert len(self._free_slots) == self.config.max_num_seqs, "slots left behind"
@@ -111,7 +113,7 @@ class Scheduler:
     def _plan_decoding(self) -> list[Sequence]:
         planned = []
         for sequence in [s for s in self.running if s.is_decoding]:
-            # Victims are always younger than the sequence, or the sequence itself.
+            # Preempted sequences are younger than this one, or this one itself.
             if sequence.slot is not None and self._make_room(sequence, sequence.length + self.gamma):
                 planned.append(sequence)
         return planned
@@ -136,7 +138,7 @@ class Scheduler:
     def _can_admit(self) -> bool:
         if not self.waiting or not self._free_slots:
             return False
-        # Room for the whole text so far and the first block, or it would be preempted before it decodes.
+        # Room for the whole text so far and gamma drafts, or the sequence would be preempted before it decodes.
         return self.pool.can_grow([], min(self.waiting[0].length + self.gamma, self.config.max_model_len))
 
     def _admit(self) -> Sequence:
@@ -146,7 +148,7 @@ class Scheduler:
         return sequence
 
     def _make_room(self, sequence: Sequence, num_positions: int) -> bool:
-        """Grow the sequence's pages, preempting the youngest for it; False when it had to go itself."""
+        """Grow the sequence's pages, preempting the youngest sequences for it; False when it was preempted itself."""
         num_positions = min(num_positions, self.config.max_model_len)
         while not self.pool.can_grow(sequence.pages, num_positions):
             victim = self.running[-1]
@@ -157,7 +159,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the front of the queue; its tokens stay and are computed again."""
+        """Move a sequence to the front of the queue; it keeps its tokens, which are computed again."""
         self._release(sequence)
         sequence.num_computed = 0
         self.waiting.appendleft(sequence)

@@ -10,7 +10,7 @@ from dspark_ray.types import FinishReason, Request, SpeculationStats
 
 @dataclass
 class StatsCounter:
-    """Counts that become SpeculationStats when the request ends."""
+    """Running totals of one request, from which SpeculationStats are made."""
 
     num_rounds: int = 0
     num_drafted: int = 0
@@ -34,12 +34,12 @@ class StatsCounter:
 
 
 class Sequence:
-    """Tokens committed so far, and how many of them the target's cache holds.
+    """A request with its committed tokens, and how many of them the target's cache holds.
 
         tokens    [ prompt ........ | outputs ........ anchor ]
                   [ 0 ..... num_computed - 1 ][ not in the cache yet ]
 
-    Decoding means that exactly the anchor is missing.
+    A sequence decodes when only its anchor is not in the cache.
     """
 
     def __init__(self, request: Request, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
@@ -48,7 +48,7 @@ class Sequence:
         self.request = request
         eos = () if params.ignore_eos else eos_token_ids
         self.stop_ids = frozenset((*eos, *params.stop_token_ids))
-        """Ids that end the text, once it has min_tokens."""
+        """Ids that end the text once it has min_tokens."""
         self.sampling = RequestSampling(params, request.prompt_token_ids, self.stop_ids, vocab_size)
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_prompt = len(request.prompt_token_ids)
@@ -77,7 +77,7 @@ class Sequence:
 
     @property
     def num_missing(self) -> int:
-        """Committed tokens that the cache does not hold."""
+        """Committed tokens that are not in the cache."""
         return len(self.tokens) - self.num_computed
 
     @property

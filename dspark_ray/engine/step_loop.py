@@ -2,7 +2,7 @@
 
 drafter --DraftProposal--> schedule --VerifyPlan--> target --samples--> verification --Acceptance--> commit
    ^                                                                                                   |
-   +-- context features the drafter lacks, next anchors <----- select who is drafted next <------------+
+   +-- context features the drafter lacks, next anchors <----- whether to draft next <-----------------+
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Engine:
         planner: Planner | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Without a planner, one that knows no costs is made."""
+        """The default planner knows no costs: it drafts always and verifies all drafts."""
         self.config, self.model_config, self.gamma = config, model_config, config.gamma
         self.scheduler = Scheduler(config)
         self.last_step_timing = StepTiming()
@@ -73,24 +73,24 @@ class Engine:
         self._num_known = np.zeros(config.max_num_seqs, dtype=np.int64)
         """Number of positions whose context features the drafter has, by slot."""
         self._drafting: list[Sequence] | None = None
-        """Sequences of the request that is open at the drafter."""
+        """Sequences of the draft request that is open; None where none is."""
         self._bypass: BypassReason | None = None
-        """Why none is open, where one could be."""
+        """Why no draft request is open, where one could be."""
         self._watch = Stopwatch(clock)
         self._learning_seconds = 0.0
-        """Of the step before; a step's own is not over when its record is made."""
+        """Spent on learning in the step before; the record of a step is made before its own are known."""
         self._ended: list[SequenceOutput] = []
-        """Last outputs of sequences that ended outside a round, or by an error, since the last step."""
+        """Last outputs of sequences that were aborted or ended by an error since the last step."""
         self._num_nonfinite_logits = 0
-        """Sequences that the current step ended for their logits."""
+        """Sequences that the current step ended because their logits were not finite."""
 
-    # Requests come and go.
+    # Requests.
 
     def add_request(self, request: Request) -> None:
-        """Accept a request. Raises RequestError for what can never be served, QueueFullError for now.
+        """Accept a request. Raises RequestError if it can never be served, QueueFullError if it cannot be served now.
 
-        Whatever a request alone decides is computed here: an exception of any kind concerns this request and leaves
-        the engine as it was.
+        Everything that depends on the request alone is computed here, so that an exception of any kind concerns this
+        request and leaves the engine as it was.
         """
         self._check(request)
         sequence = self.sequence_of(request)
@@ -98,27 +98,27 @@ class Engine:
         self.scheduler.add(sequence)
 
     def sequence_of(self, request: Request) -> Sequence:
-        """What `add_request` queues. Raises ValueError for token ids outside the vocabulary."""
+        """The sequence that `add_request` queues. Raises ValueError for token ids outside the vocabulary."""
         return Sequence(request, self.model_config.eos_token_ids, self.model_config.vocab_size)
 
     def abort(self, request_id: str) -> None:
-        """End a request; the next step reports it. Unknown ids have ended already."""
+        """End a request; the next step reports it. Unknown ids are ignored: they have ended already."""
         sequence = self.scheduler.remove(request_id)
         if sequence is not None:
             self._ended.append(_last_output(sequence, "abort"))
 
     def apply_policy(self, policy: VerificationPolicy) -> None:
-        """Let `policy` bound what is verified, from the next step on and until it expires."""
+        """Limit drafts and verification by `policy`, from the next step until it expires."""
         self.planner.apply(policy, self._clock())
 
     @property
     def can_draft(self) -> bool:
-        """Whether there is a drafter, and drafts to make with it."""
+        """Whether there is a drafter and gamma is above 0."""
         return self._drafter is not None
 
     @property
     def graph_sizes(self) -> tuple[int, ...]:
-        """Rows to which the target's decode steps are filled up; empty where none are."""
+        """Row counts to which the target's decode steps are padded; empty without CUDA graphs."""
         return self._target.graph_sizes
 
     def has_unfinished(self) -> bool:
@@ -126,7 +126,7 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting or self._ended)
 
     def start(self) -> None:
-        """Call once, when requests may come: from now on followers and drafter take long silence for death."""
+        """Call once, before the first request: from now on followers and drafter treat long silence as death."""
         self._target.start()
         if self._drafter is not None:
             self._drafter.start()
@@ -138,7 +138,7 @@ class Engine:
         self._target.close()
 
     def keep_alive(self) -> None:
-        """Call every few seconds while idle, so that waiting ranks do not take silence for death."""
+        """Call every few seconds while idle, so that waiting ranks do not treat the silence as death."""
         self._target.keep_alive()
         if self._drafter is not None:
             self._drafter.keep_alive()
@@ -146,7 +146,7 @@ class Engine:
     # The round.
 
     def step(self) -> StepOutput:
-        """Run one round for everybody that can run.
+        """Run one step: a round of every decoding sequence, and prefill chunks.
 
         An exception that concerns one sequence ends that sequence, with finish reason "error"; any other is raised.
         """
@@ -177,7 +177,7 @@ class Engine:
         return self._output(outputs, record)
 
     def _plan(self) -> StepPlan:
-        """What the scheduler lets run; the planner forgets the requests that had the slots of new ones."""
+        """The scheduler's plan; tell the planner which slots have new sequences."""
         plan = self.scheduler.plan()
         for chunk in plan.prefill:
             if chunk.sequence.num_computed == 0:
@@ -185,14 +185,14 @@ class Engine:
         return plan
 
     def _collect_drafts(self) -> Drafted | None:
-        """The proposal asked for at the end of the step before."""
+        """The proposal that was requested at the end of the step before."""
         if self._drafting is None or self._drafter is None:
             return None
         drafting, self._drafting = self._drafting, None
         return Drafted.of(self._drafter.collect(), drafting, self.model_config.vocab_size)
 
     def _plan_lengths(self, plan: StepPlan, drafted: Drafted | None, batch: Batch) -> Drafted | None:
-        """How many drafts of each sequence to verify; those that left since they were drafted have no length."""
+        """How many drafts of each sequence to verify; sequences that ended since they were drafted have no length."""
         if drafted is None:
             return None
         decoding = set(plan.decoding)
@@ -203,7 +203,7 @@ class Engine:
         rows = DraftedRows(
             slots=slots_of(live),
             confidences=drafted.proposal.confidences[at],
-            limits=np.minimum(drafted.usable[at], [self._max_length(sequence) for sequence in live]),
+            limits=np.minimum(drafted.usable[at], [self._draft_limit(sequence) for sequence in live]),
             thresholds=thresholds_of(live),
         )
         with self._watch.times("schedule"):
@@ -258,7 +258,7 @@ class Engine:
         return Work(sequence, _segment(sequence, chunk.num_tokens), rows=rows)
 
     def _row_contexts(self, sequence: Sequence, drafts: tuple[int, ...]) -> tuple[RowContext, ...]:
-        """One per sampled row: the last committed token's, then one behind each draft."""
+        """One per sampled row: that of the last committed token, then that of each draft."""
         params = sequence.request.sampling
         outputs = (*sequence.output_token_ids, *drafts) if params.has_penalties else ()
         num_outputs = sequence.num_outputs
@@ -290,7 +290,10 @@ class Engine:
     def _commit(
         self, works: list[Work], drafted: Drafted | None, result: ForwardResult
     ) -> tuple[list[SequenceOutput], dict[Sequence, Outcome]]:
-        """Accept, append, finish, keep context features of committed tokens; (outputs, outcome of each block)."""
+        """Accept drafts, append tokens, finish sequences, and keep the context features of committed tokens.
+
+        Returns the outputs and the outcomes of all sequences that sampled.
+        """
         sampling = [work for work in works if work.samples]
         blocks = [VerifiedBlock(work.drafts, self._draft_source(work, drafted)) for work in sampling]
         acceptances = iter(self._verification.verify(blocks, result.samples))
@@ -324,8 +327,8 @@ class Engine:
         bypass: BypassReason | None,
         timing: StepTiming,
     ) -> StepRecord:
-        """Tell the planner what became of the step."""
-        # A sequence that an error ended had nothing accepted.
+        """Give the planner the result of the step."""
+        # A sequence that ended by an error counts as having no accepted drafts.
         rounds = [outcomes.get(sequence, Outcome()) for sequence in drafted.lengths] if drafted else []
         num_nonfinite_logits, self._num_nonfinite_logits = self._num_nonfinite_logits, 0
         return self.planner.learn(
@@ -345,9 +348,9 @@ class Engine:
         )
 
     def _append(self, work: Work, acceptance: Acceptance, samples: Samples) -> SequenceOutput:
-        """Commit the accepted drafts and the next anchor, up to where the request ends.
+        """Commit the accepted drafts and the next anchor, up to the end of the request.
 
-        `samples` are those of the work's rows. Raises NonfiniteLogitsError where there is no next anchor.
+        `samples` are of the work's rows. Raises NonfiniteLogitsError where there is no next anchor.
         """
         sequence = work.sequence
         if acceptance.next_anchor == NO_TOKEN:
@@ -360,7 +363,7 @@ class Engine:
             if sequence.finish_reason is not None:
                 break
         if work.is_round:
-            # Drafts behind the end of the text are not counted: accepted + 1 is what the round committed.
+            # Drafts behind the end of the text are not counted: the round commits accepted + 1 tokens.
             sequence.stats.record(work.num_drafted, len(work.drafts), len(committed) - 1)
         reports = (samples.logprobs_of(row, token) for row, token in enumerate(committed))
         stopped_by_id = sequence.finish_reason == "stop" and committed[-1] in sequence.stop_ids
@@ -377,7 +380,7 @@ class Engine:
         return output
 
     def _draft_source(self, work: Work, drafted: Drafted | None) -> DraftSource | None:
-        """What the drafts were drawn from, where the verification asks for it."""
+        """The distributions of the drafts, where the verification needs them."""
         if drafted is None or work.proposal_row is None or drafted.proposal.distributions is None:
             return None
         distributions = drafted.proposal.distributions
@@ -401,22 +404,17 @@ class Engine:
     def _speculates(self, sequence: Sequence) -> bool:
         return self._drafter is not None and sequence.request.speculative.allow_drafts
 
-    def _max_length(self, sequence: Sequence) -> int:
-        """Most drafts that can still be of use: the target's own token always takes the last place."""
+    def _draft_limit(self, sequence: Sequence) -> int:
+        """Most drafts that can still become part of the text: its last token is always the target's own."""
         params, asked = sequence.request.sampling, sequence.request.speculative.max_draft_tokens
         remaining = min(params.max_tokens - sequence.num_outputs, self.config.max_model_len - sequence.length)
         return max(0, min(self.gamma, self.gamma if asked is None else asked, remaining - 1))
 
     def _keep_features(self, committed: Committed, features: Tensor) -> None:
         """Remember what the drafter may want to know; it is told when it drafts for the sequence next."""
-        # Of whoever has a slot since this step, the drafter knows nothing.
+        # The first chunk of a sequence: the drafter's context in this slot belongs to the previous sequence.
         self._num_known[committed.slots[committed.stops == committed.counts]] = 0
         self._features.store(committed, features)
-
-    def known_context(self) -> ContextUpdate:
-        """All that a new drafter needs to know of the running sequences."""
-        running = [s for s in self.scheduler.running if self._speculates(s)]
-        return self._context(slots_of(running), np.zeros(len(running), dtype=np.int64), computed_of(running))
 
     def _context(self, slots: np.ndarray, num_known: np.ndarray, num_computed: np.ndarray) -> ContextUpdate:
         missing: Missing = self._features.since(slots, num_known, num_computed)
@@ -429,18 +427,18 @@ class Engine:
         speculating = [s for s in decoding if self._speculates(s)]
         if not speculating:
             return []
-        candidates = [s for s in speculating if self._max_length(s) > 0]
+        candidates = [s for s in speculating if self._draft_limit(s) > 0]
         batch = Batch(len(decoding), 0, len(decoding), mean_length(decoding))
         with self._watch.times("schedule"):
             self._bypass = self.planner.bypass_reason(len(candidates), batch)
         return candidates if self._bypass is None else []
 
     def _submit_drafts(self, sequences: list[Sequence]) -> None:
-        """Ask for the next blocks of `sequences`, so that the drafter works while outputs leave."""
+        """Request the next drafts of `sequences`, so that the drafter works while outputs are sent."""
         if self._drafter is None:
             return
         if not sequences:
-            self._drafter.keep_alive()  # nobody is drafted, which may go on for long
+            self._drafter.keep_alive()  # a bypass may last longer than the drafter's timeout
             return
         slots, num_computed = slots_of(sequences), computed_of(sequences)
         context = self._context(slots, self._num_known[slots], num_computed)

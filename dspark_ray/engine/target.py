@@ -1,4 +1,4 @@
-"""What the step loop asks of a target, however many ranks it has."""
+"""The interface between the step loop and a target of any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dspark_ray.sampling.sampling_rows import SamplingRows
 
 @dataclass(frozen=True)
 class ForwardCommand:
-    """Segments to run, and the flattened rows whose next token is wanted."""
+    """Segments to run, and the flattened rows to sample."""
 
     segments: tuple[Segment, ...]
     sampled_rows: np.ndarray
     """[n]"""
     sampling: SamplingRows
-    """How the n rows become tokens."""
+    """Sampling parameters of the n rows."""
     wants_context_features: bool
     """Whether rank 0 needs the context features of the rows."""
 
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """What rank 0 knows after a forward."""
+    """The result of a forward, on rank 0."""
 
     samples: Samples
     context_features: Tensor | None
@@ -36,7 +36,7 @@ class ForwardResult:
 
 
 class Target(Protocol):
-    """A target that can run a command, however many ranks it has."""
+    """A target of any number of ranks."""
 
     @property
     def graph_sizes(self) -> tuple[int, ...]: ...

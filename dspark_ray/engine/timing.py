@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepTiming:
-    """Seconds of one step; what is neither draft nor target is the loop itself."""
+    """Seconds of one step; the loop is what is neither draft nor target."""
 
     total: float = 0.0
     draft: float = 0.0
-    """Asking for proposals and waiting for them (with an inline drafter: drafting)."""
+    """Requesting proposals and waiting for them; with an inline drafter, drafting."""
     target: float = 0.0
     schedule: float = 0.0
-    """Deciding who is drafted and how much is verified, and learning from it; a part of the loop."""
+    """Deciding whether to draft and how much to verify, and learning from the result; a part of the loop."""
 
     @property
     def loop(self) -> float:

@@ -1,1 +1,1 @@
-"""Processes of one engine: which rank runs what, and what ranks tell each other."""
+"""The processes of one engine: what each rank runs, and the messages between ranks."""

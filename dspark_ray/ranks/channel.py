@@ -37,7 +37,7 @@ def _rest_bytes(frame: Tensor) -> int:
 def _unpack(frame: Tensor, rest: Tensor | None) -> Any:
     length = int(frame[:_LENGTH_BYTES].view(torch.int64))
     data = frame[_LENGTH_BYTES:] if rest is None else torch.cat((frame[_LENGTH_BYTES:], rest))
-    # Both ends are processes of one gang that we started: the bytes are our own.
+    # Both ends are processes of one gang, so the bytes come from this program.
     return pickle.loads(data[:length].numpy().tobytes())
 
 
@@ -50,7 +50,7 @@ def limit_silence(group: dist.ProcessGroup, timeout: timedelta) -> None:
 
 
 class Broadcast:
-    """Rank 0 of a group speaks, the others listen."""
+    """Messages from rank 0 of a group to all others."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
@@ -72,12 +72,12 @@ class Broadcast:
 
 
 class Pair:
-    """Two processes, each naming the other's world rank."""
+    """Messages between two processes; each end has the other's world rank."""
 
     def __init__(self, peer: int) -> None:
         self._peer = peer
         self.timeout: timedelta | None = None
-        """How long a message may take to come or go; None leaves it to the world's timeout."""
+        """Timeout of sending or receiving a message; None is the world's timeout."""
 
     def send(self, message: Any) -> None:
         frame, rest = _pack(message)

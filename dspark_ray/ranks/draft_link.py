@@ -11,17 +11,17 @@ from dspark_ray.drafters.protocol import DraftProposal, DraftRequest
 from dspark_ray.ranks.draft_worker import DraftWorker
 
 _KEEP_ALIVE_SECONDS = 5.0
-"""Well below the time after which a silent member of a gang counts as dead."""
+"""Well below the timeout after which a silent member of a gang is treated as dead."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Serving starts: from now on long silence means that rank 0 is gone."""
+    """Serving starts: from now on long silence means that rank 0 is dead."""
 
 
 @dataclass(frozen=True)
 class KeepAlive:
-    """Says nothing, so that an idle link does not time out."""
+    """Keeps an idle link from timing out."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Close:
 
 
 class Link(Protocol):
-    """Two ends; messages arrive in order. `dspark_ray.ranks.channel.Pair` is the real one."""
+    """One end of a connection that keeps the order of messages, such as `dspark_ray.ranks.channel.Pair`."""
 
     def send(self, message: Any) -> None: ...
 
@@ -38,12 +38,12 @@ class Link(Protocol):
 
 
 class RemoteDrafter:
-    """Rank 0's end. The drafter works between submit() and collect(), while rank 0 does something else."""
+    """Rank 0's end. The drafter works between submit() and collect(), in parallel with rank 0."""
 
     def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
         self._link, self._clock = link, clock
         self._is_open = False
-        self._spoke_at = clock()
+        self._sent_at = clock()
 
     def submit(self, request: DraftRequest) -> None:
         assert not self._is_open, "collect() comes before the next submit()"
@@ -59,8 +59,8 @@ class RemoteDrafter:
         self._send(Start())
 
     def keep_alive(self) -> None:
-        """Says something when nothing was said for a while; may be called as often as convenient."""
-        if not self._is_open and self._clock() - self._spoke_at >= _KEEP_ALIVE_SECONDS:
+        """Send a keep-alive if nothing was sent for some seconds; may be called at any rate."""
+        if not self._is_open and self._clock() - self._sent_at >= _KEEP_ALIVE_SECONDS:
             self._send(KeepAlive())
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class RemoteDrafter:
 
     def _send(self, message: DraftRequest | Start | KeepAlive | Close) -> None:
         self._link.send(message)
-        self._spoke_at = self._clock()
+        self._sent_at = self._clock()
 
 
 class DraftServer:
@@ -81,7 +81,7 @@ class DraftServer:
         self._worker, self._link, self._on_start = worker, link, on_start
 
     def run(self) -> None:
-        """Serve until rank 0 closes; raises when rank 0 is gone."""
+        """Serve until rank 0 closes the link; raises when rank 0 has died."""
         while not isinstance(message := self._link.receive(), Close):
             if isinstance(message, Start):
                 self._on_start()

@@ -1,4 +1,4 @@
-"""The drafter at work: the module and the context windows of all sequences."""
+"""Runs the draft module, with the context windows of all sequences."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from dspark_ray.runner.graphs import Capture
 
 
 class DraftWorker:
-    """Answers draft requests. Its whole state is W context keys per stage and sequence: it can be rebuilt."""
+    """Answers draft requests. Its state is W context keys per stage and sequence, which the verifier can send again."""
 
     def __init__(self, module: DSparkModule, config: ResolvedConfig, capture: Capture | None = None) -> None:
-        """With `capture`, drafts are recorded here and replayed later."""
+        """With `capture`, drafts are recorded as graphs here and replayed later."""
         self.module, self.config = module, config
         self._pools = DraftPools(module, config.max_num_seqs)
         self._graphs: DraftGraphs | None = None
@@ -51,11 +51,11 @@ class DraftWorker:
     def _draft_coupled(
         self, request: DraftRequest, anchors: Tensor, starts: Tensor, slots: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(tokens, confidence logits), both [R, G]: G is num_positions, or gamma where the draft is replayed."""
+        """(tokens, confidence logits), both [R, G], with G = num_positions, or gamma where a graph is replayed."""
         sampling, wanted = request.sampling.to(self._pools.device), request.num_positions
         filters = sampling.filters(self.module.config.vocab_size)
         if self._graphs is not None and filters is None:
-            # A recording drafts whole blocks: leaving out their last positions would save nothing.
+            # Graphs draft whole blocks; fewer positions would save nothing.
             return self._graphs.run(anchors, starts, slots, sampling.seeds, sampling.temperatures)
         block = self.module.cached_block(anchors, starts, self._pools.tensors, self._pools.index(slots, starts))
         return self.module.sample(block, anchors, starts, sampling.temperatures, sampling.seeds, wanted, filters)
@@ -63,7 +63,7 @@ class DraftWorker:
     def _draft_by_rows(
         self, request: DraftRequest, block: BlockOutput, anchors: Tensor, starts: Tensor
     ) -> DraftProposal:
-        """With whole rows of logits at every position: other Markov heads, rejection verification."""
+        """Draft with full rows of logits at every position, for other Markov heads and for rejection verification."""
         choose = DraftChooser(
             request.sampling,
             starts,
@@ -93,7 +93,7 @@ class DraftWorker:
 
 
 class InlineDrafter:
-    """The drafter inside the process of rank 0: drafts when the proposal is asked for."""
+    """A drafter in the process of rank 0; it drafts in collect()."""
 
     def __init__(self, worker: DraftWorker) -> None:
         self._worker = worker
@@ -108,13 +108,13 @@ class InlineDrafter:
         return self._worker.draft(request)
 
     def start(self) -> None:
-        """It needs no word of it."""
+        """Nothing to do: there is no other process."""
 
     def keep_alive(self) -> None:
-        """No other process is waiting."""
+        """Nothing to do: there is no other process."""
 
     def close(self) -> None:
-        """Nothing to end: it lives and dies with rank 0."""
+        """Nothing to do: there is no other process."""
 
 
 def _empty_proposal(gamma: int) -> DraftProposal:

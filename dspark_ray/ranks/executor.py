@@ -1,4 +1,4 @@
-"""One forward on every rank: rank 0 says what to run, all run it, rank 0 has the result."""
+"""Forwards on all ranks: rank 0 sends a command, all ranks run it, and rank 0 gets the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dspark_ray.sampling.sampler import Sampler
 
 
 class TargetRank:
-    """One rank's model and cache."""
+    """Model, cache and sampler of one rank."""
 
     def __init__(
         self,
@@ -27,13 +27,13 @@ class TargetRank:
         projector: FeatureProjector | None,
         graphs: TargetGraphs | None = None,
     ) -> None:
-        """`graphs` of the same model and cache run the steps that fit them."""
+        """`graphs`, of the same model and cache, replay the steps that fit them."""
         self.model, self.cache, self._project, self._graphs = model, cache, projector, graphs
         self._sampler = Sampler(model.group, model.first_token, model.config.vocab_size)
 
     @torch.inference_mode()
     def run(self, command: ForwardCommand) -> ForwardResult | None:
-        """Forward and sample; the result is rank 0's."""
+        """Forward and sample; the result is None on all ranks but 0."""
         device = self.model.norm.weight.device
         output = self._forward(command.segments)
         sampled = torch.from_numpy(command.sampled_rows).to(device)
@@ -49,13 +49,13 @@ class TargetRank:
 
     @torch.inference_mode()
     def record_graphs(self) -> None:
-        """Record all decode steps. Every rank at the same time: their sums are recorded with them."""
+        """Record all decode steps. Call it on all ranks together, because all-reduces are recorded too."""
         if self._graphs is not None:
             self._graphs.record_all()
 
     @property
     def graph_sizes(self) -> tuple[int, ...]:
-        """Rows to which decode steps are filled up; empty where every step runs with its own."""
+        """Row counts to which decode steps are padded; empty without graphs."""
         return self._graphs.sizes if self._graphs is not None else ()
 
     @torch.inference_mode()
@@ -84,17 +84,17 @@ class LocalTarget:
         return self._rank.project(features)
 
     def start(self) -> None:
-        """No other rank has to know that serving starts."""
+        """Nothing to do: there is no other rank."""
 
     def keep_alive(self) -> None:
-        """No other rank is waiting."""
+        """Nothing to do: there is no other rank."""
 
     def close(self) -> None:
-        """No other rank is waiting."""
+        """Nothing to do: there is no other rank."""
 
 
 class LeadingTarget(LocalTarget):
-    """Rank 0 of several: tells the others first."""
+    """Rank 0 of several; sends every command to the others first."""
 
     def __init__(self, rank: TargetRank, channel: Broadcast) -> None:
         super().__init__(rank)
@@ -105,7 +105,7 @@ class LeadingTarget(LocalTarget):
         return super().run(command)
 
     def start(self) -> None:
-        """Tell the others that serving starts: from now on long silence means that rank 0 is gone."""
+        """Tell the others that serving starts: from now on long silence means that rank 0 is dead."""
         self._channel.send(_START)
 
     def keep_alive(self) -> None:
@@ -116,14 +116,14 @@ class LeadingTarget(LocalTarget):
 
 
 class Follower:
-    """A rank other than 0: does what rank 0 says until it closes."""
+    """A rank other than 0; runs the commands of rank 0."""
 
     def __init__(self, rank: TargetRank, channel: Broadcast, on_start: Callable[[], None]) -> None:
         """`on_start` is called when rank 0 begins to serve."""
         self._rank, self._channel, self._on_start = rank, channel, on_start
 
     def run(self) -> None:
-        """Serve until rank 0 closes; raises when rank 0 is gone or silent beyond the gang's timeout."""
+        """Run until rank 0 closes; raises when rank 0 has died or is silent beyond the gang's timeout."""
         while (message := self._channel.receive()) != _CLOSE:
             if message == _START:
                 self._on_start()

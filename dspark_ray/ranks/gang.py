@@ -1,4 +1,4 @@
-"""Putting an engine together: in one process, or as one member of a gang.
+"""Builds an engine, in one process or as one member of a gang.
 
 A gang is a torch.distributed world: ranks 0 .. TP-1 verify, and rank TP drafts where the drafter has a process of
 its own.
@@ -42,7 +42,7 @@ from dspark_ray.speculative.planner import Planner
 DrafterPlacement = Literal["inline", "actor"]
 
 STS_FILE = "sts.json"
-"""Temperatures of the confidences, beside the checkpoint they belong to."""
+"""File of confidence temperatures in a checkpoint folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +54,17 @@ class GangSpec:
     tensor_parallel_size: int = 1
     drafter: DrafterPlacement = "inline"
     init_method: str | None = None
-    """Where torch.distributed meets, e.g. tcp://10.0.0.1:23456; None for a gang of one process."""
+    """Rendezvous of torch.distributed, such as tcp://10.0.0.1:23456; None for a gang of one process."""
     timeout_seconds: float = 60.0
-    """A member that is silent for longer counts as dead, once the gang serves."""
+    """Once the gang serves, a member that is silent for longer is treated as dead."""
     load_timeout_seconds: float = 1800.0
-    """How long members wait for the slowest before: to read its weights, to record its graphs, to profile."""
+    """The same during start-up, while members read weights, record graphs and profile."""
 
     def __post_init__(self) -> None:
         if self.tensor_parallel_size < 1:
             raise ConfigError(f"tensor_parallel_size={self.tensor_parallel_size}: expected 1 or more")
         if self.world_size > 1 and self.init_method is None:
-            raise ConfigError(f"init_method is missing: a gang of {self.world_size} processes has to meet somewhere")
+            raise ConfigError(f"init_method is missing: expected a rendezvous for {self.world_size} processes")
 
     @property
     def world_size(self) -> int:
@@ -108,9 +108,9 @@ def build_engine(
 def join_as_leader(
     spec: GangSpec, progress: Progress | None = None, temperatures: Temperatures | None = None
 ) -> Engine:
-    """Be verifier rank 0, which runs the step loop; `progress` hears how far the profiling of costs is.
+    """Become verifier rank 0, which runs the step loop; `progress` is called while costs are profiled.
 
-    Without `temperatures`, those of the config or of the checkpoint apply. Raises ConfigError before the gang meets,
+    Without `temperatures`, those of the config or of the checkpoint apply. Raises ConfigError before the gang meets and
     CheckpointError before weights are read.
     """
     model_config, config = spec.resolve()
@@ -122,15 +122,15 @@ def join_as_leader(
     drafter = _drafter_of(meeting, checkpoint, rank.model, config)
     _record_together(spec, rank)
     target = LeadingTarget(rank, meeting.channel) if meeting.group.size > 1 else LocalTarget(rank)
-    engine = Engine(config, model_config, target, drafter)
-    engine.planner = Planner(config, _cost_table(spec, engine, progress), temperatures)
+    costs = _cost_table(spec, Engine(config, model_config, target, drafter), progress)
+    engine = Engine(config, model_config, target, drafter, Planner(config, costs, temperatures))
     engine.start()
     meeting.limit_silence(spec.timeout_seconds)
     return engine
 
 
 def _temperatures(spec: GangSpec, config: ResolvedConfig) -> Temperatures | None:
-    """Those that the config names, or those beside the checkpoint; None where there are none."""
+    """The temperatures named by the config or found in the checkpoint folder; None without either."""
     path = Path(config.sts_path) if config.sts_path is not None else Path(spec.checkpoint) / STS_FILE
     if not config.speculation or (config.sts_path is None and not path.exists()):
         return None
@@ -142,7 +142,7 @@ def _temperatures(spec: GangSpec, config: ResolvedConfig) -> Temperatures | None
 
 
 def _cost_table(spec: GangSpec, engine: Engine, progress: Progress | None) -> CostTable | None:
-    """None where nothing depends on costs."""
+    """None where no decision depends on costs."""
     if not engine.can_draft or engine.config.schedule == "fixed":
         return None
     gang = {"tensor_parallel_size": spec.tensor_parallel_size, "drafter": spec.drafter}
@@ -150,7 +150,7 @@ def _cost_table(spec: GangSpec, engine: Engine, progress: Progress | None) -> Co
 
 
 def join_as_follower(spec: GangSpec, rank: int) -> Follower:
-    """Be verifier rank 1 .. TP-1, which does what rank 0 says. Raises as `join_as_leader`."""
+    """Become verifier rank 1 .. TP-1, which runs the commands of rank 0. Raises as `join_as_leader`."""
     model_config, config = spec.resolve()
     meeting = _join(spec, rank)
     target_rank = _load_target_rank(
@@ -161,7 +161,7 @@ def join_as_follower(spec: GangSpec, rank: int) -> Follower:
 
 
 def join_as_drafter(spec: GangSpec) -> DraftServer:
-    """Load the draft module and meet rank 0; the drafter's rank is the last of the world."""
+    """Become the drafter, whose rank is the last of the world. Raises as `join_as_leader`."""
     model_config, config = spec.resolve()
     meeting = _join(spec, spec.tensor_parallel_size)
     worker = _load_draft_worker(Checkpoint.open(spec.checkpoint), model_config, config)
@@ -171,26 +171,26 @@ def join_as_drafter(spec: GangSpec) -> DraftServer:
 
 
 def leave_gang() -> None:
-    """Call last in every member, after close() or run(): a process that ends with open connections ends badly."""
+    """Close the connections of this member; call last, after close() or run()."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class _Meeting:
-    """What a member has once the gang has met."""
+    """The connections of a member after the rendezvous."""
 
     group: ParallelGroup = field(default_factory=ParallelGroup)
-    """Tensors: NCCL on GPUs, gloo elsewhere."""
+    """For tensors: NCCL on GPUs, gloo elsewhere."""
     channel: Broadcast = field(default_factory=lambda: Broadcast(None))
-    """Commands, always through the CPU."""
+    """For commands, always through the CPU."""
     link: Pair | None = None
     """Between rank 0 and the drafter."""
     groups: tuple[dist.ProcessGroup, ...] = ()
-    """All that this member belongs to."""
+    """All groups that this member belongs to."""
 
     def limit_silence(self, seconds: float) -> None:
-        """From now on a member that is silent for longer counts as dead."""
+        """From now on a member that is silent for longer is treated as dead."""
         timeout = timedelta(seconds=seconds)
         for group in self.groups:
             limit_silence(group, timeout)
@@ -199,10 +199,10 @@ class _Meeting:
 
 
 def _join(spec: GangSpec, rank: int) -> _Meeting:
-    """Meet the world and form the target's groups; a single process needs neither.
+    """Join the world and form the target's groups; a single process needs neither.
 
-    Until the gang serves, members may be silent for as long as loading may take: one may still read weights, compile or
-    record while another has nothing to say.
+    Until the gang serves, the timeout is that of loading: a member may still read weights, compile or record graphs
+    while the others wait.
     """
     _sum_in_float32()
     if spec.world_size == 1:
@@ -219,7 +219,7 @@ def _form_groups(spec: GangSpec, rank: int) -> _Meeting:
     )
     size = spec.tensor_parallel_size
     ranks = list(range(size))
-    # Every member of the world has to take part in making a group, the drafter too.
+    # new_group() is collective over the world, so the drafter calls it too.
     control = dist.new_group(ranks, timeout=timeout)
     on_gpu = torch.device(spec.engine.device).type == "cuda"
     tensors = dist.new_group(ranks, timeout=timeout, backend="nccl") if on_gpu and size > 1 else control
@@ -234,7 +234,7 @@ def _form_groups(spec: GangSpec, rank: int) -> _Meeting:
 
 
 def _record_together(spec: GangSpec, rank: TargetRank | None) -> None:
-    """Record the graphs of a verifier rank when all members have loaded; return when all have recorded."""
+    """Record the graphs of a verifier rank after all members have loaded; return after all have recorded."""
     _wait_for_all(spec)
     if rank is not None:
         rank.record_graphs()
@@ -242,12 +242,12 @@ def _record_together(spec: GangSpec, rank: TargetRank | None) -> None:
 
 
 def _sum_in_float32() -> None:
-    """Keep cuBLAS from adding up parts of a bfloat16 product in bfloat16, which torch allows it by default."""
+    """Make cuBLAS accumulate bfloat16 products in float32; torch allows bfloat16 by default."""
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def _wait_for_all(spec: GangSpec) -> None:
-    """Let the slowest member catch up. A monitored barrier would wait with the timeout that the world was made with."""
+    """Wait for the slowest member. (A monitored barrier would use the timeout that the world was created with.)"""
     if spec.world_size > 1:
         dist.barrier()
 
@@ -285,7 +285,7 @@ def _load_target_rank(
 
 
 def _capture(config: ResolvedConfig) -> Capture | None:
-    """What records steps; None where each is launched anew."""
+    """Records steps as graphs; None where every kernel is launched anew."""
     if torch.device(config.device).type != "cuda" or config.enforce_eager:
         return None
     return CudaCapture()
@@ -298,7 +298,7 @@ def _drafter_of(
         return None
     if meeting.link is not None:
         return RemoteDrafter(meeting.link)
-    # A single rank holds the whole embedding and head: the drafter beside it uses the same memory.
+    # A single rank holds the whole embedding and head, which an inline drafter shares.
     shared = (target.embed.weight, target.head.weight) if target.group.size == 1 else None
     return InlineDrafter(_load_draft_worker(checkpoint, target.config, config, shared))
 
@@ -317,7 +317,7 @@ def _load_draft_worker(
 
 @contextmanager
 def _unfilled(config: ResolvedConfig) -> Iterator[None]:
-    """Modules made here have shapes and the engine's dtype but no memory until they are loaded."""
+    """Modules created inside have shapes and the engine's dtype, but no memory until they are loaded."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, config.dtype))
     try:

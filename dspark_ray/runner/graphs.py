@@ -22,7 +22,7 @@ Capture = Callable[[Callable[[], Outputs]], tuple[Replay, Outputs]]
 """Captures a function as a graph; returns a replay callable and the output tensors that each replay overwrites."""
 
 _WARM_UPS = 2
-"""Runs before recording: kernels are compiled, libraries choose and allocate."""
+"""Runs before recording, in which kernels are compiled and libraries choose algorithms and allocate memory."""
 _STEPS_PER_DOUBLING = 4
 
 
@@ -41,7 +41,7 @@ def padded_size(sizes: tuple[int, ...], wanted: int) -> int:
 
 
 class CudaCapture:
-    """Records CUDA graphs that share one pool of memory: only one of them runs at a time."""
+    """Records CUDA graphs in one shared memory pool, because only one of them runs at a time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -68,7 +68,7 @@ class GraphSet(Generic[Key]):
         self._recorded: dict[Key, tuple[Replay, Outputs]] = {}
 
     def record(self, key: Key) -> None:
-        """Make the recording for `key`, if there is none yet."""
+        """Record for `key`, unless it is recorded already."""
         if key not in self._recorded:
             self._recorded[key] = self._capture(lambda: self._function(key))
 

@@ -1,4 +1,4 @@
-"""Which drafts stand, and what the target says behind them. Two verifications with one signature.
+"""Which drafts are accepted, and the target's token behind them: two verifications with one interface.
 
 Letters: k verified drafts per block, K ids of a truncated draft distribution, V vocabulary.
 """
@@ -24,12 +24,12 @@ class Acceptance:
 
     num_accepted: int
     next_anchor: int
-    """NO_TOKEN where the target's logits are not finite: the text cannot go on."""
+    """NO_TOKEN where the target's logits are not finite; the text must end there."""
 
 
 @dataclass(frozen=True)
 class DraftSource:
-    """What the drafts of one request were really drawn from, and where the noise of judging them is found."""
+    """The distributions that the drafts of one request were drawn from, and the address of the verification noise."""
 
     ids: Tensor
     """[G, K], G at least the number of verified drafts"""
@@ -42,7 +42,7 @@ class DraftSource:
 
 @dataclass(frozen=True)
 class VerifiedBlock:
-    """The drafts of one request that the target has seen; it has a sample for the anchor and one for each of them."""
+    """The verified drafts of one request; the target has a sample behind the anchor and one behind each draft."""
 
     draft_tokens: Sequence[int]
     source: DraftSource | None = None
@@ -53,16 +53,16 @@ class VerifiedBlock:
 
 
 class Verification(Protocol):
-    """Judges the blocks of a step by the target's samples at their rows, which follow one another in `samples`."""
+    """Decides which drafts of a step's blocks are accepted, by the target's samples; `samples` are in block order."""
 
     wants_distribution: bool
-    """Whether rows with drafts must be sampled with their whole distribution."""
+    """Whether samples of rows with drafts must include the whole distribution."""
 
     def verify(self, blocks: Sequence[VerifiedBlock], samples: Samples) -> list[Acceptance]: ...
 
 
 class CoupledVerification:
-    """A draft stands if it is the target's own token: the text never depends on drafts."""
+    """A draft is accepted if it equals the target's own token: the text does not depend on the drafts."""
 
     wants_distribution = False
 
@@ -74,7 +74,7 @@ class CoupledVerification:
 
 
 class RejectionVerification:
-    """Speculative sampling: more drafts stand; the text depends on them, its distribution does not."""
+    """Speculative sampling: accepts more drafts; the text depends on them, but its distribution does not."""
 
     wants_distribution = True
 
@@ -84,7 +84,7 @@ class RejectionVerification:
         sampled, rows = [], []
         for number, (block, start) in enumerate(zip(blocks, _first_rows(blocks), strict=False)):
             if NO_TOKEN in samples.token_ids[start : start + block.num_rows]:
-                # Whether a draft stands, and what comes instead, would be read from NaN.
+                # Acceptance and recovery would be computed from NaN.
                 accepted[number] = Acceptance(0, NO_TOKEN)
                 continue
             distributions = [row for row in samples.distributions[start : start + block.num_rows] if row is not None]
@@ -93,8 +93,8 @@ class RejectionVerification:
                 sampled.append(number)
                 rows += distributions
         if sampled:
-            judged = accept_rejection([blocks[number] for number in sampled], torch.stack(rows))
-            for number, acceptance in zip(sampled, judged, strict=True):
+            acceptances = accept_rejection([blocks[number] for number in sampled], torch.stack(rows))
+            for number, acceptance in zip(sampled, acceptances, strict=True):
                 accepted[number] = acceptance
         return accepted
 
@@ -112,7 +112,7 @@ def build_verification(mode: VerificationMode) -> Verification:
 def accept_coupled(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> Acceptance:
     """Keep drafts as long as they equal the target's tokens, of which there is one more.
 
-    What `dspark_kernels.accept_coupled` does on a device; tokens that are on the host already are compared here.
+    The host's counterpart of `dspark_kernels.accept_coupled`, for tokens that are already on the host.
     """
     num_accepted = 0
     while num_accepted < len(draft_tokens) and draft_tokens[num_accepted] == target_tokens[num_accepted]:
@@ -121,7 +121,7 @@ def accept_coupled(draft_tokens: Sequence[int], target_tokens: Sequence[int]) ->
 
 
 def accept_rejection(blocks: Sequence[VerifiedBlock], target_logits: Tensor) -> list[Acceptance]:
-    """Judge sampled blocks, each with its source, by their rows of processed and filtered logits [N, V]."""
+    """Rejection sampling of blocks, each with its source, given their rows of processed and filtered logits [N, V]."""
     device = target_logits.device
     first_rows = _first_rows(blocks)
     q_ids, q_probabilities = [], []
@@ -130,8 +130,8 @@ def accept_rejection(blocks: Sequence[VerifiedBlock], target_logits: Tensor) -> 
     seeds: list[int] = []
     for block in blocks:
         source, count = block.source, len(block.draft_tokens)
-        assert source is not None, "sampled drafts come with what they were drawn from"
-        # What the last row's q would be is never read: nothing was drafted behind it.
+        assert source is not None, "sampled drafts come with their distributions"
+        # q of the last row is never read, because nothing was drafted behind it.
         rows = [*range(count), max(count - 1, 0)]
         q_ids.append(source.ids[rows])
         q_probabilities.append(source.probabilities[rows])

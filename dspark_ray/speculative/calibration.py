@@ -1,11 +1,11 @@
-"""What a confidence is worth: temperatures that make predicted survival come true (paper 3.2.1, STS).
+"""Calibration of confidences: temperatures that make predicted survival true on average (paper 3.2.1, STS).
 
     calibrated_j = sigmoid(logit(confidence_j) / T_j)
     survival_j   = calibrated_1 * ... * calibrated_j      predicted
-    stood_j      = the first j drafts all stood           what came of it
+    stood_j      = the first j drafts were all accepted   observed
 
-A temperature changes no order within its position, so ranks stay and only magnitudes move. Two words that look alike:
-`calibrated` applies temperatures to confidences, `OnlineCalibration` owns the temperatures in use.
+A temperature keeps the order of confidences within a position and changes only their magnitude. `calibrated` applies
+temperatures to confidences, `OnlineCalibration` owns the temperatures in use.
 
 Letters: N recorded rounds, R requests of a step, G gamma, B bins.
 """
@@ -28,24 +28,24 @@ NUM_BINS = 15
 TEMPERATURE_GRID = np.logspace(-1, 1, 41).astype(np.float32)
 """SGLang's candidates, 12 % apart; the middle one is exactly 1."""
 
-_NEVER_CERTAIN = 1e-6
-"""Confidences closer to 0 or 1 count as this far away: their logits would be infinite."""
+_EPSILON = 1e-6
+"""Confidences are kept this far from 0 and 1, where logits are infinite."""
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Predictions of one position by bin [B]; a bin without predictions has nan means."""
+    """Predictions and outcomes of one position by bin [B]; means of an empty bin are nan."""
 
     predicted: np.ndarray
-    """Mean prediction"""
+    """Mean predicted survival"""
     stood: np.ndarray
-    """Share that stood"""
+    """Share of prefixes that were accepted"""
     counts: np.ndarray
 
 
 @dataclass(frozen=True)
 class Temperatures:
-    """One temperature per drafted position, and what they were fitted on; the file is SGLang's STS JSON."""
+    """One temperature per drafted position, and the data they were fitted on; the file format is SGLang's STS JSON."""
 
     temperatures: tuple[float, ...]
     dataset: str = ""
@@ -56,7 +56,7 @@ class Temperatures:
 
     @staticmethod
     def identity(gamma: int) -> Temperatures:
-        """Leaves every confidence as it is."""
+        """Temperatures of 1, which leave confidences unchanged."""
         return Temperatures((1.0,) * gamma)
 
     def for_gamma(self, gamma: int) -> Temperatures:
@@ -70,7 +70,7 @@ class Temperatures:
 
     @staticmethod
     def load(path: Path) -> Temperatures:
-        """Read SGLang's STS JSON, which may lack all but `temperatures`; raises ConfigError naming file and key."""
+        """Read SGLang's STS JSON, of which only `temperatures` is required; raises ConfigError naming file and key."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -114,7 +114,7 @@ def _from_json(raw: Any) -> Temperatures:
 
 
 def _numbers(raw: dict[str, Any], key: str) -> tuple[float, ...]:
-    """A list of numbers, in which null is nan; an absent one is empty."""
+    """A list of numbers, with null as nan; empty where the key is absent."""
     values = raw.get(key)
     if values is None:
         return ()
@@ -141,20 +141,20 @@ def _exponents(temperatures: np.ndarray) -> np.ndarray:
 
 
 def _tempered(confidences: np.ndarray, exponents: np.ndarray) -> np.ndarray:
-    """sigmoid(logit(c) / T) is 1 / (1 + odds ** (-1 / T)): with that, half as many passes in every step."""
-    bounded = np.minimum(np.maximum(confidences.astype(np.float64), _NEVER_CERTAIN), 1 - _NEVER_CERTAIN)
-    with np.errstate(over="ignore"):  # a power may be infinite, and 1 / inf is the right answer
+    """sigmoid(logit(c) / T), computed as 1 / (1 + odds ** (-1 / T)), which takes half as many passes."""
+    bounded = np.minimum(np.maximum(confidences.astype(np.float64), _EPSILON), 1 - _EPSILON)
+    with np.errstate(over="ignore"):  # an infinite power gives the right limit, 0
         return 1.0 / (1.0 + (bounded / (1.0 - bounded)) ** exponents)
 
 
 def logits(confidences: np.ndarray) -> np.ndarray:
-    """log(c / (1 - c)) [...] of confidences [...], finite also where they are 0 or 1."""
-    bounded = np.clip(confidences, _NEVER_CERTAIN, 1 - _NEVER_CERTAIN)
+    """log(c / (1 - c)) of confidences [...], finite also at 0 and 1."""
+    bounded = np.clip(confidences, _EPSILON, 1 - _EPSILON)
     return np.log(bounded / (1 - bounded))
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # exp(-values) may be infinite, and 1 / inf is the right answer
+    with np.errstate(over="ignore"):  # an infinite exp(-values) gives the right limit, 0
         return 1 / (1 + np.exp(-values))
 
 
@@ -162,7 +162,7 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
 
 
 def expected_calibration_error(predicted: np.ndarray, stood: np.ndarray) -> float:
-    """Mean distance of predictions [N] from outcomes [N] after averaging within bins; nan of nothing.
+    """Mean distance of predictions [N] from outcomes [N] after averaging within bins; nan where N = 0.
 
     Bin b of 15 holds b/15 <= p < (b+1)/15, the last one also p = 1.
     """
@@ -187,7 +187,7 @@ def _bins(predicted: np.ndarray) -> np.ndarray:
 
 
 def area_under_curve(predicted: np.ndarray, stood: np.ndarray) -> float:
-    """P(a draft that stood was predicted above one that fell), equal predictions half; nan where only one kind is."""
+    """P(an accepted draft was predicted above a rejected one), ties counting half; nan where one kind is missing."""
     stood = np.asarray(stood, dtype=bool)
     num_stood, num_fell = int(stood.sum()), int((~stood).sum())
     if not num_stood or not num_fell:
@@ -233,9 +233,9 @@ def fit_temperatures(
 ) -> Temperatures:
     """Sequential Temperature Scaling: from left to right, the temperature with the smallest error of survival.
 
-    Logits [N, G]; accepted [N] drafts stood of the admitted [N] ones that were verified (None: all). A round says
-    nothing about a position it did not have verified, not even where an earlier draft fell: of such rounds only the
-    bad ones are known. A position with fewer than `min_outcomes` keeps its `fallback` (1).
+    Logits [N, G]; of each round's admitted [N] drafts (None: all) accepted [N] were accepted. A round counts only for
+    positions it had verified, even where an earlier draft was rejected: counting rejections alone would bias the fit.
+    A position with fewer than `min_outcomes` keeps its `fallback` (1).
     """
     values = np.asarray(confidence_logits, dtype=np.float64)
     num_rounds, gamma = values.shape
@@ -262,7 +262,7 @@ def fit_temperatures(
 
 
 def _best_temperature(prefix: np.ndarray, values: np.ndarray, stood: np.ndarray) -> float:
-    """Of the grid, for survival of the earlier positions [n] and logits [n]; double precision, as SGLang fits."""
+    """The best of the grid, given survival of the earlier positions [n] and logits [n]; in float64, as in SGLang."""
     grid = TEMPERATURE_GRID.astype(np.float64)
     errors = [expected_calibration_error(prefix * _sigmoid(values / temperature), stood) for temperature in grid]
     # Of equal errors the lowest temperature wins, as in SGLang.
@@ -270,19 +270,19 @@ def _best_temperature(prefix: np.ndarray, values: np.ndarray, stood: np.ndarray)
 
 
 class OnlineCalibration:
-    """Temperatures in use, what drafts came to under them, and refits that must prove themselves first.
+    """The temperatures in use, recent outcomes of drafts, and refits of the temperatures.
 
-    A refit is fitted on every other recorded round and compared on the rounds between: only what makes survival truer
-    on rounds it has not seen is taken, so a refit never makes the error worse by more than noise.
+    A refit is fitted on every other recorded round and validated on the rounds between. It is adopted only where it
+    lowers the calibration error there, so it never raises the error by more than noise.
     """
 
     _MIN_OUTCOMES = 64
-    """Fewer say nothing about a position."""
+    """Fewest outcomes of a position from which an error is computed."""
     _MARGIN = 0.25
-    """Over the root of the rounds compared: how much better the mean error of a refit must be (0.008 of 1024 rounds).
-    In simulated rounds of a calibrated drafter this refuses all of 600 refits, half as much lets 1 % through."""
+    """A refit must lower the mean error by this over the root of the validation rounds (0.008 for 1024 rounds).
+    In simulated rounds of a calibrated drafter this rejects all of 600 refits; half of it accepts 1 %."""
     _TOLERANCE = 0.001
-    """How much worse the error of one position may become."""
+    """Largest increase of the error of a single position."""
 
     def __init__(
         self,
@@ -293,17 +293,17 @@ class OnlineCalibration:
         steps_between_errors: int = 64,
         steps_between_refits: int = 512,
     ) -> None:
-        """`capacity` rounds of one request each are remembered, and as many new ones call for a refit.
+        """The latest `capacity` rounds (of one request each) are kept; a refit is due after as many new ones.
 
-        Measuring the error costs as much as deciding on a step or two, and a refit as much as fifty or so: with
-        many requests in a step, steps and not rounds say when they are due.
+        Measuring the error costs as much as one or two scheduling decisions, and a refit about fifty, so both also
+        wait for a minimum number of steps: with many requests, a step brings many rounds.
         """
         self.temperatures = np.ones(gamma)
         """[G] in use"""
         self._use(np.array(temperatures.for_gamma(gamma).temperatures, dtype=np.float64))
-        self._news: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        """Rounds that have not been looked at yet: many at once cost little more than one."""
-        self._num_news = 0
+        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        """Rounds that are not in the ring yet: writing many at once costs little more than one."""
+        self._num_pending = 0
         self.num_refits = 0
         self.num_refused = 0
         self._refits = refit
@@ -324,40 +324,40 @@ class OnlineCalibration:
         return confidences if self._is_identity else _tempered(confidences, self._in_use)
 
     def observe(self, confidences: np.ndarray, admitted: np.ndarray, accepted: np.ndarray) -> None:
-        """Remember what came of a step: confidences [R, G] as drafted, of which admitted [R] were verified."""
-        self._news.append((confidences, admitted, accepted))
-        self._num_news += len(admitted)
+        """Record the outcome of a step: confidences [R, G] as drafted, verified and accepted drafts [R]."""
+        self._pending.append((confidences, admitted, accepted))
+        self._num_pending += len(admitted)
         self._num_steps += 1
-        if self._num_news >= self._capacity:
-            self._take_in()
-        has_new_rounds = self._num_observed + self._num_news - self._refitted_at >= self._capacity
+        if self._num_pending >= self._capacity:
+            self._flush()
+        has_new_rounds = self._num_observed + self._num_pending - self._refitted_at >= self._capacity
         if self._refits and has_new_rounds and self._num_steps - self._refitted_at_step >= self._steps_between_refits:
-            self._take_in()
+            self._flush()
             if self._num_observed - self._refitted_at >= self._capacity:
                 self._refitted_at, self._refitted_at_step = self._num_observed, self._num_steps
                 self._refit()
 
     def ece(self) -> tuple[float, ...]:
-        """Calibration error of survival by position over the remembered rounds; nan where they are too few."""
+        """Calibration error of survival by position over the recorded rounds; nan where they are too few."""
         at = self._errors_at
         if at is None or self._num_steps - at >= self._steps_between_errors:
-            self._take_in()
+            self._flush()
             self._errors_at = self._num_steps
             self._errors = self._measure(slice(0, self._num_observed), self.temperatures)
         return self._errors
 
-    def _take_in(self) -> None:
-        """Write what came since the last time into the ring; rounds of which nothing was verified tell nothing."""
-        if not self._news:
+    def _flush(self) -> None:
+        """Write pending rounds into the ring, except those without a verified draft, which carry no information."""
+        if not self._pending:
             return
-        confidences, admitted, accepted = (np.concatenate(parts) for parts in zip(*self._news, strict=True))
-        self._news, self._num_news = [], 0
-        telling = np.flatnonzero(admitted > 0)[-self._capacity :]
-        places = (self._num_observed + np.arange(len(telling))) % self._capacity
-        self._confidences[places] = confidences[telling]
-        self._admitted[places] = admitted[telling]
-        self._accepted[places] = accepted[telling]
-        self._num_observed += len(telling)
+        confidences, admitted, accepted = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
+        self._pending, self._num_pending = [], 0
+        verified = np.flatnonzero(admitted > 0)[-self._capacity :]
+        places = (self._num_observed + np.arange(len(verified))) % self._capacity
+        self._confidences[places] = confidences[verified]
+        self._admitted[places] = admitted[verified]
+        self._accepted[places] = accepted[verified]
+        self._num_observed += len(verified)
 
     def _use(self, temperatures: np.ndarray) -> None:
         self.temperatures = temperatures

@@ -1,7 +1,7 @@
 """What a step costs: seconds of the target by rows, and seconds of the drafter by requests.
 
-Seconds, not steps per second: times add. A `Curve` holds what was measured, a `CostTable` the curves of one
-deployment, and `CostModel` the table in use, which follows what steps really take.
+Seconds rather than steps per second, because durations add. A `Curve` holds measurements, a `CostTable` the curves of
+one deployment, and a `CostModel` a table that is corrected by the measured duration of every step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def lower_hull(seconds: np.ndarray, first: int, last: int) -> np.ndarray:
     corners = [first]
     while (corner := corners[-1]) < last:
         slopes = (seconds[corner + 1 : last + 1] - seconds[corner]) / np.arange(1, last - corner + 1)
-        # The least steep way on, and of equal ones the longest.
+        # The next corner has the smallest slope; of equal slopes, the farthest size.
         corners.append(last - int(slopes[::-1].argmin()))
     hull = seconds.copy()
     hull[first : last + 1] = np.interp(np.arange(first, last + 1), corners, seconds[corners])
@@ -27,23 +27,24 @@ def lower_hull(seconds: np.ndarray, first: int, last: int) -> np.ndarray:
 
 
 class CostModel:
-    """The table in use. Measured steps move it: all sizes by a common factor at once, each size by its own slowly.
+    """A cost table that follows measured steps: a factor common to all sizes quickly, a factor of each size slowly.
 
-    What slows a whole machine slows every size, so the choice between sizes does not change with the factor;
-    what was profiled wrongly at one size is put right there.
+    A slower machine is slower at every size, and the common factor leaves the choice between sizes unchanged; the
+    factors by size correct single sizes that were profiled wrongly.
     """
 
     _SCALE_GAIN = 0.05
     _CLIP = (0.5, 2.0)
-    """A single step says no more than this about its size: pauses of the process are not costs."""
-    _STEPS_PER_TABLE = 8
+    """Bounds of measured over expected seconds of one step: a pause of the process is not a cost of its size."""
+    _UPDATE_INTERVAL = 8
+    """Steps from one recomputation of the tables to the next."""
     _CONTEXT_STEP = 32
-    """Tokens; contexts that are nearer than this cost the same."""
+    """Tokens; costs are looked up at the nearest multiple."""
 
     def __init__(self, table: CostTable, max_rows: int, max_requests: int) -> None:
         self.table = table
         self.drift = 1.0
-        """Measured over profiled seconds of the target, smoothed: 1 where the table was right."""
+        """Measured over profiled seconds of the target, smoothed."""
         self._scale = 1.0
         self._contexts = np.array(sorted(table.targets))
         self._profiled_targets = np.stack([table.targets[context].table(max_rows) for context in self._contexts])
@@ -51,7 +52,7 @@ class CostModel:
         self._profiled_draft[0] = 0.0
         self._target_factors = _Factors(table.target.sizes, max_rows)
         self._draft_factors = _Factors(table.draft.sizes, max_requests)
-        self._news: list[tuple[int, float, float, int, float]] = []
+        self._pending: list[tuple[int, float, float, int, float]] = []
         self._latest: tuple[int, np.ndarray] | None = None
         self._make_tables()
 
@@ -67,15 +68,12 @@ class CostModel:
         return self._draft
 
     def observe(self, rows: int, context: float, target: float, num_drafted: int, draft: float) -> None:
-        """Learn from a step: `rows` took `target` seconds, and the draft of `num_drafted` requests `draft` seconds.
-
-        The tables change with every few steps only: single ones move little.
-        """
-        self._news.append((rows, context, target, num_drafted, draft))
-        if len(self._news) >= self._STEPS_PER_TABLE:
-            for step in self._news:
+        """Learn from a step: `rows` took `target` seconds, and the draft of `num_drafted` requests `draft` seconds."""
+        self._pending.append((rows, context, target, num_drafted, draft))
+        if len(self._pending) >= self._UPDATE_INTERVAL:
+            for step in self._pending:
                 self._learn(*step)
-            self._news.clear()
+            self._pending.clear()
             self._make_tables()
 
     def _learn(self, rows: int, context: float, target: float, num_drafted: int, draft: float) -> None:
@@ -92,7 +90,7 @@ class CostModel:
             self.drift *= _clipped(target / (profiled * self.drift), self._CLIP) ** self._SCALE_GAIN
 
     def _make_tables(self) -> None:
-        # Steps are compared with what their own size has taught: a maximum over smaller ones could not be learned.
+        # Steps are compared with the estimate before the running maximum, which would otherwise feed back into itself.
         self._learned_targets = self._scale * self._profiled_targets * self._target_factors.by_size()
         self._learned_draft = self._scale * self._profiled_draft * self._draft_factors.by_size()
         self._targets = np.maximum.accumulate(self._learned_targets, axis=-1)
@@ -110,11 +108,12 @@ def _at_context(seconds: np.ndarray, contexts: np.ndarray, context: float) -> np
 
 
 class _Factors:
-    """What measured sizes have turned out to be, over what was profiled; between them a straight line."""
+    """Measured over profiled seconds at the profiled sizes; linear between them."""
 
     _GAIN = 0.01
-    """Weight of a step. The first ones at a size weigh more, in case it was disturbed when it was profiled."""
+    """Weight of a step."""
     _STEPS_TO_SETTLE = 20
+    """The first steps at a size weigh more, up to 1 / 20, in case the profile of that size was disturbed."""
 
     def __init__(self, sizes: Sequence[int], max_size: int) -> None:
         self._sizes = list(sizes)
@@ -127,7 +126,7 @@ class _Factors:
         return np.interp(self._wanted, self._sizes, self._factors)
 
     def learn(self, size: int, ratio: float) -> None:
-        """A step took `ratio` of what was expected: so do the neighbouring measured sizes, the nearer one more so."""
+        """A step took `ratio` of the expected time: adjust both neighbouring profiled sizes, the nearer one more."""
         right = min(bisect_left(self._sizes, size), len(self._sizes) - 1)
         left = max(0, right - 1)
         gap = self._sizes[right] - self._sizes[left]

@@ -1,4 +1,4 @@
-"""Measured seconds by size: the curves of one deployment, and the files that hold them."""
+"""Measured seconds by size: the curves of one deployment, and their file formats."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 from dspark_ray.config import ConfigError
 
 _CONTEXT_MATTERS = 1.05
-"""Curves of a short and a long context are told apart when they differ by this factor."""
+"""Separate curves for a short and a long context are kept where they differ by at least this factor."""
 
 
 @dataclass(frozen=True)
 class Curve:
     """Seconds by size: rows of a target forward, or requests of a draft.
 
-    Sizes up to `padded_to` run as the next measured size, as captured graphs do; larger ones lie on the line between
-    their measured neighbours, which begins at the first measured size above the padded ones. Beyond the last size the
-    last two go on. Measured seconds that fall with size are noise: the running maximum counts.
+    Sizes up to `padded_to` cost as much as the next measured size, as captured graphs do. Larger sizes are interpolated
+    linearly, beginning at the first measured size above `padded_to`, and extrapolated from the last two. Seconds that
+    fall with size are noise: the running maximum is used.
     """
 
     sizes: tuple[int, ...]
@@ -34,13 +34,13 @@ class Curve:
         if len(self.sizes) != len(self.seconds) or not self.sizes:
             raise ConfigError(f"cost curve: {len(self.sizes)} sizes and {len(self.seconds)} seconds: expected as many")
         if any(low >= high for low, high in zip((0, *self.sizes), self.sizes, strict=False)):
-            raise ConfigError(f"cost curve: sizes {list(self.sizes)}: expected positive numbers that rise")
+            raise ConfigError(f"cost curve: sizes {list(self.sizes)}: expected rising positive numbers")
         bad = [value for value in self.seconds if not (math.isfinite(value) and value >= 0)]
         if bad:
             raise ConfigError(f"cost curve: {bad[0]} seconds: expected finite numbers of at least 0")
 
     def table(self, max_size: int) -> np.ndarray:
-        """[max_size + 1] seconds of every size; size 0 costs what the smallest does."""
+        """[max_size + 1] seconds by size; size 0 costs as much as the smallest measured one."""
         wanted = np.arange(max_size + 1)
         sizes, seconds = np.array(self.sizes), np.maximum.accumulate(self.seconds)
         last = len(sizes) - 1
@@ -50,7 +50,7 @@ class Curve:
 
 
 def _on_line(wanted: np.ndarray, sizes: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Linear between sizes, level below the first, with the last slope beyond the last."""
+    """Linear between sizes, constant below the first, with the last slope beyond the last."""
     inside = np.interp(wanted, sizes, seconds)
     if len(sizes) == 1:
         return inside
@@ -60,10 +60,10 @@ def _on_line(wanted: np.ndarray, sizes: np.ndarray, seconds: np.ndarray) -> np.n
 
 @dataclass(frozen=True)
 class CostTable:
-    """The curves of one deployment; `key` says which one, so that a saved table is not used for another."""
+    """The curves of one deployment, which `key` identifies, so that a saved table is not used for another."""
 
     targets: Mapping[int, Curve]
-    """By context length in tokens: one entry where context does not matter."""
+    """By context length in tokens; a single entry where costs do not depend on it."""
     draft: Curve
     key: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ class CostTable:
 
     @staticmethod
     def of(target: Curve, draft: Curve) -> CostTable:
-        """A table in which context does not matter."""
+        """A table whose costs do not depend on the context length."""
         return CostTable({1: target}, draft)
 
     @property
@@ -82,17 +82,17 @@ class CostTable:
         return self.targets[min(self.targets)]
 
     def without_needless_contexts(self) -> CostTable:
-        """One curve where the longest context costs no more than a few percent above the shortest."""
+        """With the shortest context alone, where the longest costs at most a few percent more."""
         short, long = self.targets[min(self.targets)], self.targets[max(self.targets)]
         ratio = sum(long.table(short.sizes[-1])) / max(sum(short.table(short.sizes[-1])), 1e-12)
         if len(self.targets) == 1 or ratio >= _CONTEXT_MATTERS:
             return self
         return CostTable({min(self.targets): short}, self.draft, self.key)
 
-    # Our file.
+    # The package's own file format.
 
     def save(self, path: Path) -> None:
-        """Write JSON; folders are made."""
+        """Write JSON, creating folders as needed."""
         path.parent.mkdir(parents=True, exist_ok=True)
         targets = {str(context): asdict(curve) for context, curve in sorted(self.targets.items())}
         content = {"key": dict(self.key), "targets_by_context": targets, "draft": asdict(self.draft)}
@@ -100,7 +100,7 @@ class CostTable:
 
     @staticmethod
     def load(path: Path) -> CostTable:
-        """Read our JSON or either of SGLang's two; raises ConfigError that names the file and what is wrong."""
+        """Read the package's JSON or either of SGLang's formats; raises ConfigError with the file and the key."""
         try:
             raw = json.loads(path.read_text())
         except OSError as error:
@@ -114,13 +114,13 @@ class CostTable:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{path}: {error}") from None
 
-    # SGLang's files.
+    # SGLang's file formats.
 
     @staticmethod
     def from_sglang(raw: Mapping[str, Any]) -> CostTable:
         """SGLang's flat table (steps per second by batch tokens) or its additive one (bias, alpha, theta).
 
-        The flat one is looked up at the largest measured size that is not above the wanted one.
+        SGLang looks the flat one up at the largest measured size that is not above the wanted one.
         """
         if "bias_seconds" in raw:
             seconds = tuple(raw["bias_seconds"] + theta for theta in _numbers(raw, "theta_seconds"))
@@ -131,12 +131,12 @@ class CostTable:
             raise ConfigError(f"sample_steps_per_sec has {min(rates)}: expected positive numbers")
         seconds = tuple(1.0 / rate for rate in rates)
         last = max(int(raw.get("max_batch_tokens", 0)), sizes[-1])
-        # A value that holds from its size up to the next is padding to the end of that stretch.
+        # A value is valid from its size up to the next one: the same as padding to the end of that range.
         ends = (*(size - 1 for size in sizes[1:]), last)
         return CostTable.of(Curve(ends, seconds, padded_to=last), NO_COST)
 
     def to_sglang_additive(self) -> dict[str, Any]:
-        """Exact but for contexts and padding: bias is the target's first row, alpha the drafter, theta the rest."""
+        """Without contexts and padding: bias is the target's first row, alpha the drafter, theta the remaining rows."""
         target, bias = self.target, self.target.seconds[0]
         return {
             "bias_seconds": bias,
@@ -147,7 +147,7 @@ class CostTable:
         }
 
     def to_sglang_flat(self, rows_per_request: int) -> dict[str, Any]:
-        """Steps per second of whole rounds in which every request brings `rows_per_request` rows."""
+        """Steps per second of whole rounds in which every request has `rows_per_request` rows."""
         sizes = self.target.sizes
         target, draft = self.target.table(sizes[-1]), self.draft.table(sizes[-1])
         seconds = [target[size] + draft[max(1, size // rows_per_request)] for size in sizes]

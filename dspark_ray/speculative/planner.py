@@ -1,7 +1,7 @@
-"""What the step loop asks about speculation: who is drafted, how much is verified, and was that right.
+"""The decisions about speculation: whether to draft, how deep, and how many drafts to verify; and their evaluation.
 
-Cost table, calibration, schedule and selection meet here, so that the loop has one line for each question.
-Everything is an array over slots or over the requests of a round. Letters: R drafted requests, G gamma.
+The planner joins cost model, calibration, schedule and draft gate, so that the step loop has one call per decision.
+Data are arrays over slots or over the requests of a round. Letters: R drafted requests, G gamma.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ RoundListener = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 @dataclass(frozen=True)
 class Batch:
-    """A step, besides its drafts."""
+    """The composition of a step without its drafts."""
 
     num_decoding: int
     num_prefill_rows: int
     certain_tokens: int
-    """Requests that sample: each brings a token however little is verified."""
+    """Requests that sample: each brings one token whether or not drafts are verified."""
     context: float
-    """Mean tokens before a row."""
+    """Mean number of tokens before a row."""
 
     @property
     def base_rows(self) -> int:
-        """Rows of the forward that are no drafts: an anchor per decoding request, and prompt chunks."""
+        """Rows of the forward that are not drafts: an anchor per decoding request, and prompt chunks."""
         return self.num_decoding + self.num_prefill_rows
 
 
@@ -59,23 +59,23 @@ class DraftedRows:
     confidences: np.ndarray
     """[R, G] as drafted; G is less than gamma where fewer positions were drafted"""
     limits: np.ndarray
-    """[R] most drafts each can use"""
+    """[R] draft limits: most drafts that each request can use"""
     thresholds: np.ndarray | None
-    """[R] lowest survival each request wants verified; None where nobody asks for any"""
+    """[R] confidence thresholds of the requests; None where all are 0"""
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step came to; all times are seconds."""
+    """The measured result of a step; all times are seconds."""
 
     num_tokens_accepted: np.ndarray
-    """[R] drafts that stood, also those behind the end of a text"""
+    """[R] accepted drafts, including those behind the end of a text"""
     num_committed: np.ndarray
-    """[R] drafts that stood and belong to the text"""
+    """[R] accepted drafts that became part of the text"""
     num_drafted: int
-    """Requests that were drafted, also those that have left since."""
+    """Requests that were drafted, including those that have ended since."""
     bypass: BypassReason | None
-    """Why nobody was, where somebody could have been."""
+    """Why no request was drafted, where some could have been."""
     draft_seconds: float
     target_seconds: float
     """Everything but the draft."""
@@ -89,20 +89,21 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class _Round:
-    """A planned round, until its outcome is known."""
+    """A planned round whose outcome is not known yet."""
 
     rows: DraftedRows
     depth: int
     """Positions that were drafted"""
     lengths: np.ndarray
+    """[R] verified drafts"""
     expected: np.ndarray
-    """[R] drafts"""
-    usable: np.ndarray
-    """[R, G] survival of what could be verified, 0 elsewhere"""
+    """[R] drafts expected to be accepted"""
+    verifiable: np.ndarray
+    """[R, G] survival within limits and thresholds, 0 elsewhere"""
 
 
 class Planner:
-    """Owns everything that learns. Without a cost table nothing is known about seconds: all drafts are verified."""
+    """Owns everything that learns from steps. Without a cost table it drafts always and verifies all drafts."""
 
     def __init__(
         self,
@@ -118,15 +119,15 @@ class Planner:
         )
         self.cost = self._cost_model(cost_table)
         self.follows_costs = self.cost is not None and config.schedule != "fixed"
-        """Whether costs decide; otherwise everything that can be drafted is drafted and verified."""
+        """Whether costs decide; otherwise every request is drafted and every draft verified."""
         self._schedule = build_schedule(config.schedule) if self.follows_costs else FixedSchedule()
         self._gate = DraftGate(self.gamma)
         self._depth = DraftDepth(self.gamma)
-        self._past = None
+        self._history = None
         if config.schedule == "lagged":
-            self._past = _Past(config.max_num_seqs, self.gamma, config.schedule_lag)
+            self._history = _SurvivalHistory(config.max_num_seqs, self.gamma, config.schedule_lag)
         self._policy_ends_at = math.inf
-        self._promise = _Promise()
+        self._throughput = ThroughputTarget()
         self._round: _Round | None = None
         self._step_seconds = 0.0
         self._num_steps = 0
@@ -136,28 +137,28 @@ class Planner:
             return None
         return CostModel(cost_table, self.config.max_num_batched_tokens, self.config.max_num_seqs)
 
-    # Policies come and go.
+    # The policy.
 
     def apply(self, policy: VerificationPolicy, now: float) -> None:
         """Follow `policy` until it expires; `now` is the caller's clock, in seconds.
 
-        The engine's own threshold is a floor: a policy raises it or leaves it.
+        The engine's own threshold is a floor that a policy can only raise.
         """
         lowest = self._own_policy.confidence_threshold
         self.policy = replace(policy, confidence_threshold=max(policy.confidence_threshold, lowest))
         self._policy_ends_at = now + policy.valid_seconds if policy.valid_seconds is not None else math.inf
 
     def expire_policy(self, now: float) -> None:
-        """Return to the engine's own policy when the other one has had its time."""
+        """Return to the engine's own policy when the other one has expired."""
         if now >= self._policy_ends_at:
             self.policy, self._policy_ends_at = self._own_policy, math.inf
 
     # Before the draft.
 
     def admit(self, slot: int) -> None:
-        """A sequence gets `slot`: forget the one that had it before."""
-        if self._past is not None:
-            self._past.admit(slot)
+        """A new sequence gets `slot`: forget the previous one."""
+        if self._history is not None:
+            self._history.admit(slot)
 
     def bypass_reason(self, num_requests: int, batch: Batch) -> BypassReason | None:
         """Why the step `batch` is not drafted; None drafts for all `num_requests` that can use a draft."""
@@ -175,11 +176,11 @@ class Planner:
             self.cost.draft_seconds(),
             self._step_seconds,
         )
-        self._promise.make(decision.tokens_per_second)
+        self._throughput.set(decision.tokens_per_second)
         return None if decision.drafts or not self.config.bypass else "predicted_loss"
 
     def depth(self) -> int:
-        """Positions of a block to draft for those that were selected."""
+        """Positions of a block to draft in the next step, 1..gamma."""
         return self._depth.choose() if self.follows_costs else self.gamma
 
     # Between draft and target.
@@ -187,28 +188,28 @@ class Planner:
     def plan(self, rows: DraftedRows, batch: Batch) -> VerifyPlan:
         """How many drafts of each request to verify: the schedule's lengths, then the thresholds."""
         limits, thresholds, depth = *self._allowed(rows), rows.confidences.shape[1]
-        rows = replace(rows, confidences=_whole_blocks(rows.confidences, self.gamma))
+        rows = replace(rows, confidences=_pad_to_gamma(rows.confidences, self.gamma))
         current = survival(self.calibration.calibrate(rows.confidences))
         view = RoundView(
             survival=current,
-            lagged_survival=self._past.push(rows.slots, current) if self._past is not None else None,
+            lagged_survival=self._history.push(rows.slots, current) if self._history is not None else None,
             limits=limits,
             certain_tokens=batch.certain_tokens,
             base_rows=batch.base_rows,
-            target_seconds=self._seconds_for_the_schedule(batch, len(rows.slots)),
+            target_seconds=self._schedule_seconds(batch, len(rows.slots)),
             draft_seconds=self._draft_seconds(len(rows.slots)),
-            tokens_per_second=self._promise.rate,
+            tokens_per_second=self._throughput.rate,
         )
         plan = self._schedule.plan(view)
         if thresholds is not None:
             plan = cut_at_threshold(plan, current, thresholds)
         lengths = np.array(plan.lengths, dtype=np.int64)
         expected = np.where(PLACES[: self.gamma] < lengths[:, None], current, 0.0).sum(-1)
-        self._round = _Round(rows, depth, lengths, expected, _usable(view.allowed, thresholds))
+        self._round = _Round(rows, depth, lengths, expected, _verifiable(view.allowed, thresholds))
         return plan
 
     def _allowed(self, rows: DraftedRows) -> tuple[np.ndarray, np.ndarray | None]:
-        """Limits and thresholds [R] of requests and policy together."""
+        """Draft limits and thresholds [R] of requests and policy combined."""
         most = self.policy.max_draft_tokens
         limits = rows.limits if most is None else np.minimum(rows.limits, most)
         lowest = self.policy.confidence_threshold
@@ -217,16 +218,16 @@ class Planner:
         return limits, np.maximum(lowest, 0.0 if rows.thresholds is None else rows.thresholds) * np.ones(len(limits))
 
     def _target_seconds(self, batch: Batch) -> np.ndarray:
-        """[rows + 1]; without a cost table every size costs the same, so that nothing is ever cut."""
+        """[rows + 1] seconds by rows; without a cost table every size costs the same, so that no draft is cut."""
         if self.cost is None:
             return np.ones(self.config.max_num_batched_tokens + 1)
         return self.cost.target_seconds(batch.context)
 
-    def _seconds_for_the_schedule(self, batch: Batch, num_requests: int) -> np.ndarray:
-        """[rows + 1] seconds of the sizes that the step can have.
+    def _schedule_seconds(self, batch: Batch, num_requests: int) -> np.ndarray:
+        """[rows + 1] seconds by rows, as the schedule sees them.
 
-        Algorithm 1 stops at the first stair of a curve, however good what lies behind it. It walks along the lower
-        hull of the curve instead, which has no stairs, and is known before anything is drafted.
+        Algorithm 1 would stop at the first step of a padded cost curve even where larger sizes pay. It gets the lower
+        convex hull of the curve, which has no steps and does not depend on the drafts.
         """
         seconds = self._target_seconds(batch)
         if self.config.schedule != "causal" or self.cost is None:
@@ -238,13 +239,13 @@ class Planner:
         return 0.0 if self.cost is None else float(self.cost.draft_seconds()[num_requests])
 
     def drop_round(self) -> None:
-        """Forget the planned round: none of its sequences runs."""
+        """Forget the planned round, because none of its sequences runs."""
         self._round = None
 
     # After the target.
 
     def learn(self, batch: Batch, outcome: StepOutcome) -> StepRecord:
-        """Compare the step with what was expected of it."""
+        """Learn from the finished step; the record compares it with the expectations."""
         planned, self._round = self._round, None
         budget = int(planned.lengths.sum()) if planned else 0
         record = StepRecord(
@@ -272,12 +273,12 @@ class Planner:
         if planned is not None:
             self._learn_round(planned, outcome.num_tokens_accepted)
         if self.cost is not None and not batch.num_prefill_rows:
-            # Rows of a prompt cost otherwise than verified ones, and nobody chooses their number.
+            # Prompt rows have other costs than verified rows, and the schedule does not choose their number.
             rows = batch.base_rows + budget
             target, draft = outcome.target_seconds, outcome.draft_seconds
             self.cost.observe(rows, batch.context, target, outcome.num_drafted, draft)
         self._step_seconds = outcome.target_seconds + outcome.draft_seconds
-        self._promise.compare(batch.certain_tokens + record.num_accepted, self._step_seconds)
+        self._throughput.observe(batch.certain_tokens + record.num_accepted, self._step_seconds)
         self._num_steps += 1
         return record
 
@@ -285,63 +286,64 @@ class Planner:
         self.calibration.observe(planned.rows.confidences, planned.lengths, accepted)
         if self.follows_costs:
             self._depth.observe(planned.lengths, planned.depth)
-            self._gate.observe(planned.usable, float(planned.expected.sum()), float(accepted.sum()))
+            self._gate.observe(planned.verifiable, float(planned.expected.sum()), float(accepted.sum()))
         if self.listener is not None:
             self.listener(planned.rows.confidences, planned.lengths, accepted)
 
 
-def _whole_blocks(confidences: np.ndarray, gamma: int) -> np.ndarray:
-    """[R, gamma] with 0 where no position was drafted."""
+def _pad_to_gamma(confidences: np.ndarray, gamma: int) -> np.ndarray:
+    """[R, gamma] confidences, 0 where no position was drafted."""
     if confidences.shape[1] == gamma:
         return confidences
-    blocks = np.zeros((len(confidences), gamma), dtype=confidences.dtype)
-    blocks[:, : confidences.shape[1]] = confidences
-    return blocks
+    padded = np.zeros((len(confidences), gamma), dtype=confidences.dtype)
+    padded[:, : confidences.shape[1]] = confidences
+    return padded
 
 
-def _usable(allowed: np.ndarray, thresholds: np.ndarray | None) -> np.ndarray:
-    """[R, G] survival of what could be verified, 0 elsewhere."""
+def _verifiable(allowed: np.ndarray, thresholds: np.ndarray | None) -> np.ndarray:
+    """[R, G] survival within limits and thresholds, 0 elsewhere."""
     if thresholds is None:
         return np.maximum(allowed, 0.0)
     return np.where(allowed >= thresholds[:, None], np.maximum(allowed, 0.0), 0.0)
 
 
-class _Promise:
-    """The rate that forecasts promise, corrected by what of late came of promises.
+class ThroughputTarget:
+    """The forecast tokens per second, scaled by the recent ratio of achieved to forecast tokens.
 
-    Prompts take time too, and forecasts of the best are too good on average: what a row is worth is the rate that is
-    really achieved.
+    Achieved throughput is lower: prompts take time too, and the better of two forecasts is too high on average. The
+    price of a row is the rate that the engine really achieves.
     """
 
-    _MEMORY = 0.98
+    _DECAY = 0.98
+    """Per step, of the sums from which the ratio is computed."""
     _PRIOR_SECONDS = 0.2
-    """Of steps that kept their promise, before anything is known."""
+    """Of steps that achieved the forecast, which the sums start with."""
 
     def __init__(self) -> None:
-        self._made: float | None = None
-        self._tokens = self._promised = 0.0
+        self._forecast: float | None = None
+        self._achieved_tokens = self._forecast_tokens = 0.0
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second to count on; None before the first promise."""
-        if self._made is None:
+        """Expected tokens per second; None before the first forecast."""
+        if self._forecast is None:
             return None
-        prior = self._made * self._PRIOR_SECONDS
-        return self._made * (self._tokens + prior) / (self._promised + prior)
+        prior = self._forecast * self._PRIOR_SECONDS
+        return self._forecast * (self._achieved_tokens + prior) / (self._forecast_tokens + prior)
 
-    def make(self, tokens_per_second: float) -> None:
-        """What the next steps are to achieve."""
-        self._made = tokens_per_second
+    def set(self, tokens_per_second: float) -> None:
+        """The forecast for the next steps."""
+        self._forecast = tokens_per_second
 
-    def compare(self, tokens: int, seconds: float) -> None:
-        """What a step achieved."""
-        if self._made is not None:
-            self._tokens = self._MEMORY * self._tokens + tokens
-            self._promised = self._MEMORY * self._promised + self._made * seconds
+    def observe(self, tokens: int, seconds: float) -> None:
+        """The measured result of a step."""
+        if self._forecast is not None:
+            self._achieved_tokens = self._DECAY * self._achieved_tokens + tokens
+            self._forecast_tokens = self._DECAY * self._forecast_tokens + self._forecast * seconds
 
 
-class _Past:
-    """Survivals of the latest rounds of every slot."""
+class _SurvivalHistory:
+    """Survival of the latest rounds of every slot."""
 
     def __init__(self, num_slots: int, gamma: int, lag: int) -> None:
         self._lag = lag
@@ -349,11 +351,11 @@ class _Past:
         self._num_rounds = np.zeros(num_slots, dtype=np.int64)
 
     def admit(self, slot: int) -> None:
-        """A new request has no past: it counts as certain."""
+        """A new request has no earlier rounds: its survival counts as 1."""
         self._ring[:, slot] = 1.0
 
     def push(self, slots: np.ndarray, current: np.ndarray) -> np.ndarray:
-        """Remember survival [R, G] of a round; what it was `lag` rounds before."""
+        """Store the survival [R, G] of a round and return that of `lag` rounds before."""
         length = self._lag + 1
         self._ring[self._num_rounds[slots] % length, slots] = current
         self._num_rounds[slots] += 1

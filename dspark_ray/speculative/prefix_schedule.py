@@ -1,7 +1,7 @@
 """How much of each draft the target will see (paper 3.2.2 and 5.2).
 
     survival[r, j] = confidence[r, 1] * ... * confidence[r, j]
-    tau(lengths)   = tokens that come for certain + summed survival of the verified drafts
+    tau(lengths)   = certain tokens + summed survival of the verified drafts
     Theta          = tau / seconds of the whole round
 
 Survival never rises along a request, so the best k drafts of all requests are a prefix of each.
@@ -20,7 +20,7 @@ import numpy as np
 from dspark_ray.config import ScheduleKind
 
 PLACES = np.arange(1024)
-"""0, 1, 2, ...: positions of a block are compared with lengths in every step."""
+"""0, 1, 2, ...: compared with lengths, they give masks of positions."""
 
 
 @dataclass(frozen=True)
@@ -37,33 +37,33 @@ class VerifyPlan:
 
 @dataclass(frozen=True)
 class RoundView:
-    """What a schedule may look at."""
+    """The inputs of a schedule."""
 
     survival: np.ndarray
     """[R, G] of the current drafts, calibrated"""
     lagged_survival: np.ndarray | None
-    """[R, G] of the drafts of earlier rounds, 1 where a request is too young to have any; for `lagged` alone"""
+    """[R, G] of the drafts of an earlier round, 1 where a request had none; for `lagged` only"""
     limits: np.ndarray
-    """[R] most drafts each request may have verified"""
+    """[R] most drafts that may be verified"""
     certain_tokens: int
-    """Tokens that come however little is verified: one per request that samples."""
+    """Tokens that do not depend on drafts: one per request that samples."""
     base_rows: int
     """Rows of the forward besides drafts: anchors and prompt chunks."""
     target_seconds: np.ndarray
     """By rows, at least base_rows + R * G of them"""
     draft_seconds: float = 0.0
-    """Spent on these drafts already, and part of the round all the same."""
+    """Already spent on these drafts, and part of the round's duration."""
     tokens_per_second: float | None = None
-    """What the engine expects to achieve with its requests; None where it does not know."""
+    """The expected throughput of the engine; None where it is unknown."""
 
     @cached_property
     def allowed(self) -> np.ndarray:
-        """[R, G] survival, -1 where a limit forbids to verify."""
+        """[R, G] survival, -1 beyond the limits."""
         return within(self.survival, self.limits)
 
 
 class PrefixSchedule(Protocol):
-    """Decides on lengths; chosen once, when the engine is built."""
+    """Decides on verify lengths; chosen when the engine is built."""
 
     def plan(self, view: RoundView) -> VerifyPlan: ...
 
@@ -84,14 +84,14 @@ class CausalSchedule:
 
 
 class LaggedSchedule:
-    """Section 5.2: old confidences set the budget by a search over every size, current ones say who gets it.
+    """Section 5.2: a search over every size with old confidences sets the budget, current confidences distribute it.
 
-    What is decided about a token never depends on that token: the budget is older than it, and its rank depends on
-    the tokens before it.
+    Whether a token is verified never depends on the token itself: the budget is older than it, and its rank depends
+    only on the tokens before it.
     """
 
     def plan(self, view: RoundView) -> VerifyPlan:
-        assert view.lagged_survival is not None, "whoever builds a lagged schedule keeps the past for it"
+        assert view.lagged_survival is not None, "a lagged schedule needs the survival of earlier rounds"
         lagged = _ranked(within(view.lagged_survival, view.limits), view.limits)
         return _admitted(view.allowed, _ranked(view.allowed, view.limits), int(_theta(view, lagged).argmax()))
 
@@ -99,10 +99,10 @@ class LaggedSchedule:
 class FullSchedule:
     """A search over every size with current confidences. It anticipates, so only coupled verification may use it.
 
-    Maximising tokens over seconds round by round is not maximising them over a whole run: a round that goes badly
-    should be cut shorter than its own ratio says, because better ones will follow. A draft is therefore worth
-    verifying while it brings more than the engine makes in the same time otherwise (the ratio of sums is largest
-    where tokens - rate * seconds is, for the rate that is then achieved).
+    Maximising tokens over seconds in every round does not maximise them over a whole run: a bad round should verify
+    less than its own ratio suggests, because better rounds follow. So a draft is verified while it is expected to
+    bring more tokens than the engine produces in the same time on average: the ratio of sums is largest where
+    tokens - rate * seconds is, for the rate that results (Dinkelbach).
     """
 
     def plan(self, view: RoundView) -> VerifyPlan:
@@ -115,7 +115,7 @@ class FullSchedule:
 
 
 class FixedSchedule:
-    """Every drafted token, up to the limit."""
+    """Verifies every drafted token, up to the limits."""
 
     def plan(self, view: RoundView) -> VerifyPlan:
         return VerifyPlan(tuple(view.limits.tolist()))
@@ -135,7 +135,7 @@ def build_schedule(kind: ScheduleKind) -> PrefixSchedule:
 
 
 def cut_at_threshold(plan: VerifyPlan, current: np.ndarray, thresholds: np.ndarray) -> VerifyPlan:
-    """Drop positions whose survival [R, G] is below the request's threshold [R]; it never rises along a request."""
+    """Drop positions whose survival [R, G], which never rises along a request, is below the threshold [R]."""
     survivors = (current >= thresholds[:, None]).sum(-1)
     return VerifyPlan(tuple(np.minimum(plan.lengths, survivors).tolist()))
 
@@ -146,7 +146,7 @@ def within(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
 
 
 def _ranked(allowed: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """The survivals that may be verified, highest first."""
+    """Survivals of the drafts within the limits, highest first."""
     return np.sort(allowed, axis=None)[::-1][: limits.sum()]
 
 
@@ -166,7 +166,7 @@ def _theta(view: RoundView, ranked: np.ndarray) -> np.ndarray:
 
 
 def _worthwhile(view: RoundView, ranked: np.ndarray, rate: float) -> int:
-    """How many of the ranked drafts bring most above what their seconds are worth at `rate` tokens per second."""
+    """How many of the ranked drafts maximise tokens - rate * seconds."""
     if not len(ranked):
         return 0
     seconds = _target_seconds(view, len(ranked))
@@ -178,7 +178,8 @@ def _worthwhile(view: RoundView, ranked: np.ndarray, rate: float) -> int:
 def _admitted(allowed: np.ndarray, ranked: np.ndarray, budget: int) -> VerifyPlan:
     """The best `budget` drafts of `allowed` [R, G].
 
-    Of equal ones the earlier request, and within a request the earlier position, comes first: prefixes stay whole.
+    Of equal survivals the earlier request, and within a request the earlier position, comes first, so that the chosen
+    drafts of a request are a prefix.
     """
     if budget == 0:
         return VerifyPlan((0,) * len(allowed))

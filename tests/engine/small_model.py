@@ -21,6 +21,7 @@ from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
 from dspark_ray.ranks.executor import LocalTarget, TargetRank
 from dspark_ray.runner.decode import TargetGraphs
 from dspark_ray.runner.graphs import Capture
+from dspark_ray.speculative.planner import Planner
 from dspark_ray.training.initial import initialise
 from dspark_ray.types import Request, SamplingParams, SequenceOutput, VerificationLimits
 
@@ -83,9 +84,10 @@ def build_small_engine(
     drafter: Drafter | None = None,
     clock: Callable[[], float] = time.perf_counter,
     capture: Capture | None = None,
+    planner: Planner | None = None,
     **changes: object,
 ) -> Engine:
-    """An engine in this process with an inline drafter, or with the one given; it knows no costs.
+    """An engine in this process; by default with an inline drafter, and with a planner that knows no costs.
 
     With `capture`, decode steps of target and drafter are recorded and replayed.
     """
@@ -99,7 +101,8 @@ def build_small_engine(
     if capture is not None:
         graphs = TargetGraphs(model, cache_tensors, config.max_num_seqs, config.max_model_len, capture)
     target = LocalTarget(TargetRank(model, cache_tensors, projector.requires_grad_(False), graphs))
-    return Engine(config, SMALL, target, drafter or InlineDrafter(DraftWorker(module, config, capture)), clock=clock)
+    drafter = drafter or InlineDrafter(DraftWorker(module, config, capture))
+    return Engine(config, SMALL, target, drafter, planner, clock)
 
 
 def request(prompt: tuple[int, ...], request_id: str = "r", speculate: bool = True, **sampling: object) -> Request:

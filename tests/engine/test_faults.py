@@ -222,8 +222,8 @@ def test_a_draft_that_is_not_finite_is_cut_there_and_changes_nothing_else(change
     requests = three_requests()
     texts = texts_without_speculation()
     changes: dict[str, object] = {"schedule": schedule}
-    engine = build_small_engine(drafter=PoisonedDrafter(change, **changes), **changes)
-    engine.planner = Planner(small_config(**changes), CHEAP)
+    planner = Planner(small_config(**changes), CHEAP)
+    engine = build_small_engine(drafter=PoisonedDrafter(change, **changes), planner=planner, **changes)
     outputs, records = served(engine, *requests)
     assert {name: tokens_of(parts) for name, parts in outputs.items()} == texts
     drafted = [record for record in records if record.num_drafted]

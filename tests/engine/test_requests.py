@@ -20,6 +20,8 @@ from small_model import (
 )
 
 from dspark_ray.drafters.protocol import ContextUpdate, DraftProposal, DraftRequest
+from dspark_ray.engine.round import computed_of, slots_of
+from dspark_ray.engine.step_loop import Engine
 from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
 from dspark_ray.types import QueueFullError, Request, RequestError, SamplingParams
 
@@ -182,6 +184,12 @@ def test_drafts_behind_a_stop_id_do_not_count_as_accepted():
     assert 1 + stats.num_rounds + stats.num_accepted == len(tokens_of(outputs))
 
 
+def context_of_all(engine: Engine) -> ContextUpdate:
+    """The whole context of all running sequences, as a new drafter would need it."""
+    running = [sequence for sequence in engine.scheduler.running if engine._speculates(sequence)]
+    return engine._context(slots_of(running), np.zeros(len(running), dtype=np.int64), computed_of(running))
+
+
 class ForgetfulDrafter(InlineDrafter):
     """Replaces its worker before every draft by a new one, rebuilt from the verifier's rows."""
 
@@ -193,7 +201,7 @@ class ForgetfulDrafter(InlineDrafter):
 
     def submit(self, request: DraftRequest) -> None:
         self._worker = DraftWorker(small_modules()[1], self.config)
-        self._worker.store(self.engine.known_context())
+        self._worker.store(context_of_all(self.engine))
         none = np.empty(0, dtype=np.int64)
         super().submit(replace(request, context=ContextUpdate(none, none, torch.empty(0, SMALL.hidden_size))))
 

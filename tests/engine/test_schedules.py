@@ -39,9 +39,7 @@ def texts() -> dict[str, list[int]]:
 
 def scheduled(table: CostTable, **changes: object) -> Engine:
     """An engine whose costs are what `table` says, whatever its steps really take."""
-    engine = build_small_engine(clock=Clock(), **changes)
-    engine.planner = Planner(small_config(**changes), table)
-    return engine
+    return build_small_engine(clock=Clock(), planner=Planner(small_config(**changes), table), **changes)
 
 
 class Clock:
@@ -87,8 +85,7 @@ def test_no_threshold_of_the_engine_changes_the_text(schedule, threshold, texts)
 
 @pytest.mark.parametrize("seed", range(6))
 def test_arbitrary_lengths_and_bypasses_do_not_change_the_text(seed, texts):
-    engine = build_small_engine()
-    engine.planner = ArbitraryPlanner(small_config(), np.random.default_rng(seed))
+    engine = build_small_engine(planner=ArbitraryPlanner(small_config(), np.random.default_rng(seed)))
     outputs, records = records_of(engine, *mixed())
     assert tokens(outputs) == texts
     assert len({record.num_drafted for record in records}) > 2
@@ -269,8 +266,7 @@ def test_a_drafter_that_was_left_out_drafts_as_if_it_had_not_been(num_left_out):
     always, sometimes = Watched(), Watched()
     requests = [replace(r, sampling=replace(r.sampling, max_tokens=120)) for r in mixed()]
     run(build_small_engine(drafter=always), *requests)
-    engine = build_small_engine(drafter=sometimes)
-    engine.planner = Intermittent(small_config(), num_left_out)
+    engine = build_small_engine(drafter=sometimes, planner=Intermittent(small_config(), num_left_out))
     run(engine, *requests)
     known, found = drafts_by_anchor(always), drafts_by_anchor(sometimes)
     common = known.keys() & found.keys()

@@ -72,8 +72,8 @@ def test_seconds_that_fall_with_size_are_noise() -> None:
     [
         ((1, 2), (1.0,), "2 sizes and 1 seconds"),
         ((), (), "0 sizes and 0 seconds"),
-        ((2, 2), (1.0, 1.0), r"sizes \[2, 2\]: expected positive numbers that rise"),
-        ((0, 1), (1.0, 1.0), r"sizes \[0, 1\]: expected positive numbers that rise"),
+        ((2, 2), (1.0, 1.0), r"sizes \[2, 2\]: expected rising positive numbers"),
+        ((0, 1), (1.0, 1.0), r"sizes \[0, 1\]: expected rising positive numbers"),
         ((1,), (-0.5,), "-0.5 seconds: expected finite numbers"),
         ((1,), (float("nan"),), "nan seconds: expected finite numbers"),
     ],

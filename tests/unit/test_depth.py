@@ -24,7 +24,7 @@ def test_what_is_always_verified_is_always_drafted() -> None:
     assert set(run(DraftDepth(5), [5, 1, 5], 100)) == {5}
 
 
-def test_positions_that_nobody_verifies_are_not_drafted() -> None:
+def test_positions_that_are_never_verified_are_not_drafted() -> None:
     depths = run(DraftDepth(5), [2, 1, 0], 200)[100:]
     assert np.mean([depth == 2 for depth in depths]) > 0.9
 

@@ -167,7 +167,7 @@ def test_steps_with_prompt_rows_teach_nothing_about_costs() -> None:
     assert asked.cost.drift > 1.5
 
 
-def test_whoever_listens_hears_confidences_as_drafted() -> None:
+def test_a_listener_gets_confidences_as_drafted() -> None:
     asked, heard = planner(temperatures=Temperatures((4.0,) * GAMMA)), []
     asked.listener = lambda *round_: heard.append(round_)
     serve(asked, 0.75, 2, num_steps=1)
@@ -179,9 +179,9 @@ def test_whoever_listens_hears_confidences_as_drafted() -> None:
 def test_the_rate_that_prices_rows_is_the_one_that_is_achieved() -> None:
     asked = planner()
     asked.bypass_reason(1, batch(1))
-    promised = asked._promise.rate
+    forecast = asked._throughput.rate
     for _ in range(100):
         asked.learn(batch(1), outcome([], target_seconds=4.0))
-    assert promised is not None
-    assert asked._promise.rate == pytest.approx(1 / 4.0, rel=0.1)
-    assert asked._promise.rate < promised
+    assert forecast is not None
+    assert asked._throughput.rate == pytest.approx(1 / 4.0, rel=0.1)
+    assert asked._throughput.rate < forecast

@@ -1,4 +1,4 @@
-"""Who runs in a step."""
+"""What the scheduler plans for a step."""
 
 from __future__ import annotations
 
