@@ -21,7 +21,7 @@ ARGS = """
 model: {checkpoint}
 tensor_parallel_size: 2
 engine: {{max_num_seqs: 8, max_num_batched_tokens: 128, max_model_len: 1024, page_size: 32}}
-dspark: {{drafter: {{placement: actor}}}}
+dspark: {{drafter: {{placement: actor}}, cost_table: {{path: {checkpoint}/cost_table.json}}}}
 placement:
   strategy: PACK
   verifier:

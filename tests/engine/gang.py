@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from small_model import run
+from small_model import COST_TABLE, run
 from torch.multiprocessing import start_processes
 
 from dspark_ray.config import EngineConfig
@@ -38,6 +38,7 @@ def gang_spec(checkpoint: Path, tensor_parallel_size: int, drafter: str, **engin
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, "page_size": 32}
+    defaults |= {"cost_table": str(checkpoint / COST_TABLE)}
     return GangSpec(
         checkpoint=str(checkpoint),
         engine=EngineConfig(**{**defaults, **engine}),  # type: ignore[arg-type]

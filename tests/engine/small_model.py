@@ -21,6 +21,7 @@ from dspark_ray.ranks.draft_worker import DraftWorker, InlineDrafter
 from dspark_ray.ranks.executor import LocalTarget, TargetRank
 from dspark_ray.runner.decode import TargetGraphs
 from dspark_ray.runner.graphs import Capture
+from dspark_ray.speculative.cost_table import CostTable, Curve
 from dspark_ray.speculative.planner import Planner
 from dspark_ray.training.initial import initialise
 from dspark_ray.types import Request, SamplingParams, SequenceOutput, VerificationLimits
@@ -68,9 +69,14 @@ def small_modules() -> tuple[DeepSeekV4, DSparkModule]:
     return model.requires_grad_(False), drafter.requires_grad_(False)
 
 
+COST_TABLE = "cost_table.json"
+"""Beside the checkpoint: profiling takes longer than most tests."""
+
+
 def save_small_checkpoint(directory: Path) -> Path:
     """The small model as files; weights are rounded to bfloat16 on the way."""
     save_checkpoint(directory, *small_modules(), RAW)
+    CostTable.of(Curve((1, 64), (0.01, 0.0101)), Curve((1, 8), (0.0001, 0.0002))).save(directory / COST_TABLE)
     return directory
 
 

@@ -56,7 +56,7 @@ def test_a_size_that_does_not_divide_the_groups_is_refused(checkpoint):
 
 
 def test_a_gang_without_a_meeting_place_is_refused(checkpoint):
-    with pytest.raises(ConfigError, match="init_method is missing: a gang of 2"):
+    with pytest.raises(ConfigError, match="init_method is missing: expected a rendezvous for 2 processes"):
         GangSpec(checkpoint=str(checkpoint), tensor_parallel_size=2)
 
 

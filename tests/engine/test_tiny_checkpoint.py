@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ from dspark_ray.text.tokenizer import Tokenizer
 from dspark_ray.types import SamplingParams
 
 TINY = Path(deployments.__file__).parent / "tiny"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_profile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The command line profiles once for all tests, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def test_it_has_every_kind_of_layer_and_a_whole_drafter():
@@ -62,7 +71,7 @@ def test_the_command_line_says_the_same_with_and_without_speculation(options, ca
     texts = []
     for speculation in ([], ["--no-speculation"]):
         prompt = "def area(width, height):\n"
-        arguments = ["generate", prompt, "--model", str(TINY), "--max-tokens", "60", "--no-cost-cache"]
+        arguments = ["generate", prompt, "--model", str(TINY), "--max-tokens", "60"]
         assert main([*arguments, *options, *speculation]) == 0
         captured = capsys.readouterr()
         texts.append(captured.out)
@@ -71,13 +80,13 @@ def test_the_command_line_says_the_same_with_and_without_speculation(options, ca
 
 
 def test_the_command_line_stops_at_a_stop_string(capsys):
-    options = ["--stop", "\n", "--max-tokens", "40", "--no-cost-cache"]
+    options = ["--stop", "\n", "--max-tokens", "40"]
     main(["generate", "1 + 1 = 2\n2 + 2 = ", "--model", str(TINY), *options])
     assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_the_command_line_explains_its_steps(capsys):
-    main(["generate", "1 + 1 = 2\n", "--model", str(TINY), "--max-tokens", "30", "--no-cost-cache", "--explain"])
+    main(["generate", "1 + 1 = 2\n", "--model", str(TINY), "--max-tokens", "30", "--explain"])
     captured = capsys.readouterr()
     assert "expected to be accepted" not in captured.out
     table = captured.err[captured.err.index("step  decoding  drafted") :].splitlines()

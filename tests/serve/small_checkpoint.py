@@ -12,6 +12,7 @@ from dspark_ray.config import EngineConfig, ModelConfig
 from dspark_ray.drafters.dspark import DSparkModule
 from dspark_ray.model.deepseek_v4 import DeepSeekV4
 from dspark_ray.ranks.gang import build_engine
+from dspark_ray.speculative.cost_table import CostTable, Curve
 from dspark_ray.training.initial import initialise
 from dspark_ray.types import Request, SamplingParams
 
@@ -47,6 +48,10 @@ RAW = {
 ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 8192, "page_size": 32}
 
 
+COST_TABLE = "cost_table.json"
+"""Beside the checkpoint: profiling takes longer than most tests."""
+
+
 def save_small_checkpoint(directory: Path) -> Path:
     config = ModelConfig.from_dict(RAW)
     model, drafter = DeepSeekV4(config), DSparkModule(config)
@@ -56,6 +61,7 @@ def save_small_checkpoint(directory: Path) -> Path:
         model.head.weight *= 0.7  # flat enough that shared noise often makes drafter and target agree
     save_checkpoint(directory, model, drafter, RAW)
     save_byte_tokenizer(directory)
+    CostTable.of(Curve((1, 64), (0.01, 0.0101)), Curve((1, 8), (0.0001, 0.0002))).save(directory / COST_TABLE)
     return directory
 
 

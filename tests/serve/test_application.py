@@ -25,7 +25,7 @@ from ray_application import (
     running_application,
     wait_until,
 )
-from small_checkpoint import ENGINE, save_small_checkpoint, tokens_in_process
+from small_checkpoint import COST_TABLE, ENGINE, save_small_checkpoint, tokens_in_process
 
 from dspark_ray.text.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def gang_args(checkpoint: Path, **fields: object) -> dict[str, object]:
         "tensor_parallel_size": 2,
         "engine": ENGINE,
         # Not in the user's home folder.
-        "dspark": {"cost_table": {"directory": str(checkpoint.parent / "costs")}},
+        "dspark": {"cost_table": {"path": str(checkpoint / COST_TABLE)}},
         "placement": {"verifier": {"resources": {"CPU": 0.5}}, "drafter": {"resources": {"CPU": 0.5}}},
         "health": {"check_period_s": 1, "check_timeout_s": 5, "graceful_shutdown_timeout_s": 2},
         **fields,

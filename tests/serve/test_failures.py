@@ -20,7 +20,7 @@ import pytest
 from poison import KILLS, RAISES
 from ray import serve
 from ray_application import local_ray, wait_until
-from small_checkpoint import ENGINE, save_small_checkpoint
+from small_checkpoint import COST_TABLE, ENGINE, save_small_checkpoint
 
 from benchmarks.chaos.faults import is_running, process_of
 from benchmarks.chaos.rounds import APP, Chaos, Fault, Limits, Streams, served
@@ -58,7 +58,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
         "served_model_name": "small",
         "tensor_parallel_size": 2,
         "engine": ENGINE,
-        "dspark": {"cost_table": {"directory": str(folder / "costs")}},
+        "dspark": {"cost_table": {"path": str(folder / "model" / COST_TABLE)}},
         "placement": {"verifier": {"resources": {"CPU": 0.5}}, "drafter": {"resources": {"CPU": 0.5}}},
         "health": HEALTH,
     }

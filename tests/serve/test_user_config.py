@@ -28,6 +28,7 @@ applications:
       dspark:
         drafter: {{placement: inline}}
         confidence: {{threshold: 0.05}}
+        cost_table: {{path: {checkpoint}/cost_table.json}}
       health: {{check_period_s: 1, check_timeout_s: 5, graceful_shutdown_timeout_s: 5}}
     deployments:
       - name: Engine
