@@ -19,8 +19,9 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
 	&& { echo "$$python"; break; }; done)
 
-# Tests that share an expensive fixture carry `xdist_group`, and stay in one process.
-IN_PARALLEL = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+# The tests of a file share expensive fixtures, so they stay in one process; files run in order, because the slow ones
+# come early then.
+IN_PARALLEL = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Two ranks and a drafter share the cores of a laptop: one thread each is fastest.
 export OMP_NUM_THREADS ?= 1

@@ -42,7 +42,7 @@ MOST_FILES = 8
 
 
 # The first test that needs it waits for a whole dry run, which all of them share.
-pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow, pytest.mark.xdist_group("gpu_day")]
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

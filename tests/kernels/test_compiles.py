@@ -45,7 +45,7 @@ SIZES_ALONE = {"linear_fp8": ("Flash 512x4096", "Flash 4096x12288", "Pro 512x716
 """Representative variants of an operation; its others differ in sizes only."""
 
 # One process compiles for all tests of this file; two cores take minutes.
-pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow, pytest.mark.xdist_group("compiles")]
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 
 
 @dataclass(frozen=True)
