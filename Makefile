@@ -63,7 +63,7 @@ else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
-check: lint ## Before every commit: style, types and the fast tests, in two minutes.
+check: lint ## Before every commit: style, types and the fast tests.
 	$(IN_PARALLEL) -q -m "not ray and not slow" tests/unit tests/golden tests/serve
 
 test-clients: $(INSTALLED) ## Run client libraries and schemathesis against an echoing server (ARGS: --help).
